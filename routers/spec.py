@@ -1,0 +1,101 @@
+"""What the routers need to know of a transformer, as plain data. No torch here: registries import this.
+
+A backbone describes its transformer once with a `TransformerSpec`. `routers` reads nothing else about
+it, so a new block class is a new row of data. A bundle stores the spec beside its routers, so
+`routers.attach(pipe.transformer, "bundle")` works without the backbone registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+WIDTHS: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+"""MLP widths a router may choose, as ratios of the hidden units (E-DiT, arXiv 2602.13993)."""
+
+
+@dataclass(frozen=True)
+class MlpSpec:
+    """An image-side MLP `in_linear -> activation -> out_linear` inside a block, sliceable by hidden unit.
+
+    `in_offset` and `out_offset` say where the hidden units start, in multiples of the block's dim
+    (`out_linear.out_features`): rows of a fused `in_linear` (Hunyuan3D: qkv first) and columns of a
+    fused `out_linear` (FLUX single block: attention output first).
+    """
+
+    in_linear: str
+    out_linear: str
+    activation: str = ""
+    in_offset: int = 0
+    out_offset: int = 0
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One block class: how it is called, what it returns, and which MLPs can be narrowed.
+
+    kind: short name for reports and bundles, unique within a transformer ("double", "single").
+    block_class: the class name expected at `path`; checked before anything is patched.
+    path: dotted path of the `ModuleList` inside the transformer.
+    streams: argument names of the residual streams, image stream first.
+    returns: position of each stream in the returned tuple; empty if the block returns its only stream bare.
+    modulation: argument that carries the timestep embedding `[B, D]`, or None if there is none.
+    batched: every other argument that may carry a batch dimension (None values are passed through).
+    mlps: the image-side MLPs a width applies to; empty declares the width fixed.
+    """
+
+    kind: str
+    block_class: str
+    path: str
+    streams: tuple[str, ...]
+    returns: tuple[int, ...]
+    modulation: str | None
+    batched: tuple[str, ...] = ()
+    mlps: tuple[MlpSpec, ...] = ()
+
+
+@dataclass(frozen=True)
+class TransformerSpec:
+    """A transformer: its block lists in execution order, and the arguments that place a call in time.
+
+    timestep: name of the forward argument with the time `[B]` (any scale, monotone over a run).
+    sample: name of the forward argument with the latents `[B, L, C]`; its batch size is the row count.
+    """
+
+    transformer_class: str
+    blocks: tuple[BlockSpec, ...]
+    timestep: str = "timestep"
+    sample: str = "hidden_states"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; inverse of `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TransformerSpec:
+        """Rebuild from JSON data. Raises ValueError on unknown or missing keys."""
+        blocks = tuple(
+            _build(
+                BlockSpec,
+                {
+                    **block,
+                    "streams": tuple(block["streams"]),
+                    "returns": tuple(block["returns"]),
+                    "batched": tuple(block.get("batched", ())),
+                    "mlps": tuple(_build(MlpSpec, mlp) for mlp in block.get("mlps", ())),
+                },
+            )
+            for block in data["blocks"]
+        )
+        return _build(cls, {**data, "blocks": blocks})
+
+
+def _build(cls: Any, data: Mapping[str, Any]) -> Any:
+    unknown = set(data) - {f.name for f in fields(cls)}
+    if unknown:
+        raise ValueError(f"unknown {cls.__name__} keys {sorted(unknown)}")
+    try:
+        return cls(**data)
+    except TypeError as error:
+        raise ValueError(f"incomplete {cls.__name__}: {error}") from error
