@@ -1,0 +1,67 @@
+"""A patched block: how it is called, what it returns, and how a decision is carried out on its rows.
+
+Shapes: B batch rows, L tokens, D dim, E time embedding dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .spec import BlockSpec
+from .width import MlpSlicer
+
+
+class Block:
+    """A patched block: its place, how it is called, its router and its sliceable MLPs."""
+
+    def __init__(self, index: int, spec: BlockSpec, module: nn.Module, router: nn.Module | None) -> None:
+        if type(module).__name__ != spec.block_class:
+            raise ValueError(
+                f"{spec.path} holds {type(module).__name__}, the spec expects {spec.block_class}"
+            )
+        self.index, self.spec, self.module, self.router = index, spec, module, router
+        self.slicers = [MlpSlicer(module, mlp) for mlp in spec.mlps]
+        self.names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        missing = {*spec.streams, *spec.batched, spec.modulation or self.names[0]} - set(self.names)
+        if missing:
+            raise ValueError(f"{spec.block_class}.forward has no argument {sorted(missing)}")
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name; blocks are called positionally under gradient checkpointing."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+    def streams(self, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The residual streams `[B, L, D]` of a call, image first."""
+        return tuple(inputs[name] for name in self.spec.streams)
+
+    def unpack(self, output: Any) -> tuple[Tensor, ...]:
+        """The residual streams of an output, in the order of `streams`."""
+        return tuple(output[i] for i in self.spec.returns) if self.spec.returns else (output,)
+
+    def pack(self, streams: Sequence[Tensor]) -> Any:
+        """Inverse of `unpack`."""
+        if not self.spec.returns:
+            return streams[0]
+        placed = sorted(zip(self.spec.returns, streams, strict=True), key=lambda pair: pair[0])
+        return tuple(stream for _, stream in placed)
+
+    def gather(self, inputs: Mapping[str, Any], index: Tensor, rows: int) -> dict[str, Any]:
+        """The arguments for the rows in `index`; a modulation of k*B rows is cut in each of its k parts."""
+        names = (*self.spec.streams, *self.spec.batched, self.spec.modulation)
+        picked = dict(inputs)
+        for name in names:
+            value = inputs.get(name) if name else None
+            if isinstance(value, Tensor) and value.dim() and value.shape[0] >= rows > 1:
+                parts = value.shape[0] // rows
+                at = index if parts == 1 else torch.cat([index + part * rows for part in range(parts)])
+                picked[name] = value.index_select(0, at)  # type: ignore[index]
+        return picked
+
+    def signature(self) -> tuple[Any, ...]:
+        """Equal for blocks that cost the same on the same inputs."""
+        return (self.spec.kind, *(tuple(p.shape) for p in self.module.parameters()))

@@ -1,0 +1,316 @@
+"""Attach routers to a transformer's blocks, and take them off again.
+
+One patch per block and one on the transformer itself. The transformer's patch counts steps and CFG
+branches and lets the policy decide; a block's patch carries its decisions out: rows that skip pass
+through, rows that reuse get their cached delta, rows that compute are gathered and run at their width.
+
+Shapes: B batch rows, L tokens, D dim, E time embedding dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .block import Block
+from .cost import BlockCost, block_cost, count_linears, router_flops
+from .patching import Patch, patch_forward, restore_forward
+from .policy import OpenPolicy, Policy
+from .run import Call, Group, Run
+from .spec import WIDTHS, TransformerSpec
+from .trace import REUSE, SKIP, Trace
+
+
+class Elastic:
+    """A transformer with its blocks under control. Made by `routers.attach`."""
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        spec: TransformerSpec,
+        policy: Callable[[], Policy] = OpenPolicy,
+        routers: Sequence[nn.Module] | None = None,
+        *,
+        budget: float | None = None,
+        num_steps: int = 20,
+    ) -> None:
+        if "_edit_elastic" in transformer.__dict__:
+            raise ValueError("routers are already attached to this transformer: detach them first")
+        self.transformer, self.spec = transformer, spec
+        self.budget, self.num_steps = budget, num_steps
+        self.trace: Trace | None = None
+        self.make_policy = policy
+        self.blocks = _find_blocks(transformer, spec, routers)
+        self.names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
+        self._costs: dict[Any, tuple[list[BlockCost], float, float]] = {}
+        self._run: Run | None = None
+        self._implicit: Run | None = None
+        self._context: str | None = None
+        self._call: Call | None = None
+        self._probing: list[tuple[Block, tuple[Any, ...], dict[str, Any]]] | None = None
+        self._patches: list[tuple[nn.Module, Patch, str]] = []
+        self._attach()
+
+    # -- a run ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def scope(
+        self,
+        *,
+        budget: float | None = None,
+        num_steps: int | None = None,
+        policy: Policy | None = None,
+        samples: int | None = None,
+    ) -> Iterator[Trace]:
+        """One run of a pipeline: counts its steps and branches, keeps its caches, and drops them at the end.
+
+        budget: ratio of dense FLOPs, default what `attach` was given. num_steps: denoising steps.
+        policy: overrides the bundle's. samples: pictures per call when CFG branches share a batch
+        (rows are branch-major), default one per row. Raises RuntimeError if a scope is open.
+        """
+        if self._run is not None:
+            raise RuntimeError("a scope is already open on this transformer; scopes do not nest")
+        budget = self.budget if budget is None else budget
+        self._implicit = None
+        self._run = self._new_run(policy or self.make_policy(), budget, num_steps or self.num_steps, samples)
+        try:
+            yield self._run.trace
+        finally:
+            run, self._run, self._call = self._run, None, None
+            run.trace.finish()
+            self.trace = run.trace
+
+    def _new_run(self, policy: Policy, budget: float | None, num_steps: int, samples: int | None) -> Run:
+        return Run(policy, budget, num_steps, [b.spec.kind for b in self.blocks], samples)
+
+    def summary(self) -> str:
+        """One paragraph on the last run: budget asked and spent, decisions, cache, notes."""
+        trace = self.trace
+        if trace is None or not trace.calls:
+            return "no run yet"
+        spent = trace.spent
+        mean = sum(spent) / len(spent)
+        asked = "none" if trace.requested is None else f"{trace.requested:g}"
+        decisions = trace.decisions
+        widths = ", ".join(f"{w}: {n}" for w, n in decisions["compute"].items() if n)  # type: ignore[attr-defined]
+        lines = [
+            f"budget asked {asked}, spent {mean:.3f} of dense FLOPs ({trace.flops['spent']:.3g} of "
+            f"{trace.flops['dense']:.3g}) in {trace.num_calls} calls, {trace.seconds:.2f} s",
+            f"blocks skipped {decisions['skip']}, reused {decisions['reuse']}, computed at width {{{widths}}}; "
+            f"cache {trace.cache_bytes / 2**20:.1f} MiB",
+            *trace.notes,
+        ]
+        return "\n".join(lines)
+
+    # -- patches -------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        patches = self._patches
+        patches.append(
+            (self.transformer, patch_forward(self.transformer, self._transformer_forward), "forward")
+        )
+        if hasattr(self.transformer, "cache_context"):
+            patch = patch_forward(self.transformer, self._cache_context, "cache_context")
+            patches.append((self.transformer, patch, "cache_context"))
+        for block in self.blocks:
+            forward = functools.partial(self._block_forward, block)
+            patches.append((block.module, patch_forward(block.module, forward), "forward"))
+            for slicer in block.slicers:
+                slicer.attach()
+        self.transformer.__dict__["_edit_elastic"] = self
+
+    def detach(self) -> None:
+        """Put the transformer back exactly as it was. Safe to call twice."""
+        for block in self.blocks:
+            for slicer in block.slicers:
+                slicer.detach()
+        for module, patch, name in reversed(self._patches):
+            restore_forward(module, patch, name)
+        self._patches = []
+        self._run = self._implicit = self._call = None
+        self.transformer.__dict__.pop("_edit_elastic", None)
+
+    @contextmanager
+    def _cache_context(
+        self, original: Callable[..., Any], name: str, *args: Any, **kwargs: Any
+    ) -> Iterator[None]:
+        self._context = name
+        try:
+            with original(name, *args, **kwargs):
+                yield
+        finally:
+            self._context = None
+
+    def _transformer_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        sample: Tensor = inputs[self.spec.sample]
+        time = torch.as_tensor(inputs[self.spec.timestep], device=sample.device).float().flatten()
+        key = tuple((name, tuple(v.shape)) for name, v in inputs.items() if isinstance(v, Tensor))
+        cost = self._costs.get(key) or self._probe(key, original, args, kwargs, sample.shape[0])
+        run, name = self._run, self._context or "main"
+        if run is None:
+            run, name = self._follow(time, name)
+        branch = run.branch(name, tuple(sample.shape))
+        self._call = run.begin(branch, time.expand(sample.shape[0]), *cost)
+        try:
+            output = original(*args, **kwargs)
+            run.end(self._call)
+        finally:
+            self._call = None
+        return output
+
+    def _probe(
+        self, key: Any, original: Callable[..., Any], args: Any, kwargs: Any, rows: int
+    ) -> tuple[list[BlockCost], float, float]:
+        """Cost of a call of this shape: one pass with every block closed shows what each would be called with."""
+        self._probing = probing = []
+        known: dict[Any, BlockCost] = {}
+        try:
+            with torch.no_grad(), count_linears(self.transformer, [b.module for b in self.blocks]) as outside:
+                original(*args, **kwargs)
+        finally:
+            self._probing = None
+        costs = []
+        for block, block_args, block_kwargs in probing:
+            signature = block.signature()
+            if signature not in known:
+                tokens = block.streams(block.bind(block_args, block_kwargs))[0].shape[1]
+                known[signature] = block_cost(
+                    block.module, block.slicers, block_args, block_kwargs, rows, tokens
+                )
+            costs.append(known[signature])
+        if [block.index for block, _, _ in probing] != list(range(len(self.blocks))):
+            raise ValueError("the transformer does not call its blocks once each, in the order of the spec")
+        router = max((router_flops(block.router) for block in self.blocks), default=0.0)
+        self._costs[key] = costs, sum(outside) / rows, router
+        return self._costs[key]
+
+    # -- a block -------------------------------------------------------------------------------
+
+    def _block_forward(self, block: Block, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self._call
+        if call is None:
+            if self._probing is None:
+                return original(*args, **kwargs)
+            self._probing.append((block, args, kwargs))
+            return block.pack(block.streams(block.bind(args, kwargs)))
+        inputs = block.bind(args, kwargs)
+        before = block.streams(inputs)
+        groups = call.groups[block.index]
+        if groups is None:
+            gate, widths = self._route(block, inputs, before)
+            groups = self._require_run().decide_block(call, block.index, gate, widths)
+        if len(groups) == 1:
+            after = self._act(block, call, groups[0], original, inputs, before)
+            return block.pack(after)
+        total = tuple(stream.clone() for stream in before)
+        for group in groups:
+            if group.code == SKIP:
+                continue
+            index = torch.tensor(group.rows, device=before[0].device)
+            part = block.gather(inputs, index, call.branch.rows)
+            after = self._act(block, call, group, original, part, block.streams(part), index)
+            total = tuple(t.index_copy(0, index, a) for t, a in zip(total, after, strict=True))
+        return block.pack(total)
+
+    def _act(
+        self,
+        block: Block,
+        call: Call,
+        group: Group,
+        original: Callable[..., Any],
+        inputs: dict[str, Any],
+        before: tuple[Tensor, ...],
+        index: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """One group of rows through a block: `before` streams -> streams after it."""
+        if group.code == SKIP or group.last < 0:
+            return before
+        time = call.time if index is None else call.time[index]
+        cache, policy = call.branch.cache, self._require_run().policy
+        if group.code == REUSE:
+            delta = cache.delta(block.index, group.last, group.rows, time, policy.order)
+            return tuple(x + d for x, d in zip(before, delta, strict=True))
+        if policy.reads_routers and block.router is not None:
+            self._remember_logits(block, call, index, inputs, before)
+        with ExitStack() as stack:
+            for slicer in block.slicers:
+                stack.enter_context(slicer.narrowed(WIDTHS[group.code]))
+            after = block.unpack(original(**inputs))
+        cache.store(block.index, group.rows, time, before, after)
+        return after
+
+    def _route(
+        self, block: Block, inputs: Mapping[str, Any], before: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        if block.router is None:
+            raise RuntimeError(f"block {block.index} has no router, but the policy asks for one")
+        image = before[0]
+        if next(block.router.parameters()).device != image.device:
+            block.router.to(image.device)
+        return block.router(image, inputs.get(block.spec.modulation) if block.spec.modulation else None)
+
+    def _remember_logits(
+        self,
+        block: Block,
+        call: Call,
+        index: Tensor | None,
+        inputs: Mapping[str, Any],
+        before: tuple[Tensor, ...],
+    ) -> None:
+        gate, widths = self._route(block, inputs, before)
+        logits = torch.cat([gate[:, None], widths], dim=1)
+        old = call.branch.logits[block.index]
+        if index is not None:
+            base = old if old is not None else logits.new_zeros(call.branch.rows, logits.shape[1])
+            logits = base.index_copy(0, index, logits)
+        call.branch.logits[block.index] = logits
+
+    def _require_run(self) -> Run:
+        run = self._run or self._implicit
+        assert run is not None, "a call is being made outside of any run"
+        return run
+
+    # -- without a scope -----------------------------------------------------------------------
+
+    def _follow(self, time: Tensor, name: str) -> tuple[Run, str]:
+        """The run of a pipeline that was called without a scope, told from the order of its timesteps.
+
+        A run ends when a branch's time stops moving the way it has moved, which costs one host read a
+        call. An unnamed second call at the same time is another CFG branch of the same step.
+        """
+        now, run, first = float(time[0]), self._implicit, name
+        if run is not None and name == "main":
+            twin = 1
+            while run.clocks[name].last == now:
+                twin += 1
+                name = f"{first} {twin}"
+        if run is None or not run.clocks[name].tick(now):
+            name = first
+            self._implicit = run = self._new_run(self.make_policy(), self.budget, self.num_steps, None)
+            self.trace = run.trace
+            run.clocks[name].tick(now)
+        run.trace.host_syncs += 1
+        return run, name
+
+
+def _find_blocks(
+    transformer: nn.Module, spec: TransformerSpec, routers: Sequence[nn.Module] | None
+) -> list[Block]:
+    """The transformer's blocks in execution order, each with its router (None: no routers)."""
+    if type(transformer).__name__ != spec.transformer_class:
+        raise ValueError(f"this spec is for {spec.transformer_class}, not for {type(transformer).__name__}")
+    found = [(kind, module) for kind in spec.blocks for module in attrgetter(kind.path)(transformer)]
+    if routers is not None and len(routers) != len(found):
+        raise ValueError(f"{len(routers)} routers for a transformer of {len(found)} blocks")
+    return [
+        Block(i, kind, module, None if routers is None else routers[i])
+        for i, (kind, module) in enumerate(found)
+    ]

@@ -1,0 +1,47 @@
+"""Replace a module's forward from outside, and put it back exactly as it was.
+
+One layer for everything `routers` patches, so that hooks of accelerate, diffusers and PEFT, set
+before or after, keep working: a patch calls whatever forward it found, and a patch that was itself
+wrapped in the meantime becomes a plain pass-through when it is removed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class Patch:
+    """A replaced forward: calls `replacement(original, *args, **kwargs)` until it is removed."""
+
+    def __init__(self, original: Callable[..., Any], replacement: Callable[..., Any], was_instance: bool):
+        self.original = original
+        self.replacement: Callable[..., Any] | None = replacement
+        self.was_instance = was_instance
+        # inspect.signature follows __wrapped__ to the real arguments (diffusers and PEFT look at them).
+        functools.update_wrapper(self, original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replacement is None:
+            return self.original(*args, **kwargs)
+        return self.replacement(self.original, *args, **kwargs)
+
+
+def patch_forward(module: nn.Module, replacement: Callable[..., Any], name: str = "forward") -> Patch:
+    """Put `replacement(original, *args, **kwargs)` in front of `module.<name>`; returns what `restore_forward` needs."""
+    patch = Patch(getattr(module, name), replacement, name in module.__dict__)
+    module.__dict__[name] = patch
+    return patch
+
+
+def restore_forward(module: nn.Module, patch: Patch, name: str = "forward") -> None:
+    """Undo `patch_forward`. If something wrapped the patch meanwhile it stays there as a pass-through."""
+    patch.replacement = None
+    if module.__dict__.get(name) is patch:
+        if patch.was_instance:
+            module.__dict__[name] = patch.original
+        else:
+            del module.__dict__[name]

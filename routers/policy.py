@@ -1,0 +1,115 @@
+"""From router logits, step and budget to decisions. Pure: no module, no device, no state of a model.
+
+A policy answers once per transformer call, before its first block, for every row and block. The only
+device data it sees are the logits that the routers gave in the branch's *previous* call, so that no
+block waits for the host.
+
+Shapes: R rows, N blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cost import BlockCost
+from .trace import FULL, SKIP, Actions
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a policy knows when a run starts."""
+
+    num_blocks: int
+    num_steps: int
+    budget: float
+
+
+@dataclass(frozen=True)
+class CallInfo:
+    """What a policy knows of a transformer call.
+
+    step: from 0. rows: batch rows of the call. costs: FLOPs per block and row; outside: FLOPs per row
+    around the blocks; overhead: FLOPs per row of one router. available [R, N]: cached passes per row
+    and block. spent, dense [R]: FLOPs so far in this branch, before this call.
+    """
+
+    step: int
+    branch: str
+    rows: int
+    costs: list[BlockCost]
+    outside: float
+    overhead: float
+    available: NDArray[np.int64]
+    spent: NDArray[np.float64]
+    dense: NDArray[np.float64]
+
+
+class Policy(Protocol):
+    """Decides which rows of a call do what in which block."""
+
+    cache_depth: int
+    """Passes per block that a reuse may need: 0 none, 1 repeat, 2 linear extrapolation."""
+    order: int
+    """Extrapolation order of a reuse, 0 or 1."""
+    reads_routers: bool
+    """Whether `decide` wants the previous call's logits (one host read per call)."""
+    immediate: bool
+    """Whether every block asks `decide_block` with its own logits (one host read per block)."""
+
+    def start(self, run: RunInfo) -> None:
+        """A new run begins: forget everything."""
+
+    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
+        """Action codes int8 [R, N]. logits [R, N, 5] (gate, 4 widths) of the branch's previous call, or None."""
+        ...
+
+    def decide_block(
+        self, call: CallInfo, block: int, gate: NDArray[np.float32], widths: NDArray[np.float32]
+    ) -> Actions:
+        """For immediate policies: action codes int8 [R] of one block, from gate [R] and width logits [R, 4]."""
+        ...
+
+
+class OpenPolicy:
+    """Everything open: the dense model, run through the elastic path."""
+
+    cache_depth, order, reads_routers, immediate = 0, 0, False, False
+
+    def start(self, run: RunInfo) -> None:
+        """Nothing to forget."""
+
+    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
+        """Compute every block at full width."""
+        return np.full((call.rows, len(call.costs)), FULL, np.int8)
+
+    def decide_block(
+        self, call: CallInfo, block: int, gate: NDArray[np.float32], widths: NDArray[np.float32]
+    ) -> Actions:
+        """Not an immediate policy."""
+        raise AssertionError("OpenPolicy decides before the blocks run")
+
+
+class FixedPolicy(OpenPolicy):
+    """A given plan: for tests, benchmarks and frozen exports.
+
+    plan: action codes [T, N] or [T, R, N] for the steps of a run (the last entry repeats), or [N].
+    """
+
+    def __init__(self, plan: Actions, order: int = 1) -> None:
+        plan = np.asarray(plan, np.int8)
+        if plan.ndim not in (1, 2, 3) or plan.min(initial=0) < SKIP or plan.max(initial=0) > FULL:
+            raise ValueError(
+                f"a plan holds codes {SKIP}..{FULL} as [N], [T, N] or [T, R, N], not {plan.shape}"
+            )
+        self.plan = plan[None] if plan.ndim == 1 else plan
+        self.order = order
+        self.cache_depth = order + 1
+
+    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
+        """The plan's row for this step."""
+        step = self.plan[min(call.step, len(self.plan) - 1)]
+        return np.broadcast_to(step, (call.rows, len(call.costs))).copy()

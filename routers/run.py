@@ -1,0 +1,216 @@
+"""The state of one run: steps and CFG branches counted, cached passes, costs per input shape, the trace.
+
+A run lives as long as its scope. Nothing of it is stored in the model, so an exception or Ctrl-C
+leaves nothing behind, and the next run starts empty.
+
+Shapes: R rows, N blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .cache import ResidualCache
+from .cost import BlockCost
+from .policy import CallInfo, Policy, RunInfo
+from .spec import WIDTHS
+from .trace import FULL, REUSE, Actions, CallRecord, Trace
+
+
+@dataclass
+class Group:
+    """Rows of a call that do the same in a block. rows None: all of them.
+
+    code: an action code. last: for a reuse, the last block of a chained stretch added in one go;
+    -1 marks a block whose delta an earlier block of the stretch has already added.
+    """
+
+    code: int
+    rows: list[int] | None
+    last: int
+
+
+@dataclass
+class Clock:
+    """The sampler's time in one branch, to tell one run from the next where no scope says so."""
+
+    last: float | None = None
+    direction: float = 0.0
+
+    def tick(self, now: float) -> bool:
+        """Move on to `now`; False if that does not continue the run."""
+        if self.last is not None:
+            step = now - self.last
+            if step == 0.0 or step * self.direction < 0.0:
+                return False
+            self.direction = step
+        self.last = now
+        return True
+
+
+@dataclass
+class Branch:
+    """One CFG branch of a run ("cond", "uncond", or the only one)."""
+
+    name: str
+    rows: int
+    cache: ResidualCache
+    step: int = 0
+    logits: list[Tensor | None] = field(default_factory=list)
+    spent: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    dense: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    shape: tuple[int, ...] = ()
+
+
+@dataclass
+class Call:
+    """One transformer call while it runs. groups[b] is None until an immediate policy has decided block b."""
+
+    info: CallInfo
+    branch: Branch
+    time: Tensor
+    actions: Actions
+    groups: list[list[Group] | None]
+    started: float
+    dense: float
+
+
+class Run:
+    """One scope: hands out calls, keeps the branches, fills the trace."""
+
+    def __init__(
+        self, policy: Policy, budget: float | None, num_steps: int, kinds: list[str], samples: int | None
+    ) -> None:
+        self.policy = policy
+        self.samples = samples
+        self.num_steps = num_steps
+        self.branches: dict[str, Branch] = {}
+        self.clocks: defaultdict[str, Clock] = defaultdict(Clock)
+        self.trace = Trace(requested=budget, num_steps=num_steps, kinds=kinds)
+        policy.start(RunInfo(len(kinds), num_steps, 1.0 if budget is None else budget))
+
+    def branch(self, name: str, shape: tuple[int, ...]) -> Branch:
+        """The branch's state; a changed shape starts it afresh, so that no stale delta is ever met."""
+        branch = self.branches.get(name)
+        if branch is None or branch.shape != shape:
+            rows, blocks = shape[0], len(self.trace.kinds)
+            cache = ResidualCache(blocks, rows, self.policy.cache_depth)
+            branch = Branch(name, rows, cache, logits=[None] * blocks, shape=shape)
+            branch.spent, branch.dense = np.zeros(rows), np.zeros(rows)
+            self.branches[name] = branch
+        return branch
+
+    def begin(
+        self, branch: Branch, time_: Tensor, costs: list[BlockCost], outside: float, overhead: float
+    ) -> Call:
+        """Decide a call. time_: `[R]` on the device; costs per block and row in FLOPs."""
+        blocks = len(costs)
+        info = CallInfo(
+            step=branch.step,
+            branch=branch.name,
+            rows=branch.rows,
+            costs=costs,
+            outside=outside,
+            overhead=overhead,
+            available=self._available(branch, blocks),
+            spent=branch.spent.copy(),
+            dense=branch.dense.copy(),
+        )
+        dense = outside + sum(cost.dense for cost in costs)
+        started = time.perf_counter()
+        if self.policy.immediate:
+            actions = np.full((branch.rows, blocks), FULL, np.int8)
+            groups: list[list[Group] | None] = [None] * blocks
+        else:
+            actions = self._feasible(self.policy.decide(info, self._read(branch)), info.available)
+            groups = [*plan_groups(actions, branch.cache)]
+        return Call(info, branch, time_, actions, groups, started, dense)
+
+    def decide_block(self, call: Call, block: int, gate: Tensor, widths: Tensor) -> list[Group]:
+        """Ask an immediate policy for one block, from its own logits: gate [R], widths [R, 4]."""
+        self.trace.host_syncs += 1
+        logits = torch.cat([gate[:, None], widths], dim=1).float().cpu().numpy()
+        codes = self.policy.decide_block(call.info, block, logits[:, 0], logits[:, 1:])
+        codes = self._feasible(codes[:, None], call.info.available[:, block : block + 1])
+        call.actions[:, block] = codes[:, 0]
+        groups = [Group(code, rows, block) for code, rows in _split(codes[:, 0])]
+        call.groups[block] = groups
+        return groups
+
+    def end(self, call: Call) -> None:
+        """Book the call: FLOPs per row, decisions, cache size, and the step count of its branch."""
+        branch, info = call.branch, call.info
+        flops = np.full(info.rows, info.outside)
+        # A router runs for the rows that compute its block, and for no other.
+        table = np.array([[cost.at(w) + info.overhead for w in WIDTHS] for cost in info.costs])
+        computed = call.actions >= 0
+        flops += np.where(computed, table[np.arange(len(info.costs)), np.maximum(call.actions, 0)], 0.0).sum(
+            1
+        )
+        branch.spent += flops
+        branch.dense += call.dense
+        branch.step += 1
+        trace = self.trace
+        trace.samples = self.samples or max(trace.samples, info.rows)
+        trace.cache_bytes = max(trace.cache_bytes, sum(b.cache.nbytes() for b in self.branches.values()))
+        seconds = time.perf_counter() - call.started
+        trace.calls.append(CallRecord(info.step, info.branch, call.actions, flops, call.dense, seconds))
+
+    def _available(self, branch: Branch, blocks: int) -> NDArray[np.int64]:
+        if self.policy.cache_depth == 0:
+            return np.zeros((branch.rows, blocks), np.int64)
+        cache = branch.cache
+        return np.array([[cache.available(b, r) for b in range(blocks)] for r in range(branch.rows)])
+
+    def _read(self, branch: Branch) -> NDArray[np.float32] | None:
+        """The branch's last logits [R, N, 5], in one device-to-host copy."""
+        if not self.policy.reads_routers or any(x is None for x in branch.logits):
+            return None
+        self.trace.host_syncs += 1
+        return torch.stack([x for x in branch.logits if x is not None], dim=1).float().cpu().numpy()
+
+    @staticmethod
+    def _feasible(actions: Actions, available: NDArray[np.int64]) -> Actions:
+        """A reuse with nothing cached computes instead."""
+        return np.where((actions == REUSE) & (available == 0), FULL, actions).astype(np.int8)
+
+
+def plan_groups(actions: Actions, cache: ResidualCache) -> list[list[Group]]:
+    """Per block, the rows that act alike; chained blocks that every row reuses become one stretch."""
+    groups = [
+        [Group(code, rows, block) for code, rows in _split(actions[:, block])]
+        for block in range(actions.shape[1])
+    ]
+    block = 0
+    while block < len(groups):
+        if not _all_reuse(groups[block]):
+            block += 1
+            continue
+        last = block
+        while last + 1 < len(groups) and _all_reuse(groups[last + 1]) and cache.chained(last, last + 1):
+            last += 1
+        groups[block][0].last = last
+        for inner in range(block + 1, last + 1):
+            groups[inner][0].last = -1
+        block = last + 1
+    return groups
+
+
+def _all_reuse(groups: list[Group]) -> bool:
+    return len(groups) == 1 and groups[0].code == REUSE and groups[0].rows is None
+
+
+def _split(codes: Sequence[int] | Actions) -> list[tuple[int, list[int] | None]]:
+    codes = [int(code) for code in codes]
+    distinct = sorted(set(codes))
+    if len(distinct) == 1:
+        return [(distinct[0], None)]
+    return [(code, [i for i, c in enumerate(codes) if c == code]) for code in distinct]

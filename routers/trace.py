@@ -1,0 +1,102 @@
+"""What happened in a run: every decision, its FLOPs, and the time in the transformer.
+
+Shapes: R rows of a transformer call, S samples of a run, N blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .spec import WIDTHS
+
+SKIP, REUSE = -2, -1
+"""Action codes. A code >= 0 means: compute with the MLP at WIDTHS[code]."""
+FULL = len(WIDTHS) - 1
+"""Action code of the dense computation."""
+
+Actions = NDArray[np.int8]
+
+
+@dataclass
+class CallRecord:
+    """One transformer call: what each row did in each block, and what it cost."""
+
+    step: int
+    branch: str
+    actions: Actions
+    """int8 [R, N], codes as above."""
+    flops: NDArray[np.float64]
+    """[R]: FLOPs spent per row, routers and the layers around the blocks included."""
+    dense_flops: float
+    """FLOPs of one row run densely."""
+    seconds: float = 0.0
+    """Host time of the call in s; on a GPU the work may end later."""
+    gate: NDArray[np.float32] | None = None
+    """[R, N] gate logits the routers gave, where a policy read them."""
+
+
+@dataclass
+class Trace:
+    """The record of one scope: filled while a pipeline runs, complete when the scope ends."""
+
+    requested: float | None = None
+    """Asked budget, ratio of dense FLOPs; None when nothing was asked."""
+    num_steps: int | None = None
+    samples: int = 0
+    kinds: list[str] = field(default_factory=list)
+    """Block kind per block, in execution order."""
+    calls: list[CallRecord] = field(default_factory=list)
+    host_syncs: int = 0
+    """Device-to-host reads made by the policy."""
+    cache_bytes: int = 0
+    """Peak of the feature cache."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_calls(self) -> int:
+        """Transformer calls."""
+        return len(self.calls)
+
+    @property
+    def seconds(self) -> float:
+        """Host time in the transformer, s."""
+        return sum(call.seconds for call in self.calls)
+
+    @property
+    def spent(self) -> list[float]:
+        """FLOPs ratio to dense, per sample, over all its calls and CFG branches."""
+        spent, dense = self._per_sample()
+        return [float(s / d) if d else 1.0 for s, d in zip(spent, dense, strict=True)]
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """FLOPs of all samples together: {"dense": ..., "spent": ...}."""
+        spent, dense = self._per_sample()
+        return {"dense": float(dense.sum()), "spent": float(spent.sum())}
+
+    @property
+    def decisions(self) -> dict[str, object]:
+        """How often each action was taken, counted per row, block and call."""
+        codes = np.concatenate([call.actions.ravel() for call in self.calls] or [np.empty(0, np.int8)])
+        compute = {str(width): int((codes == i).sum()) for i, width in enumerate(WIDTHS)}
+        return {"skip": int((codes == SKIP).sum()), "reuse": int((codes == REUSE).sum()), "compute": compute}
+
+    def _per_sample(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        spent, dense = np.zeros(self.samples), np.zeros(self.samples)
+        for call in self.calls:
+            # Rows of a batched-CFG call are branch-major, so row r belongs to sample r % S.
+            sample = np.arange(len(call.flops)) % self.samples
+            np.add.at(spent, sample, call.flops)
+            np.add.at(dense, sample, call.dense_flops)
+        return spent, dense
+
+    def finish(self) -> None:
+        """Say in plain words what a user should know of this run."""
+        decisions = self.decisions
+        partial = any(count for width, count in decisions["compute"].items() if width != "1.0")  # type: ignore[attr-defined]
+        if self.calls and self.requested is not None and self.requested < 1.0:
+            if not (decisions["skip"] or decisions["reuse"] or partial):
+                self.notes.append("nothing was skipped: every block ran in full")

@@ -1,0 +1,185 @@
+"""MLP width by prefix slicing: compute only the first hidden units of an MLP (E-DiT, section on widths).
+
+Slicing a prefix of the in-linear's rows and of the out-linear's columns equals the full MLP with the
+other hidden units' outputs set to zero. Nothing is copied: both slices are views of the weights.
+
+Shapes: B batch, L tokens, D dim, F hidden units of the MLP.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .patching import patch_forward, restore_forward
+from .spec import MlpSpec
+
+
+class MlpSlicer:
+    """Narrows one MLP of one block while `narrowed(ratio)` is active; otherwise the MLP is untouched.
+
+    The two linears are looked up again whenever a width is set, so a LoRA that replaces them after
+    the attach is still found.
+    """
+
+    def __init__(self, block: nn.Module, spec: MlpSpec) -> None:
+        self.spec = spec
+        self._block = block
+        self._units: int | None = None
+        self._linears: tuple[nn.Module, nn.Module] | None = None
+        self._patches: list[tuple[nn.Module, Any]] = []
+        inner, outer = self._resolve()
+        rows, columns, dim = out_features(inner), in_features(outer), out_features(outer)
+        self.row_offset = spec.in_offset * dim
+        self.column_offset = spec.out_offset * dim
+        self.hidden = columns - self.column_offset
+        if self.hidden <= 0 or rows - self.row_offset != self.hidden:
+            raise ValueError(
+                f"{spec.in_linear} has {rows} rows and {spec.out_linear} {columns} columns: "
+                f"they share no hidden layer at offsets {self.row_offset} and {self.column_offset}"
+            )
+
+    def units(self, ratio: float) -> int:
+        """Hidden units kept at a width ratio in (0, 1]."""
+        return max(1, int(self.hidden * ratio))
+
+    @contextmanager
+    def narrowed(self, ratio: float) -> Any:
+        """Run the MLP on its first `ratio * F` hidden units inside the context; ratio 1 changes nothing."""
+        if ratio >= 1.0:
+            yield
+            return
+        self._follow_replaced_modules()
+        self._units = self.units(ratio)
+        try:
+            yield
+        finally:
+            self._units = None
+
+    def attach(self) -> None:
+        """Patch the forward of both linears. Without an active width they call the original."""
+        inner, outer = self._linears = self._resolve()
+        self._patches = [
+            (inner, patch_forward(inner, functools.partial(self._in_forward, inner))),
+            (outer, patch_forward(outer, functools.partial(self._out_forward, outer))),
+        ]
+
+    def detach(self) -> None:
+        """Restore both linears."""
+        for module, token in self._patches:
+            restore_forward(module, token)
+        self._patches, self._linears = [], None
+
+    def _resolve(self) -> tuple[nn.Module, nn.Module]:
+        return attrgetter(self.spec.in_linear)(self._block), attrgetter(self.spec.out_linear)(self._block)
+
+    def _follow_replaced_modules(self) -> None:
+        inner, outer = self._resolve()
+        if self._linears is None or inner is not self._linears[0] or outer is not self._linears[1]:
+            self.detach()
+            self.attach()
+
+    def _in_forward(self, module: nn.Module, original: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if self._units is None:
+            return original(x)
+        return linear_rows(module, original, x, self.row_offset + self._units)
+
+    def _out_forward(self, module: nn.Module, original: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if self._units is None:
+            return original(x)
+        return linear_columns(module, original, x)
+
+
+def linear_rows(module: nn.Module, original: Callable[..., Tensor], x: Tensor, rows: int) -> Tensor:
+    """First `rows` output features of a linear: `x [..., D] -> [..., rows]`.
+
+    Plain and LoRA linears compute only those rows. Any other linear (quantised, weights offloaded
+    per leaf) is computed whole by `original` and cut: right, but without the saving.
+    """
+    parts = _lora_parts(module)
+    if parts is None:
+        return original(x)[..., :rows]
+    base, adapters = parts
+    y = F.linear(x, base.weight[:rows], None if base.bias is None else base.bias[:rows])
+    for down, up, scaling in adapters:
+        y = y + scaling * F.linear(down(x.to(down.weight.dtype)), up.weight[:rows]).to(y.dtype)
+    return y
+
+
+def linear_columns(module: nn.Module, original: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """A linear fed with only its first input features: `x [..., n <= in_features] -> [..., out]`."""
+    parts = _lora_parts(module)
+    n = x.shape[-1]
+    if parts is None:
+        return original(F.pad(x, (0, in_features(module) - n)))
+    base, adapters = parts
+    y = F.linear(x, base.weight[:, :n], base.bias)
+    for down, up, scaling in adapters:
+        y = y + scaling * up(F.linear(x.to(down.weight.dtype), down.weight[:, :n])).to(y.dtype)
+    return y
+
+
+def out_features(module: nn.Module) -> int:
+    """Output features of a linear or of a wrapper around one."""
+    return int(_base(module).out_features)
+
+
+def in_features(module: nn.Module) -> int:
+    """Input features of a linear or of a wrapper around one."""
+    return int(_base(module).in_features)
+
+
+def _base(module: nn.Module) -> Any:
+    get_base = getattr(module, "get_base_layer", None)
+    return get_base() if get_base is not None else module
+
+
+def _lora_parts(module: nn.Module) -> tuple[Any, list[tuple[Any, Any, float]]] | None:
+    """(plain linear, [(down, up, scaling)]) of a plain or PEFT LoRA linear that lies in memory, else None."""
+    base = _base(module)
+    if type(base) is not nn.Linear or base.weight.device.type == "meta":
+        return None
+    if base is module:
+        return base, []
+    if not hasattr(module, "lora_A") or getattr(module, "use_dora", None) and any(module.use_dora.values()):  # type: ignore[operator, union-attr]
+        return None
+    if module.disable_adapters or module.merged:
+        return base, []
+    adapters = []
+    for name in module.active_adapters:  # type: ignore[union-attr]
+        if name in module.lora_A:  # type: ignore[operator]
+            adapters.append((module.lora_A[name], module.lora_B[name], module.scaling[name]))  # type: ignore[index]
+    return base, adapters
+
+
+def importance_order(in_activations: Tensor, out_weight: Tensor) -> Tensor:
+    """Hidden units, most important first: mean |activation| x norm of the unit's column in the out-linear.
+
+    in_activations: mean absolute activation per unit [F]. out_weight: [D, F]. Returns a permutation [F].
+    """
+    score = in_activations.float() * torch.linalg.vector_norm(out_weight.float(), dim=0)
+    return score.argsort(descending=True, stable=True)
+
+
+@torch.no_grad()
+def reorder_units(block: nn.Module, spec: MlpSpec, order: Tensor) -> None:
+    """Permute an MLP's hidden units in place; the full-width result stays the same up to summation order.
+
+    order: permutation [F], the new unit i is the old unit order[i].
+    """
+    inner, outer = attrgetter(spec.in_linear)(block), attrgetter(spec.out_linear)(block)
+    dim = out_features(outer)
+    rows = slice(spec.in_offset * dim, None)
+    columns = slice(spec.out_offset * dim, None)
+    order = order.to(inner.weight.device)
+    inner.weight[rows] = inner.weight[rows][order]
+    if inner.bias is not None:
+        inner.bias[rows] = inner.bias[rows][order]
+    outer.weight[:, columns] = outer.weight[:, columns][:, order]

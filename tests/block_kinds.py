@@ -1,0 +1,105 @@
+"""Tiny transformers with random weights, one row per family: what the invariant tests run on.
+
+A new block class is one more entry of CASES: how to build the transformer, its spec, and its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from routers.spec import TransformerSpec
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """inputs(rows, t, seed): forward arguments for `rows` rows at time t in [0, 1], rows drawn one by one."""
+
+    name: str
+    spec: TransformerSpec
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int, float, int], Inputs]
+
+    def transformer(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = self.build().eval().requires_grad_(False)
+        with torch.no_grad():
+            for (
+                parameter
+            ) in model.parameters():  # gates and modulations start near zero: make every block count
+                if parameter.dim() == 1:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        return model
+
+    def run(self, model: nn.Module, rows: int = 2, t: float = 0.7, seed: int = 0) -> Tensor:
+        with torch.no_grad():
+            out = model(**self.inputs(rows, t, seed))
+        return out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
+
+
+def _rows(rows: int, seed: int, *shape: int) -> Tensor:
+    """Row i depends on seed + i only, so that a batch can be compared with its rows alone."""
+    return torch.stack(
+        [torch.randn(*shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(rows)]
+    )
+
+
+def _qwen() -> nn.Module:
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=4, attention_head_dim=16, num_attention_heads=3,
+        joint_attention_dim=24, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+
+
+def _qwen_inputs(rows: int, t: float, seed: int) -> Inputs:
+    return {
+        "hidden_states": _rows(rows, seed, 16, 16),
+        "encoder_hidden_states": _rows(rows, seed + 100, 5, 24),
+        "encoder_hidden_states_mask": None,
+        "timestep": torch.full((rows,), t),
+        "img_shapes": [[(1, 4, 4)]] * rows,
+        "return_dict": False,
+    }
+
+
+def _flux() -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=3,
+        joint_attention_dim=24, pooled_projection_dim=20, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+
+
+def _flux_inputs(rows: int, t: float, seed: int) -> Inputs:
+    ids = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(4.0), torch.arange(4.0), indexing="ij"), -1)
+    return {
+        "hidden_states": _rows(rows, seed, 16, 16),
+        "encoder_hidden_states": _rows(rows, seed + 100, 5, 24),
+        "pooled_projections": _rows(rows, seed + 200, 20),
+        "timestep": torch.full((rows,), t),
+        "guidance": torch.full((rows,), 3.5),
+        "img_ids": ids.reshape(16, 3),
+        "txt_ids": torch.zeros(5, 3),
+        "return_dict": False,
+    }
+
+
+def _cases() -> list[Case]:
+    from backbones import flux, qwen_image
+
+    return [
+        Case("qwen", qwen_image.TRANSFORMER, _qwen, _qwen_inputs),
+        Case("flux", flux.TRANSFORMER, _flux, _flux_inputs),
+    ]
+
+
+CASES = _cases()
