@@ -39,6 +39,15 @@ class Block:
         """The residual streams `[B, L, D]` of a call, image first."""
         return tuple(inputs[name] for name in self.spec.streams)
 
+    def tokens(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """All streams as one `[B, L, D]`, image last, and which tokens are no padding `[B, L]` (None: all)."""
+        streams = self.streams(inputs)[::-1]
+        mask = inputs.get(self.spec.mask) if self.spec.mask else None
+        if mask is not None:
+            parts = [mask.bool(), *(mask.new_ones(s.shape[:2], dtype=torch.bool) for s in streams[1:])]
+            mask = torch.cat(parts, dim=1)
+        return torch.cat(streams, dim=1), mask
+
     def unpack(self, output: Any) -> tuple[Tensor, ...]:
         """The residual streams of an output, in the order of `streams`."""
         return tuple(output[i] for i in self.spec.returns) if self.spec.returns else (output,)

@@ -104,10 +104,15 @@ def _record_tokens(linear: nn.Module) -> list[int]:
     return counts
 
 
-def router_flops(router: nn.Module | None) -> float:
-    """FLOPs of a router for one row: it sees pooled tokens, so 2 per weight of its matrices."""
+def router_flops(router: nn.Module | None, tokens: int) -> float:
+    """FLOPs of a router for one row of `tokens` tokens, all streams together.
+
+    A router that pools its tokens first costs 2 per weight of its matrices; any other says it in `flops`.
+    """
     if router is None:
         return 0.0
+    if hasattr(router, "flops"):
+        return float(router.flops(tokens))
     return float(sum(2 * p.numel() for p in router.parameters() if p.dim() == 2))
 
 

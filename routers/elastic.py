@@ -158,7 +158,7 @@ class Elastic:
         if run is None:
             run, name = self._follow(time, name)
         branch = run.branch(name, tuple(sample.shape))
-        self._call = run.begin(branch, time.expand(sample.shape[0]), *cost)
+        self._call = run.begin(branch, time.expand(sample.shape[0]), *cost, key)
         try:
             output = original(*args, **kwargs)
             run.end(self._call)
@@ -177,19 +177,19 @@ class Elastic:
                 original(*args, **kwargs)
         finally:
             self._probing = None
-        costs = []
+        costs, routers = [], []
         for block, block_args, block_kwargs in probing:
             signature = block.signature()
             if signature not in known:
-                tokens = block.streams(block.bind(block_args, block_kwargs))[0].shape[1]
+                tokens = [stream.shape[1] for stream in block.streams(block.bind(block_args, block_kwargs))]
                 known[signature] = block_cost(
-                    block.module, block.slicers, block_args, block_kwargs, rows, tokens
+                    block.module, block.slicers, block_args, block_kwargs, rows, tokens[0]
                 )
+                routers.append(router_flops(block.router, sum(tokens)))
             costs.append(known[signature])
         if [block.index for block, _, _ in probing] != list(range(len(self.blocks))):
             raise ValueError("the transformer does not call its blocks once each, in the order of the spec")
-        router = max((router_flops(block.router) for block in self.blocks), default=0.0)
-        self._costs[key] = costs, sum(outside) / rows, router
+        self._costs[key] = costs, sum(outside) / rows, max(routers, default=0.0)
         return self._costs[key]
 
     # -- a block -------------------------------------------------------------------------------
@@ -234,9 +234,9 @@ class Elastic:
         if group.code == SKIP or group.last < 0:
             return before
         time = call.time if index is None else call.time[index]
-        cache, policy = call.branch.cache, self._require_run().policy
+        policy = self._require_run().policy
         if group.code == REUSE:
-            delta = cache.delta(block.index, group.last, group.rows, time, policy.order)
+            delta = group.cache.delta(block.index, group.last, group.rows, time, policy.order)
             return tuple(x + d for x, d in zip(before, delta, strict=True))
         if policy.reads_routers and block.router is not None:
             self._remember_logits(block, call, index, inputs, before)
@@ -244,7 +244,7 @@ class Elastic:
             for slicer in block.slicers:
                 stack.enter_context(slicer.narrowed(WIDTHS[group.code]))
             after = block.unpack(original(**inputs))
-        cache.store(block.index, group.rows, time, before, after)
+        group.cache.store(block.index, group.rows, time, before, after)
         return after
 
     def _route(
@@ -255,7 +255,11 @@ class Elastic:
         image = before[0]
         if next(block.router.parameters()).device != image.device:
             block.router.to(image.device)
-        return block.router(image, inputs.get(block.spec.modulation) if block.spec.modulation else None)
+        modulation = inputs.get(block.spec.modulation) if block.spec.modulation else None
+        if getattr(block.router, "all_streams", False):
+            stream, mask = block.tokens(inputs)
+            return block.router(stream, modulation, mask)
+        return block.router(image, modulation)
 
     def _remember_logits(
         self,

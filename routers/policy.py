@@ -10,7 +10,7 @@ Shapes: R rows, N blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +32,15 @@ class RunInfo:
 class CallInfo:
     """What a policy knows of a transformer call.
 
-    step: from 0. rows: batch rows of the call. costs: FLOPs per block and row; outside: FLOPs per row
+    step: from 0. branches: all CFG branches seen so far in the run. rows: batch rows of the call. costs: FLOPs per block and row; outside: FLOPs per row
     around the blocks; overhead: FLOPs per row of one router. available [R, N]: cached passes per row
-    and block. spent, dense [R]: FLOPs so far in this branch, before this call.
+    and block. spent, dense [R]: FLOPs so far in this branch, before this call. signature: equal for calls
+    with equal shapes.
     """
 
     step: int
     branch: str
+    branches: tuple[str, ...]
     rows: int
     costs: list[BlockCost]
     outside: float
@@ -46,6 +48,7 @@ class CallInfo:
     available: NDArray[np.int64]
     spent: NDArray[np.float64]
     dense: NDArray[np.float64]
+    signature: Any = ()
 
 
 class Policy(Protocol):
@@ -59,6 +62,9 @@ class Policy(Protocol):
     """Whether `decide` wants the previous call's logits (one host read per call)."""
     immediate: bool
     """Whether every block asks `decide_block` with its own logits (one host read per block)."""
+    stores: NDArray[np.int8] | None
+    """For immediate policies: whose cache each row [R] uses after `decide_block`, 0 for the run's first
+    branch, 1 for its second; None: its own branch's."""
 
     def start(self, run: RunInfo) -> None:
         """A new run begins: forget everything."""
@@ -78,6 +84,7 @@ class OpenPolicy:
     """Everything open: the dense model, run through the elastic path."""
 
     cache_depth, order, reads_routers, immediate = 0, 0, False, False
+    stores: NDArray[np.int8] | None = None
 
     def start(self, run: RunInfo) -> None:
         """Nothing to forget."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,18 +25,22 @@ from .policy import CallInfo, Policy, RunInfo
 from .spec import WIDTHS
 from .trace import FULL, REUSE, Actions, CallRecord, Trace
 
+_Key = TypeVar("_Key", bound=Hashable)
+
 
 @dataclass
 class Group:
     """Rows of a call that do the same in a block. rows None: all of them.
 
     code: an action code. last: for a reuse, the last block of a chained stretch added in one go;
-    -1 marks a block whose delta an earlier block of the stretch has already added.
+    -1 marks a block whose delta an earlier block of the stretch has already added. cache: where the
+    rows' passes are kept.
     """
 
     code: int
     rows: list[int] | None
     last: int
+    cache: ResidualCache
 
 
 @dataclass
@@ -81,6 +86,7 @@ class Call:
     groups: list[list[Group] | None]
     started: float
     dense: float
+    gate: NDArray[np.float32] | None = None
 
 
 class Run:
@@ -109,13 +115,20 @@ class Run:
         return branch
 
     def begin(
-        self, branch: Branch, time_: Tensor, costs: list[BlockCost], outside: float, overhead: float
+        self,
+        branch: Branch,
+        time_: Tensor,
+        costs: list[BlockCost],
+        outside: float,
+        overhead: float,
+        signature: Hashable = (),
     ) -> Call:
-        """Decide a call. time_: `[R]` on the device; costs per block and row in FLOPs."""
+        """Decide a call. time_: `[R]` on the device; costs per block and row in FLOPs; signature: its shapes."""
         blocks = len(costs)
         info = CallInfo(
             step=branch.step,
             branch=branch.name,
+            branches=tuple(self.branches),
             rows=branch.rows,
             costs=costs,
             outside=outside,
@@ -123,6 +136,7 @@ class Run:
             available=self._available(branch, blocks),
             spent=branch.spent.copy(),
             dense=branch.dense.copy(),
+            signature=signature,
         )
         dense = outside + sum(cost.dense for cost in costs)
         started = time.perf_counter()
@@ -139,22 +153,30 @@ class Run:
         self.trace.host_syncs += 1
         logits = torch.cat([gate[:, None], widths], dim=1).float().cpu().numpy()
         codes = self.policy.decide_block(call.info, block, logits[:, 0], logits[:, 1:])
-        codes = self._feasible(codes[:, None], call.info.available[:, block : block + 1])
-        call.actions[:, block] = codes[:, 0]
-        groups = [Group(code, rows, block) for code, rows in _split(codes[:, 0])]
-        call.groups[block] = groups
+        caches = [call.branch.cache] * len(codes)
+        if self.policy.stores is not None:
+            branches = [*self.branches.values()]
+            caches = [branches[store].cache for store in self.policy.stores]
+        available = np.array([cache.available(block, row) for row, cache in enumerate(caches)])
+        call.actions[:, block] = codes = self._feasible(codes, available)
+        if call.gate is None:
+            call.gate = np.full(call.actions.shape, np.nan, np.float32)
+        call.gate[:, block] = logits[:, 0]
+        split = _split([*zip(codes.tolist(), caches, strict=True)])
+        groups = call.groups[block] = [Group(code, rows, block, cache) for (code, cache), rows in split]
         return groups
 
     def end(self, call: Call) -> None:
         """Book the call: FLOPs per row, decisions, cache size, and the step count of its branch."""
         branch, info = call.branch, call.info
         flops = np.full(info.rows, info.outside)
-        # A router runs for the rows that compute its block, and for no other.
-        table = np.array([[cost.at(w) + info.overhead for w in WIDTHS] for cost in info.costs])
+        table = np.array([[cost.at(w) for w in WIDTHS] for cost in info.costs])
         computed = call.actions >= 0
         flops += np.where(computed, table[np.arange(len(info.costs)), np.maximum(call.actions, 0)], 0.0).sum(
             1
         )
+        # A router that decides its own block runs for every row, else only for the rows that compute the block.
+        flops += info.overhead * (computed | self.policy.immediate).sum(1)
         branch.spent += flops
         branch.dense += call.dense
         branch.step += 1
@@ -162,7 +184,9 @@ class Run:
         trace.samples = self.samples or max(trace.samples, info.rows)
         trace.cache_bytes = max(trace.cache_bytes, sum(b.cache.nbytes() for b in self.branches.values()))
         seconds = time.perf_counter() - call.started
-        trace.calls.append(CallRecord(info.step, info.branch, call.actions, flops, call.dense, seconds))
+        trace.calls.append(
+            CallRecord(info.step, info.branch, call.actions, flops, call.dense, seconds, call.gate)
+        )
 
     def _available(self, branch: Branch, blocks: int) -> NDArray[np.int64]:
         if self.policy.cache_depth == 0:
@@ -186,7 +210,7 @@ class Run:
 def plan_groups(actions: Actions, cache: ResidualCache) -> list[list[Group]]:
     """Per block, the rows that act alike; chained blocks that every row reuses become one stretch."""
     groups = [
-        [Group(code, rows, block) for code, rows in _split(actions[:, block])]
+        [Group(code, rows, block, cache) for code, rows in _split(actions[:, block].tolist())]
         for block in range(actions.shape[1])
     ]
     block = 0
@@ -208,9 +232,9 @@ def _all_reuse(groups: list[Group]) -> bool:
     return len(groups) == 1 and groups[0].code == REUSE and groups[0].rows is None
 
 
-def _split(codes: Sequence[int] | Actions) -> list[tuple[int, list[int] | None]]:
-    codes = [int(code) for code in codes]
-    distinct = sorted(set(codes))
+def _split(keys: Sequence[_Key]) -> list[tuple[_Key, list[int] | None]]:
+    """Rows with equal keys together, in order of first appearance; None for the rows if all are equal."""
+    distinct = list(dict.fromkeys(keys))
     if len(distinct) == 1:
         return [(distinct[0], None)]
-    return [(code, [i for i, c in enumerate(codes) if c == code]) for code in distinct]
+    return [(key, [i for i, k in enumerate(keys) if k == key]) for key in distinct]
