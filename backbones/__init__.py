@@ -1,0 +1,1 @@
+"""What can be generated with: a torch-free registry, one adapter per family, and the loader."""

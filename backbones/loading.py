@@ -1,0 +1,177 @@
+"""Load a pipeline for a Backbone: device, dtype, offloading, LoRA, compile. Safetensors only."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbones.registry import SMALL_MODEL, hub_message, require_hub
+from backbones.spec import Backbone, Lora, Placement
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+FINGERPRINT_BLOCKS = 16
+FINGERPRINT_BYTES = 65536
+
+
+class LoadError(ValueError):
+    """The model, device or LoRA cannot be loaded as asked; the message is one line for the user."""
+
+
+def pick_device(asked: str) -> torch.device:
+    """"auto" -> cuda, else mps, else cpu; anything else is checked to exist. Raises LoadError."""
+    if asked == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise LoadError(f"--device {asked!r} is unknown; allowed are auto, cuda, cuda:N, mps, cpu") from None
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device.type, False):
+        found = ", ".join(name for name, present in available.items() if present and name != device.type)
+        raise LoadError(f"--device {asked} is not available here; this machine has {found}; leave --device out to pick")
+    return device
+
+
+def pick_dtype(asked: str, backbone: Backbone) -> torch.dtype:
+    """"auto" -> fp32 for small models (faster and exact on a CPU), bf16 for the rest."""
+    if asked != "auto":
+        return DTYPES[asked]
+    return torch.float32 if 0 < backbone.parameters < SMALL_MODEL else torch.bfloat16
+
+
+def load_pipeline(backbone: Backbone, placement: Placement, transformer: Any = None) -> Any:
+    """A ready diffusers pipeline. Reads folders without the network; a hub model only from its own repository.
+
+    transformer: an already loaded denoiser to put in place of the checkpoint's own.
+    Raises LoadError for anything the user can mend.
+    """
+    device, dtype = pick_device(placement.device), pick_dtype(placement.dtype, backbone)
+    if placement.offload != "none" and device.type == "cpu":
+        raise LoadError(f"--offload {placement.offload} needs a GPU to offload from, this run uses the CPU; leave it out")
+    with quiet_libraries():
+        pipe = _from_pretrained(backbone, dtype, {} if transformer is None else {"transformer": transformer})
+        for i, lora in enumerate(placement.loras):
+            _add_lora(pipe, lora, f"lora_{i}")
+        if placement.loras:
+            names = [f"lora_{i}" for i in range(len(placement.loras))]
+            pipe.set_adapters(names, [lora.scale for lora in placement.loras])
+        _place(pipe, device, placement.offload)
+    if placement.compile:
+        # per block: seconds instead of minutes to compile, and routers still see every block
+        pipe.transformer.compile_repeated_blocks()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def image_to_image(pipe: Any, backbone: Backbone) -> Any:
+    """The family's image-to-image pipeline around the same components. Raises LoadError if there is none."""
+    import diffusers
+
+    name = backbone.family.image_to_image_class
+    if name is None:
+        raise LoadError(f"{backbone.family.name} offers no image-to-image; leave --image out")
+    with quiet_libraries():
+        other = getattr(diffusers, name).from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def fingerprint(folder: Path) -> str:
+    """Short hash that tells checkpoints apart in milliseconds: sizes, and 16 samples of 64 KiB per weight file."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)}:{size}".encode())
+        with file.open("rb") as stream:
+            for i in range(FINGERPRINT_BLOCKS):
+                stream.seek(max(0, size - FINGERPRINT_BYTES) * i // (FINGERPRINT_BLOCKS - 1))
+                digest.update(stream.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep library progress bars and advice off the user's terminal, unless EDIT_DEBUG is set."""
+    if os.environ.get("EDIT_DEBUG"):
+        yield
+        return
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    for module in (diffusers_logging, transformers_logging):
+        module.disable_progress_bar()
+        module.set_verbosity_error()
+    for name in ("huggingface_hub", "peft", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _from_pretrained(backbone: Backbone, dtype: torch.dtype, components: dict[str, Any]) -> Any:
+    import diffusers
+
+    pipeline_class = getattr(diffusers, backbone.family.pipeline_class)
+    local = backbone.folder is not None
+    options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, **components}
+    try:
+        return pipeline_class.from_pretrained(backbone.source, local_files_only=True, **options)
+    except Exception as error:
+        if local:
+            raise LoadError(f"{backbone.source!r} cannot be loaded: {first_line(error)}") from error
+    try:
+        require_hub()
+        return pipeline_class.from_pretrained(backbone.source, **options)
+    except OSError as error:
+        raise LoadError(hub_message(backbone.source, error)) from error
+
+
+def _add_lora(pipe: Any, lora: Lora, name: str) -> None:
+    where: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "adapter_name": name}
+    folder, file = (lora.path, None) if lora.path.is_dir() else (lora.path.parent, lora.path.name)
+    if file is not None:
+        where["weight_name"] = file
+    try:
+        pipe.load_lora_weights(str(folder), **where)
+    except Exception as error:  # diffusers and peft raise anything from KeyError to RuntimeError here
+        raise LoadError(f"--lora {str(lora.path)!r} does not fit {type(pipe).__name__}: {first_line(error)}") from error
+    if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
+        raise LoadError(f"--lora {str(lora.path)!r} holds no weights for {type(pipe).__name__}")
+
+
+def _place(pipe: Any, device: torch.device, offload: str) -> None:
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif offload == "group":
+        # whole blocks move, the next one while this one computes (CUDA streams)
+        pipe.enable_group_offload(
+            onload_device=device,
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=device.type == "cuda",
+        )
+    else:
+        pipe.to(device)
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's text, for one-line messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

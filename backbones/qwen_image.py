@@ -1,0 +1,77 @@
+"""Qwen-Image (arXiv 2508.02324): a dual-stream DiT of 60 blocks, Qwen2.5-VL as the text encoder, true CFG."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backbones.spec import Config, Defaults, Family
+from routers.spec import BlockSpec, MlpSpec, TransformerSpec
+
+TRANSFORMER = TransformerSpec(
+    transformer_class="QwenImageTransformer2DModel",
+    blocks=(
+        BlockSpec(
+            kind="double",
+            block_class="QwenImageTransformerBlock",
+            path="transformer_blocks",
+            streams=("hidden_states", "encoder_hidden_states"),
+            returns=(1, 0),
+            modulation="temb",
+            # image_rotary_emb is shared by the rows; modulate_index [B, L] exists only with zero_cond_t
+            batched=("encoder_hidden_states_mask", "modulate_index"),
+            mlps=(MlpSpec(in_linear="img_mlp.net.0.proj", activation="img_mlp.net.0", out_linear="img_mlp.net.2"),),
+        ),
+    ),
+)
+
+PATCH = 2  # the transformer sees 2x2 latent patches
+SUFFIX_TOKENS = 5  # "<|im_end|>\n<|im_start|>assistant\n" stays after the 34 template tokens are dropped
+
+
+def size_multiple(vae: Config) -> int:
+    """Both sides in px must be divisible by VAE scale x patch, or the pipeline would silently resize."""
+    return PATCH * 2 ** len(vae.get("temperal_downsample", (0, 0, 0)))
+
+
+def defaults(transformer: Config) -> Defaults:
+    """The pipeline's own: 1024 px, 50 steps, true CFG 4."""
+    return Defaults()
+
+
+def text_tokens(prompt: str, max_sequence_length: int | None) -> int:
+    """About 4 characters to a BPE token, plus the template's suffix."""
+    tokens = max(1, round(len(prompt) / 4)) + SUFFIX_TOKENS
+    return min(tokens, max_sequence_length or tokens)
+
+
+def transformer_inputs(
+    transformer: Config, vae: Config, width: int, height: int, text: int, batch: int
+) -> dict[str, Any]:
+    """Arguments of one transformer call, on the meta device. Sizes in px, `text` in tokens."""
+    import torch
+
+    rows, columns = height // size_multiple(vae), width // size_multiple(vae)
+    with torch.device("meta"):
+        return {
+            "hidden_states": torch.empty(batch, rows * columns, transformer.get("in_channels", 64)),
+            "encoder_hidden_states": torch.empty(batch, text, transformer.get("joint_attention_dim", 3584)),
+            "encoder_hidden_states_mask": None,
+            "timestep": torch.empty(batch),
+            "img_shapes": [[(1, rows, columns)]] * batch,
+            "return_dict": False,
+        }
+
+
+FAMILY = Family(
+    name="Qwen-Image",
+    pipeline_class="QwenImagePipeline",
+    transformer=TRANSFORMER,
+    guidance_argument="true_cfg_scale",
+    # without a negative prompt the pipeline turns guidance off; the model card uses one space
+    negative_prompt=" ",
+    image_to_image_class="QwenImageImg2ImgPipeline",
+    size_multiple=size_multiple,
+    defaults=defaults,
+    transformer_inputs=transformer_inputs,
+    text_tokens=text_tokens,
+)

@@ -1,0 +1,80 @@
+"""Terminal output: results on stdout, progress and notes on stderr. The only place that makes rich consoles."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+
+@functools.cache
+def stdout() -> Console:
+    """Console for results."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@functools.cache
+def stderr() -> Console:
+    """Console for progress, warnings and errors."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def print_error(message: str) -> None:
+    """One line on stderr, however long: scripts read it, so it is never wrapped."""
+    line = " ".join(message.split())
+    stderr().print(f"[bold red]error:[/] {_escape(line)}", soft_wrap=True)
+
+
+def print_warning(message: str) -> None:
+    """One line on stderr."""
+    line = " ".join(message.split())
+    stderr().print(f"[yellow]warning:[/] {_escape(line)}", soft_wrap=True)
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """One JSON object as one line of stdout."""
+    sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def two_columns(rows: Mapping[str, str], title: str = "") -> Table:
+    """A borderless table of names and values, as reports use."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False, title=title or None, title_justify="left")
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+@contextmanager
+def progress(enabled: bool) -> Iterator[Progress | None]:
+    """Progress bars on stderr; None when disabled or when stderr is no terminal."""
+    if not enabled or not stderr().is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr(), transient=True) as bars:
+        yield bars
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

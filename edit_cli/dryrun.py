@@ -1,0 +1,150 @@
+"""`--dry-run`: what would be done, what it costs, what memory it needs; no weights are loaded, nothing is written."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from backbones import registry
+from backbones.registry import GIB
+from edit_cli.console import two_columns
+from edit_cli.errors import bad_input
+from edit_cli.models import readable_count
+from edit_cli.plan import Job, Plan
+from edit_cli.report import flops, one_or_all
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def dry_run(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON data: outputs, FLOPs dense and at the asked budget, memory in GiB per component.
+
+    Memory counts weights only, and for `cache` the most that a feature cache can hold. Raises EditError.
+    """
+    budgets = [1.0 if job.budget is None else job.budget for job in plan.jobs]
+    recommended = _recommended(plan)
+    if recommended is not None:
+        budgets = [recommended if job.budget is None else job.budget for job in plan.jobs]
+    with bad_input():
+        dense = [_job_flops(plan, job) for job in plan.jobs]
+        memory = _memory(plan)
+    return {
+        "dry_run": True,
+        "outputs": [str(job.path) for job in plan.jobs],
+        "model": plan.backbone.name,
+        "seeds": [job.seed for job in plan.jobs],
+        "budget": one_or_all(budgets),
+        "flops": {"dense": sum(dense), "spent": sum(d * b for d, b in zip(dense, budgets, strict=True))},
+        "transformer_calls": sum(_calls(plan, batch[0]) for batch in plan.batches()),
+        "memory_gib": memory,
+    }
+
+
+def as_table(plan: Plan, found: Mapping[str, Any]) -> RenderableType:
+    """The dry run for people."""
+    first, memory = plan.jobs[0], found["memory_gib"]
+    weights = " · ".join(f"{name} {gib:.2f}" for name, gib in memory["weights"].items())
+    backbone = plan.backbone
+    rows = {
+        "model": f"{backbone.name} ({backbone.family.name}, {readable_count(backbone.parameters)} parameters)",
+        "routers": str(plan.routers) if plan.routers else "none: dense",
+        "pictures": f"{len(plan.jobs)} in {sum(1 for _ in plan.batches())} batches, {first.width}x{first.height}, "
+        f"{first.steps} steps, guidance {first.guidance:g}",
+        "compute": f"{flops(found['flops']['spent'])} at budget {found['budget']}, {flops(found['flops']['dense'])} "
+        f"dense, in {found['transformer_calls']} transformer calls",
+        "weights": f"{weights} GiB in {memory['dtype']}, {memory['total']:.2f} GiB together",
+        "cache": f"at most {memory['cache']:.2f} GiB for reuse",
+        "on device": f"about {memory['device']:.2f} GiB with --offload {plan.placement.offload}",
+        "would write": ", ".join(found["outputs"][:8]) + (" ..." if len(found["outputs"]) > 8 else ""),
+    }
+    return Group(Text("dry run: nothing was loaded or written", style="bold"), Text(), two_columns(rows))
+
+
+def _recommended(plan: Plan) -> float | None:
+    import routers
+
+    if plan.routers is None:
+        return None
+    with bad_input():
+        if routers.release.is_release_file(plan.routers):
+            return None  # its spend is known only after a run
+        return float(routers.load_bundle(plan.routers).recommended_budget)
+
+
+def _calls(plan: Plan, job: Job) -> int:
+    from edit_cli.session import denoising_steps
+
+    return denoising_steps(job) * plan.backbone.family.branches(job.guidance)
+
+
+def _job_flops(plan: Plan, job: Job) -> float:
+    """FLOPs of one picture's denoising, dense: counted on the meta device, one call per distinct size."""
+    from edit_cli.session import denoising_steps
+
+    family, limit = plan.backbone.family, plan.backbone.defaults.max_sequence_length
+    prompts = [job.prompt]
+    if family.branches(job.guidance) > 1:
+        prompts.append(job.negative_prompt or "")
+    calls = [_call_flops(plan.backbone.name, plan, job.width, job.height, family.text_tokens(p, limit)) for p in prompts]
+    return denoising_steps(job) * sum(calls)
+
+
+def _call_flops(name: str, plan: Plan, width: int, height: int, text: int) -> float:
+    import routers
+
+    family = plan.backbone.family
+    transformer, config, vae = _meta_transformer(name, plan.backbone)
+    inputs = family.transformer_inputs(config, vae, width, height, text, 1)
+    return float(routers.cost.transformer_flops(transformer, inputs))
+
+
+@functools.lru_cache(maxsize=2)
+def _meta_transformer(name: str, backbone: Any) -> tuple[Any, Any, Any]:
+    import diffusers
+    import torch
+
+    config = dict(registry.component_config(backbone, "transformer"))
+    vae = registry.component_config(backbone, "vae")
+    with torch.device("meta"):
+        transformer = getattr(diffusers, backbone.family.transformer.transformer_class).from_config(config)
+    return transformer.eval(), config, vae
+
+
+def _memory(plan: Plan) -> dict[str, Any]:
+    from backbones.loading import pick_dtype
+
+    backbone, offload = plan.backbone, plan.placement.offload
+    dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[
+        str(pick_dtype(plan.placement.dtype, backbone)).split(".")[-1]
+    ]
+    size = BYTES[dtype]
+    weights = {name: n * size / GIB for name, n in registry.component_parameters(backbone).items()}
+    transformer, config, vae = _meta_transformer(backbone.name, backbone)
+    blocks = [block for spec in backbone.family.transformer.blocks for block in transformer.get_submodule(spec.path)]
+    block = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0) * size / GIB
+    cache = 0.0
+    if plan.routers is not None:
+        job = max(plan.jobs, key=lambda j: j.width * j.height)
+        tokens = (job.width // backbone.size_multiple) * (job.height // backbone.size_multiple)
+        tokens += backbone.family.text_tokens(job.prompt, backbone.defaults.max_sequence_length)
+        dim = config["num_attention_heads"] * config["attention_head_dim"]
+        # every block's output, at two steps, for each guidance branch and picture of a batch
+        rows = min(plan.batch_size, len(plan.jobs)) * backbone.family.branches(job.guidance)
+        cache = 2 * (len(blocks) + 1) * tokens * dim * size * rows / GIB
+    on_device = {
+        "none": sum(weights.values()),
+        "model": max(weights.values(), default=0.0),
+        "sequential": block,
+        "group": 2 * block,
+    }[offload]
+    return {
+        "dtype": dtype,
+        "weights": {name: round(gib, 3) for name, gib in weights.items()},
+        "total": round(sum(weights.values()), 3),
+        "cache": round(cache, 3),
+        "device": round(on_device + cache, 3),
+    }

@@ -1,0 +1,96 @@
+"""`edit generate`: prompts to pictures at a compute budget. Thin: parse, plan, run, save, report."""
+
+from __future__ import annotations
+
+from edit_cli import options as o
+from edit_cli.console import print_json, print_warning, stderr, stdout
+from edit_cli.plan import Asked, make_plan
+
+
+def generate(
+    prompts: o.Prompts = None,
+    prompts_file: o.PromptsFile = None,
+    model: o.Model = None,
+    routers: o.Routers = None,
+    budget: o.Budget = None,
+    force: o.Force = False,
+    steps: o.Steps = None,
+    guidance: o.Guidance = None,
+    negative_prompt: o.NegativePrompt = None,
+    seed: o.Seed = None,
+    num_images: o.NumImages = None,
+    batch_size: o.BatchSize = None,
+    width: o.Width = None,
+    height: o.Height = None,
+    image: o.Image = None,
+    strength: o.Strength = None,
+    output: o.Output = None,
+    replay: o.Replay = None,
+    compare: o.Compare = False,
+    dry_run: o.DryRun = False,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    offload: o.Offload = None,
+    lora: o.LoraFiles = None,
+    compile: o.Compile = False,
+    json_output: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Generate pictures, spending only a share of the model's compute.
+
+    The budget is a share of the dense transformer's FLOPs. Options marked * can also stand in a JSON line of
+    --prompts, for that picture alone.
+
+    [dim]edit generate "a cat" --budget 0.6
+    edit generate "a cat" "a dog" -n 4 -o out/
+    edit generate --from cat.png --budget 0.4[/dim]
+    """
+    asked = Asked(
+        prompts=tuple(prompts or ()),
+        prompts_file=prompts_file,
+        replay=replay,
+        model=model,
+        routers=routers,
+        budget=budget,
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        seeds=tuple(seed or ()),
+        num_images=num_images,
+        batch_size=batch_size,
+        width=width,
+        height=height,
+        image=image,
+        strength=strength,
+        output=output,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+        loras=tuple(lora or ()),
+        compile=compile,
+        force=force,
+    )
+    plan = make_plan(asked)
+    if not quiet:
+        for warning in plan.warnings:
+            print_warning(warning)
+    # with --json, stdout carries the object alone
+    console = stderr() if json_output else stdout()
+    if dry_run:
+        from edit_cli import dryrun
+
+        found = dryrun.dry_run(plan)
+        table = dryrun.as_table(plan, found)
+    else:
+        from edit_cli import report
+        from edit_cli.runner import run_plan
+        from edit_cli.stages import StageClock
+
+        result = run_plan(plan, compare=compare, show_progress=not quiet, clock=StageClock())
+        found, table = report.as_json(result), report.as_table(result)
+        for note in result.notes if not quiet else ():
+            print_warning(note)
+    if not quiet:
+        console.print(table)
+    if json_output:
+        print_json(found)

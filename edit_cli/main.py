@@ -1,0 +1,114 @@
+"""Entry point `edit`: registers the commands and turns every error into one line. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from edit_cli import __version__
+from edit_cli.console import print_error
+from edit_cli.errors import BAD_INPUT, FAILED_RUN, OUT_OF_MEMORY, EditError, Interrupted, is_out_of_memory
+from edit_cli.generate import generate
+from edit_cli.models import models
+
+app = typer.Typer(
+    name="edit",
+    help="One diffusion transformer, any compute budget.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate)
+app.command()(models)
+
+MANY_VALUES = {"--seed": re.compile(r"\d+"), "-s": re.compile(r"\d+")}
+"""Options that take several values after one name (`--seed 1 2 3`), and what a value looks like."""
+
+
+def version(show: bool) -> None:
+    """Callback of `--version`."""
+    if show:
+        print(f"edit {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    show_version: bool = typer.Option(False, "--version", callback=version, is_eager=True, help="Print the version."),
+) -> None:
+    """One diffusion transformer, any compute budget."""
+
+
+def spread(arguments: Sequence[str]) -> list[str]:
+    """`--seed 1 2 3` -> `--seed 1 --seed 2 --seed 3`: option parsers take one value for each name."""
+    result: list[str] = []
+    name, seen = "", 0
+    for i, argument in enumerate(arguments):
+        if argument == "--":
+            return result + list(arguments[i:])
+        if argument in MANY_VALUES:
+            name, seen = argument, 0
+        elif name and MANY_VALUES[name].fullmatch(argument):
+            if seen:
+                result.append(name)
+            seen += 1
+        else:
+            name = ""
+        result.append(argument)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 2 bad input, 1 failed run, 130 interrupted."""
+    debug = bool(os.environ.get("EDIT_DEBUG"))
+    try:
+        code = _run(sys.argv[1:] if arguments is None else list(arguments))
+    except EditError as error:
+        if debug:
+            raise
+        print_error(str(error))
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print_error(str(Interrupted()))
+        code = Interrupted.exit_code
+    except BrokenPipeError:
+        # the reader of our output left (`edit models | head`): nothing to tell anyone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED_RUN
+    except Exception as error:
+        if debug:
+            raise
+        print_error(_describe(error))
+        code = FAILED_RUN
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    command = typer.main.get_command(app)
+    try:
+        result = command.main(spread(arguments), prog_name="edit", standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except typer.TyperException as error:  # unknown option, missing value...
+        name = getattr(getattr(error, "ctx", None), "command_path", "edit")
+        print_error(f"{error.format_message().rstrip('.')}; see `{name} --help`")
+        return BAD_INPUT
+    if result == Interrupted.exit_code:  # typer turns KeyboardInterrupt into this
+        raise KeyboardInterrupt
+    return result if isinstance(result, int) else 0
+
+
+def _describe(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY.format(where="")
+    first = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    return f"{type(error).__name__}: {first.strip()}; set EDIT_DEBUG=1 for the traceback"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Where results go: names, templates, checks before any work, and whole-or-nothing writes. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import string
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edit_cli.errors import EditError, RunError
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+TEMPLATE_FIELDS = ("prompt", "seed", "index", "budget", "model")
+MAX_NAME = 60  # characters of a prompt that become part of a file name
+
+
+def slug(prompt: str) -> str:
+    """"A cat, at night!" -> "a-cat-at-night"; letters of any script are kept."""
+    words = "".join(c.lower() if c.isalnum() else " " for c in prompt).split()
+    return "-".join(words)[:MAX_NAME].rstrip("-") or "picture"
+
+
+def plan_outputs(
+    output: str | None, fields: Sequence[Mapping[str, Any]], suffixes: Sequence[str] = PICTURE_SUFFIXES
+) -> list[Path]:
+    """One path for each result, checked to be writable and distinct.
+
+    output: a file, a folder, a template with {prompt} {seed} {index} {budget} {model}, or None for a
+        name made from the prompt in the current folder. A result's own "output" field wins.
+    fields: for each result the template's values, "output" optional.
+    suffixes: allowed file suffixes, the first is the default. Raises EditError.
+    """
+    paths: list[Path] = []
+    taken: set[Path] = set()
+    several = Counter(f.get("output") or output for f in fields)
+    by_prompt = Counter(slug(f["prompt"]) for f in fields)
+    for field in fields:
+        target = field.get("output") or output
+        names = {**field, "prompt": slug(field["prompt"])}
+        if target is None or _is_folder(target):
+            alone = by_prompt[names["prompt"]] == 1
+            name = names["prompt"] if alone else f"{names['prompt']}-{field['seed']}"
+            path = _free_name(Path(target or "."), name, suffixes[0], taken)
+        else:
+            path = _fill(target, names, several[target] > 1)
+        _check_suffix(path, suffixes)
+        if path in taken:
+            raise EditError(f"--output {target!r} would write two results to {str(path)!r}; add {{index}} or {{seed}}")
+        taken.add(path)
+        paths.append(path)
+    for folder in {path.parent for path in paths}:
+        _check_folder(folder)
+    for path in paths:
+        if path.is_dir():
+            raise EditError(f"--output {str(path)!r} is a folder; give a file name")
+    return paths
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write beside the target, then rename: the file appears whole or not at all. Raises RunError."""
+    name = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            name = file.name
+            file.write(data)
+        os.chmod(name, 0o666 & ~_umask())  # temporary files are private, results are ordinary files
+        os.replace(name, path)
+    except BaseException as error:
+        if name is not None and os.path.exists(name):
+            os.unlink(name)
+        if isinstance(error, OSError):
+            raise RunError(f"{str(path)!r} cannot be written: {(error.strerror or str(error)).lower()}") from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _is_folder(target: str) -> bool:
+    return target.endswith(("/", os.sep)) or Path(target).is_dir()
+
+
+def _free_name(folder: Path, name: str, suffix: str, taken: set[Path]) -> Path:
+    """A name made by us never replaces a file: cat.png, cat-2.png, cat-3.png..."""
+    path, n = folder / f"{name}{suffix}", 2
+    while path in taken or path.exists():
+        path, n = folder / f"{name}-{n}{suffix}", n + 1
+    return path
+
+
+def _fill(target: str, names: Mapping[str, Any], several: bool) -> Path:
+    try:
+        used = {field for _, field, _, _ in string.Formatter().parse(target) if field is not None}
+        unknown = used - set(TEMPLATE_FIELDS)
+        if unknown:
+            raise EditError(
+                f"--output field {{{sorted(unknown)[0]}}} is unknown; "
+                f"allowed are {' '.join(f'{{{name}}}' for name in TEMPLATE_FIELDS)}"
+            )
+        path = Path(target.format(**{name: names.get(name, "") for name in used}) if used else target)
+    except (ValueError, IndexError) as error:
+        raise EditError(f"--output {target!r} is no valid template: {error}") from None
+    if several and not used:
+        return path.with_name(f"{path.stem}-{names['index']}{path.suffix}")
+    return path
+
+
+def _check_suffix(path: Path, suffixes: Sequence[str]) -> None:
+    if path.suffix.lower() not in suffixes:
+        what = f"suffix {path.suffix!r}" if path.suffix else "no suffix"
+        raise EditError(f"--output {str(path)!r} has {what}; allowed are {', '.join(suffixes)} (a folder ends with /)")
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise EditError(f"--output folder {str(folder)!r} does not exist; create it with: mkdir -p {folder}")
+    if not folder.is_dir():
+        raise EditError(f"--output folder {str(folder)!r} is not a folder; choose another place")
+    try:
+        # the only certain test, also on read-only mounts and as root
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise EditError(f"--output folder {str(folder)!r} is not writable: {reason}; choose another place") from None

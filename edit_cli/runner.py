@@ -1,0 +1,240 @@
+"""Carry out a plan: generate batch by batch, save each picture as soon as it is finished, compare if asked."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from PIL import Image
+
+from backbones import loading
+from edit_cli import __version__, metadata
+from edit_cli.console import progress
+from edit_cli.errors import Interrupted
+from edit_cli.outputs import write_whole
+from edit_cli.pictures import psnr, side_by_side, ssim
+from edit_cli.plan import DEFAULT_ROUTERS, NO_ROUTERS, Job, Plan
+from edit_cli.session import Batch, Session, denoising_steps, settle_budgets
+from edit_cli.stages import StageClock
+
+
+MUST_MATCH = ("model_hash", "routers_hash", "device", "dtype", "versions")
+"""Record entries that decide whether a replayed picture can be identical."""
+
+
+@dataclass
+class Result:
+    """What a run gave: finished jobs in order, with measurements summed over all of them."""
+
+    plan: Plan
+    jobs: list[Job] = field(default_factory=list)
+    spent: list[float] = field(default_factory=list)
+    flops: dict[str, float] = field(default_factory=lambda: {"dense": 0.0, "spent": 0.0})
+    decisions: dict[str, Any] = field(default_factory=lambda: {"skip": 0, "reuse": 0, "compute": {}})
+    seconds: dict[str, float] = field(default_factory=dict)
+    calls: int = 0
+    cache_bytes: int = 0
+    comparison: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> list[Path]:
+        """Files written, in job order."""
+        return [job.path for job in self.jobs]
+
+    def add(self, batch: Batch, rows: Sequence[int]) -> None:
+        """Add a batch's measurements. rows: which of its pictures were asked for."""
+        trace = batch.trace
+        self.jobs += [batch.jobs[row] for row in rows]
+        self.spent += [trace.spent[row] for row in rows]
+        for name, value in trace.flops.items():
+            self.flops[name] += value
+        for name in ("skip", "reuse"):
+            self.decisions[name] += trace.decisions[name]
+        for width, count in trace.decisions["compute"].items():
+            self.decisions["compute"][width] = self.decisions["compute"].get(width, 0) + count
+        self.calls += trace.num_calls
+        self.cache_bytes = max(self.cache_bytes, trace.cache_bytes)
+        self.notes += [note for note in trace.notes if note not in self.notes]
+
+
+def run_plan(plan: Plan, *, compare: bool, show_progress: bool, clock: StageClock) -> Result:
+    """Generate and save every picture of a plan.
+
+    compare: also run dense with the same seeds, and write a side-by-side picture beside each.
+    Raises EditError for bad input, RunError for a failed run, Interrupted (naming kept files) on Ctrl-C.
+    """
+    result = Result(plan)
+    session: Session | None = None
+    try:
+        with progress(show_progress) as bars:
+            waiting = bars.add_task(f"loading {plan.backbone.name}", total=None) if bars else None
+            with clock.stage("load"):
+                session = Session.open(plan, clock)
+            plan = result.plan = settle_budgets(plan, session)
+            result.notes += session.notes
+            batches = [_with_peers(batch, plan) for batch in plan.batches()]
+            _restore_threads(plan)
+            if bars and waiting is not None:
+                bars.remove_task(waiting)
+            dense = _run_dense(session, batches, bars) if compare else []
+            session.attach()
+            if compare:
+                session.warm_up(batches[0][0][0])
+            on_step = _task(bars, "denoising", batches)
+            for number, (jobs, rows) in enumerate(batches):
+                batch = session.run(jobs, on_step)
+                _save(batch, rows, session, result)
+                result.add(batch, rows)
+                if compare:
+                    _compare(result, batch, rows, dense[number])
+        result.seconds = clock.report()
+        if result.comparison is not None:
+            _finish_comparison(result)
+    except KeyboardInterrupt:
+        raise Interrupted(result.outputs) from None
+    finally:
+        if session is not None:
+            session.detach()
+    order = {job.path: i for i, job in enumerate(plan.jobs)}
+    ranked = sorted(zip(result.jobs, result.spent, strict=True), key=lambda pair: order[pair[0].path])
+    result.jobs, result.spent = [job for job, _ in ranked], [spent for _, spent in ranked]
+    return result
+
+
+def _task(bars: Any, label: str, batches: Sequence[tuple[tuple[Job, ...], Any]]) -> Callable[[], None] | None:
+    if bars is None:
+        return None
+    task = bars.add_task(label, total=sum(denoising_steps(jobs[0]) for jobs, _ in batches))
+    return lambda: bars.advance(task)
+
+
+def _with_peers(jobs: tuple[Job, ...], plan: Plan) -> tuple[tuple[Job, ...], Sequence[int]]:
+    """A replayed picture runs in the batch it came from: rounding depends on the batch's size."""
+    record = plan.replayed
+    if record is None or len(record.get("batch", ())) < 2 or len(jobs) != 1:
+        return jobs, range(len(jobs))
+    peers = tuple(
+        replace(jobs[0], prompt=p["prompt"], negative_prompt=p["negative_prompt"], seed=p["seed"])
+        for p in record["batch"]
+    )
+    return peers, [int(record["row"])]
+
+
+def _restore_threads(plan: Plan) -> None:
+    """Sums on a CPU depend on the number of threads, so a replay uses the recorded one."""
+    if plan.replayed is not None and plan.replayed.get("threads"):
+        torch.set_num_threads(int(plan.replayed["threads"]))
+
+
+def _run_dense(
+    session: Session, batches: Sequence[tuple[tuple[Job, ...], Any]], bars: Any
+) -> list[tuple[list[Image.Image], float]]:
+    """Pictures and denoising seconds of the clean, dense model. Not part of the run's own stage times."""
+    own, session.clock = session.clock, StageClock()
+    try:
+        session.warm_up(batches[0][0][0])
+        on_step, runs = _task(bars, "dense, to compare", batches), []
+        for jobs, _ in batches:
+            before = session.clock.seconds["denoise"]
+            pictures = session.run(jobs, on_step).pictures
+            runs.append((pictures, session.clock.seconds["denoise"] - before))
+    finally:
+        session.clock = own
+    return runs
+
+
+def _save(batch: Batch, rows: Sequence[int], session: Session, result: Result) -> None:
+    for row in rows:
+        job = batch.jobs[row]
+        record = make_record(batch, row, session, result.plan)
+        old = result.plan.replayed
+        changed = [name for name in MUST_MATCH if old and old.get(name) != record[name]]
+        if changed:
+            result.notes.append(f"not what the original was made with: {', '.join(changed)}; the picture may differ")
+        write_whole(job.path, metadata.encode(batch.pictures[row], job.path.suffix, record))
+
+
+def make_record(batch: Batch, row: int, session: Session, plan: Plan) -> dict[str, Any]:
+    """Everything needed to make the picture again, as JSON data."""
+    job, backbone, placement = batch.jobs[row], plan.backbone, plan.placement
+    if plan.routers is None:
+        source = NO_ROUTERS
+    else:
+        source = DEFAULT_ROUTERS if plan.routers == backbone.bundle else str(plan.routers.resolve())
+    record: dict[str, Any] = {
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt,
+        "seed": job.seed,
+        "width": job.width,
+        "height": job.height,
+        "steps": job.steps,
+        "guidance": job.guidance,
+        "budget": job.budget,
+        "spent": round(batch.trace.spent[row], 4),
+        "model": backbone.name,
+        "model_source": backbone.name if backbone.packaged else backbone.source,
+        "model_hash": loading.fingerprint(backbone.folder / "transformer") if backbone.folder else None,
+        "routers": source,
+        "routers_hash": getattr(session.bundle, "digest", None),
+        "loras": [f"{lora.path}:{lora.scale:g}" for lora in placement.loras],
+        "image": str(Path(job.image).resolve()) if job.image else None,
+        "strength": job.strength,
+        "sampler": type(session.pipe.scheduler).__name__.replace("DiscreteScheduler", ""),
+        "device": session.pipe.device.type,
+        "dtype": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(session.pipe.dtype).split(".")[-1]],
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
+    }
+    if len(batch.jobs) > 1:
+        names = ("prompt", "negative_prompt", "seed")
+        record["batch"] = [{name: getattr(peer, name) for name in names} for peer in batch.jobs]
+        record["row"] = row
+    return record
+
+
+def _versions() -> dict[str, str]:
+    found = {"edit": __version__, "python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers"):
+        try:
+            found[name] = package_version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _compare(result: Result, batch: Batch, rows: Sequence[int], dense: tuple[list[Image.Image], float]) -> None:
+    pictures, seconds = dense
+    comparison = result.comparison = result.comparison or {
+        "outputs": [], "psnr": [], "ssim": [], "dense_seconds": 0.0, "elastic_seconds": 0.0,
+    }  # fmt: skip
+    comparison["dense_seconds"] += seconds
+    for row in rows:
+        job, elastic = batch.jobs[row], batch.pictures[row]
+        path = job.path.with_name(f"{job.path.stem}-compare.png")
+        captions = {"dense": pictures[row], f"budget {batch.trace.spent[row]:.2f}": elastic}
+        write_whole(path, metadata.encode_plain(side_by_side(captions)))
+        comparison["outputs"].append(str(path))
+        comparison["psnr"].append(round(min(psnr(pictures[row], elastic), 99.0), 2))
+        comparison["ssim"].append(round(ssim(pictures[row], elastic), 4))
+
+
+def _finish_comparison(result: Result) -> None:
+    comparison = result.comparison
+    assert comparison is not None
+    elastic, dense = result.seconds["denoise"], comparison["dense_seconds"]
+    comparison["elastic_seconds"] = round(elastic, 4)
+    comparison["dense_seconds"] = round(dense, 4)
+    comparison["time_ratio"] = round(elastic / dense, 4)
+    if elastic > dense and fmean(result.spent) < 1:
+        result.notes.append(
+            f"elastic was slower than dense here ({elastic:.2f} s against {dense:.2f} s of denoising): the model is "
+            "too small or the batch too short for the saved FLOPs to show"
+        )

@@ -1,0 +1,203 @@
+"""A loaded pipeline with its routers: open once, generate many batches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import routers
+from backbones import loading, registry
+from backbones.spec import Backbone
+from edit_cli.errors import OUT_OF_MEMORY, EditError, RunError, bad_input, is_out_of_memory
+from edit_cli.pictures import open_rgb
+from edit_cli.plan import Job, Plan
+from edit_cli.stages import StageClock
+
+
+@dataclass
+class Batch:
+    """What one pipeline call gave: pictures in job order; trace None for a dense run without routers attached."""
+
+    jobs: tuple[Job, ...]
+    pictures: list[Image.Image]
+    trace: Any = None
+
+
+@dataclass
+class Session:
+    """A pipeline on its device. elastic None: dense, nothing attached.
+
+    bundle: the loaded routers.Bundle, or None. release: the routers are a checkpoint in the paper's layout.
+    force: accept a bundle that was fitted on other weights of the same architecture.
+    """
+
+    backbone: Backbone
+    pipe: Any
+    clock: StageClock
+    bundle: Any = None
+    release: Path | None = None
+    force: bool = False
+    elastic: Any = None
+    notes: list[str] = field(default_factory=list)
+    _release_routers: Any = None
+    _image_pipe: Any = None
+
+    @classmethod
+    def open(cls, plan: Plan, clock: StageClock) -> Session:
+        """Load everything the plan names. Raises EditError for input that cannot be loaded."""
+        backbone, bundle, release, release_routers, transformer = plan.backbone, None, None, None, None
+        with bad_input(), _memory("while loading the model"):
+            loading.pick_device(plan.placement.device)  # before minutes of reading weights
+            if plan.routers is not None:
+                if routers.release.is_release_file(plan.routers):
+                    release = plan.routers
+                    transformer, release_routers = _load_release(plan)
+                else:
+                    bundle = routers.load_bundle(plan.routers)
+            pipe = loading.load_pipeline(backbone, plan.placement, transformer)
+        session = cls(backbone, pipe, clock, bundle, release, plan.force, _release_routers=release_routers)
+        if release is not None:
+            routers.release.use_sigmoid_gelu(pipe.transformer, backbone.family.transformer)
+            session.notes.append(
+                "routers in the paper's released layout: exact mode with fixed compute, MLP activation "
+                "switched to x * sigmoid(1.702 x)"
+            )
+        return session
+
+    def attach(self) -> None:
+        """Put the blocks under control of the routers; without routers, open and only counted."""
+        with bad_input():
+            if self._release_routers is not None:
+                transformer = self.pipe.transformer
+                policy = functools.partial(routers.release_policy.ReleasePolicy, dtype=transformer.dtype)
+                spec = self.backbone.family.transformer
+                self.elastic = routers.Elastic(transformer, spec, policy, list(self._release_routers))
+            else:
+                self.elastic = routers.attach(
+                    self.pipe.transformer, self.bundle, spec=self.backbone.family.transformer, force=self.force
+                )
+
+    def detach(self) -> None:
+        """Leave a clean model. Safe to call twice."""
+        if self.elastic is not None:
+            self.elastic.detach()
+            self.elastic = None
+
+    def run(self, jobs: Sequence[Job], on_step: Callable[[], None] | None = None) -> Batch:
+        """One pipeline call for jobs of one group. Raises RunError when memory runs out."""
+        first = jobs[0]
+        pipe, arguments = self._pipe_for(first), self._arguments(jobs)
+        steps = denoising_steps(first)
+
+        def after_step(_pipe: Any, _step: int, _time: Any, _tensors: Any) -> dict[str, Any]:
+            if on_step is not None:
+                on_step()
+            return {}
+
+        if self.elastic is None:
+            scope: Any = nullcontext()
+        else:
+            scope = self.elastic.scope(budget=None if self.release else first.budget, num_steps=steps)
+        size = f" at {first.width}x{first.height}, batch {len(jobs)}"
+        with _memory(size), loading.quiet_libraries(), self.clock.pipeline_call(pipe), scope as trace:
+            pictures = pipe(**arguments, callback_on_step_end=after_step).images
+        return Batch(tuple(jobs), pictures, trace)
+
+    def warm_up(self, job: Job) -> None:
+        """One denoising step whose result and time are thrown away, so that comparisons start warm."""
+        clock, self.clock = self.clock, StageClock()
+        try:
+            self.run([replace(job, steps=1, image=None, strength=None)])
+        finally:
+            self.clock = clock
+
+    def _pipe_for(self, job: Job) -> Any:
+        if job.image is None:
+            return self.pipe
+        if self._image_pipe is None:
+            self._image_pipe = loading.image_to_image(self.pipe, self.backbone)
+        return self._image_pipe
+
+    def _arguments(self, jobs: Sequence[Job]) -> dict[str, Any]:
+        family, first = self.backbone.family, jobs[0]
+        arguments: dict[str, Any] = {
+            "prompt": [job.prompt for job in jobs],
+            family.guidance_argument: first.guidance,
+            "num_inference_steps": first.steps,
+            "width": first.width,
+            "height": first.height,
+            # one CPU generator per picture: the same noise in any batch and on any device
+            "generator": [torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
+        }
+        if family.branches(first.guidance) > 1:
+            arguments["negative_prompt"] = [job.negative_prompt for job in jobs]
+        if self.backbone.defaults.max_sequence_length is not None:
+            arguments["max_sequence_length"] = self.backbone.defaults.max_sequence_length
+        if first.image is not None:
+            arguments["image"] = [open_rgb(first.image)] * len(jobs)
+            arguments["strength"] = first.strength
+        return arguments
+
+
+def denoising_steps(job: Job) -> int:
+    """Steps the sampler really takes: image-to-image starts part of the way (as diffusers rounds it)."""
+    if job.strength is None:
+        return job.steps
+    taken = job.steps - int(max(job.steps - min(job.steps * job.strength, job.steps), 0))
+    if taken < 1:
+        raise EditError(f"--strength {job.strength:g} of {job.steps} steps leaves no step to run; raise either")
+    return taken
+
+
+def settle_budgets(plan: Plan, session: Session) -> Plan:
+    """Fill in the budget the routers recommend, and check asked ones against the bundle's minimum."""
+    if session.release is not None:
+        if any(job.budget is not None for job in plan.jobs) and plan.replayed is None:
+            raise EditError(
+                "--budget does not apply to a checkpoint in the paper's released layout, its compute is fixed; "
+                "leave --budget out, or fit a bundle with: edit calibrate"
+            )
+        return plan
+    bundle = session.bundle
+    jobs = []
+    for job in plan.jobs:
+        budget = job.budget
+        if budget is None:
+            budget = 1.0 if bundle is None else float(bundle.recommended_budget)
+        if bundle is not None and budget < bundle.min_budget:
+            raise EditError(
+                f"--budget {budget:g} is below this bundle's minimum of {bundle.min_budget:g}; "
+                f"allowed are {bundle.min_budget:g} to 1"
+            )
+        jobs.append(replace(job, budget=budget))
+    return replace(plan, jobs=tuple(jobs))
+
+
+def _load_release(plan: Plan) -> tuple[Any, Any]:
+    """The fine-tuned transformer of a released checkpoint, and its routers."""
+    import diffusers
+
+    spec = plan.backbone.family.transformer
+    config = dict(registry.component_config(plan.backbone, "transformer"))
+    transformer_class = getattr(diffusers, spec.transformer_class)
+    dtype = loading.pick_dtype(plan.placement.dtype, plan.backbone)
+    return routers.release.load_release(
+        plan.routers, lambda: transformer_class.from_config(config), spec, dtype=dtype
+    )
+
+
+@contextmanager
+def _memory(where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise RunError(OUT_OF_MEMORY.format(where=f" {where.strip()}")) from error
+        raise
