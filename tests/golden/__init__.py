@@ -1,0 +1,1 @@
+"""Golden cases: small recorded runs of the reference systems, and their runner (`python -m tests.golden`)."""
