@@ -6,7 +6,8 @@ Shapes: B batch rows, L tokens, D dim, E time embedding dim.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +71,14 @@ class Block:
                 at = index if parts == 1 else torch.cat([index + part * rows for part in range(parts)])
                 picked[name] = value.index_select(0, at)  # type: ignore[index]
         return picked
+
+    @contextmanager
+    def narrowed(self, width: float) -> Iterator[None]:
+        """Run the block's image MLPs at a width ratio inside the context."""
+        with ExitStack() as stack:
+            for slicer in self.slicers:
+                stack.enter_context(slicer.narrowed(width))
+            yield
 
     def signature(self) -> tuple[Any, ...]:
         """Equal for blocks that cost the same on the same inputs."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,17 @@ from .policy import OpenPolicy, Policy
 from .run import Call, Group, Run
 from .spec import WIDTHS, TransformerSpec
 from .trace import REUSE, SKIP, Trace
+
+
+class Computed(NamedTuple):
+    """A computed pass of a block, as an observer (calibration, profiling) sees it."""
+
+    block: Block
+    call: Call
+    forward: Callable[..., Any]
+    inputs: dict[str, Any]
+    before: tuple[Tensor, ...]
+    after: tuple[Tensor, ...]
 
 
 class Elastic:
@@ -47,6 +58,7 @@ class Elastic:
         self.budget, self.num_steps = budget, num_steps
         self.trace: Trace | None = None
         self.make_policy = policy
+        self.observer: Callable[[Computed], None] | None = None
         self.blocks = _find_blocks(transformer, spec, routers)
         self.names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._costs: dict[Any, tuple[list[BlockCost], float, float]] = {}
@@ -240,10 +252,10 @@ class Elastic:
             return tuple(x + d for x, d in zip(before, delta, strict=True))
         if policy.reads_routers and block.router is not None:
             self._remember_logits(block, call, index, inputs, before)
-        with ExitStack() as stack:
-            for slicer in block.slicers:
-                stack.enter_context(slicer.narrowed(WIDTHS[group.code]))
+        with block.narrowed(WIDTHS[group.code]):
             after = block.unpack(original(**inputs))
+        if self.observer is not None:
+            self.observer(Computed(block, call, original, inputs, before, after))
         group.cache.store(block.index, group.rows, time, before, after)
         return after
 

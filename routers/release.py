@@ -44,6 +44,9 @@ class ReleaseRouter(nn.Module):
     dim: D. hidden: H, 128 in the release.
     """
 
+    all_streams = True
+    """Reads text and image tokens, where `routers.router.Router` reads the image alone."""
+
     def __init__(self, dim: int, hidden: int = 128) -> None:
         super().__init__()
         self.img_mod = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
@@ -60,17 +63,18 @@ class ReleaseRouter(nn.Module):
         mask: which tokens count, `[B, L]` bool; None for all. A padded prompt needs it to decide as it
             would alone; the release only ever runs one prompt at a time.
         """
-        linear: Any = self.img_mod[1]
-        dim = stream.shape[-1]
-        # The unused last third is a third of the router's parameters: do not read it.
-        shift_BD, scale_BD = F.linear(
-            F.silu(modulation), linear.weight[: 2 * dim], linear.bias[: 2 * dim]
-        ).chunk(2, dim=-1)
-        x_BLD = F.layer_norm(stream, (dim,), eps=1e-6)
+        # Under zero_cond_t the modulation has 2B rows, the real timestep's first.
+        shift_BD, scale_BD, _ = self.img_mod(modulation[: len(stream)]).chunk(3, dim=-1)
+        x_BLD = F.layer_norm(stream, stream.shape[-1:], eps=1e-6)
         x_BLD = x_BLD * (1 + scale_BD[:, None]) + shift_BD[:, None]
         h_BLH = self.out[1](self.out[0](x_BLD))
         # Heads before the mean, as released: the other order is cheaper but rounds differently in bf16.
         return _token_mean(self.out[2](h_BLH), mask)[:, 0], _token_mean(self.width_head(h_BLH), mask)
+
+    def flops(self, tokens: int) -> float:
+        """FLOPs for one row of `tokens` tokens: `img_mod` once, trunk and heads per token."""
+        hidden, dim = self.out[0].weight.shape
+        return 2.0 * dim * 3 * dim + 2.0 * tokens * hidden * (dim + 1 + len(WIDTHS))
 
 
 def _token_mean(x_BLC: Tensor, mask_BL: Tensor | None) -> Tensor:
@@ -152,31 +156,32 @@ def split_keys(names: Iterable[str]) -> tuple[list[str], list[str]]:
     return transformer, routers
 
 
-def build_routers(shapes: Mapping[str, tuple[int, ...]], device: str = "meta") -> nn.ModuleList:
-    """The routers that a key table describes, one for each `gate_mlps.<i>`, uninitialised.
+def build_routers(path: object, shapes: Mapping[str, tuple[int, ...]]) -> nn.ModuleList:
+    """The routers that a key table describes, one for each `gate_mlps.<i>`, on the meta device.
 
-    shapes: tensor name -> shape; names without the router prefix are ignored.
+    path: for messages. shapes: tensor name -> shape; names without the router prefix are ignored.
     Raises ValueError if the numbering has a gap or the first router's trunk is missing.
     """
     numbers = {name.removeprefix(ROUTER_PREFIX).split(".")[0] for name in split_keys(shapes)[1]}
     expected = {str(i) for i in range(len(numbers))}
     if numbers != expected:
         raise ValueError(
-            f"routers are not numbered 0..{len(numbers) - 1}: missing {_some(sorted(expected - numbers))}"
+            f"routers in {path} are not numbered 0..{len(numbers) - 1}: "
+            f"{_some(sorted(expected - numbers))} is missing"
         )
     trunk = shapes.get(f"{ROUTER_PREFIX}0.out.0.weight")
     if trunk is None or len(trunk) != 2:
-        raise ValueError(f"{ROUTER_PREFIX}0.out.0.weight is missing or no matrix: not the released router")
+        raise ValueError(f"{path} lacks the matrix {ROUTER_PREFIX}0.out.0.weight: not the released router")
     hidden, dim = trunk
-    with torch.device(device):
+    with torch.device("meta"):
         return nn.ModuleList(ReleaseRouter(dim, hidden) for _ in numbers)
 
 
 def check_keys(path: object, shapes: Mapping[str, tuple[int, ...]], *modules: tuple[str, nn.Module]) -> None:
     """Raise ValueError unless `shapes` holds exactly the parameters and buffers of `modules`.
 
-    modules: (key prefix, module). Works on the meta device. The message names up to three keys of each
-    kind: missing, left over, of another shape.
+    path: for messages. modules: (key prefix, module). Works on the meta device. The message names up to
+    three keys of each kind: missing, left over, of another shape.
     """
     wanted = {
         prefix + name: tuple(t.shape) for prefix, module in modules for name, t in module.state_dict().items()
@@ -219,7 +224,7 @@ def load_release(
     from accelerate import init_empty_weights
 
     file = read_release(path)
-    routers = build_routers(file.shapes)
+    routers = build_routers(path, file.shapes)
     # Parameters only: tables that a constructor computes and no file holds (rotary frequencies) stay real.
     with init_empty_weights(include_buffers=False):
         transformer = build()

@@ -132,7 +132,7 @@ class Run:
             rows=branch.rows,
             costs=costs,
             outside=outside,
-            overhead=overhead,
+            overhead=overhead if self.policy.reads_routers or self.policy.immediate else 0.0,
             available=self._available(branch, blocks),
             spent=branch.spent.copy(),
             dense=branch.dense.copy(),

@@ -1,0 +1,232 @@
+"""A bundle: what `calibrate` learned about one model, as a folder of safetensors and JSON.
+
+    routers.safetensors   router weights ("routers.<i>.<key>") and error tables ("tables.<name>")
+    bundle.json           block map, base model and its fingerprint, what it was fitted for, measured quality
+
+One bundle serves every budget from its minimum to 1: the plan for a budget is solved when a run starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .elastic import Elastic
+from .plan import ErrorTables
+from .planned import PlannedPolicy
+from .policy import OpenPolicy
+from .router import Router
+from .spec import TransformerSpec
+
+FORMAT = 1
+TABLES = ("reuse", "width", "skip", "gain")
+FINGERPRINT_TENSORS, FINGERPRINT_VALUES = 32, 8
+
+
+@dataclass
+class Bundle:
+    """Routers, error tables and where they belong. `metadata` is JSON data for people and reports."""
+
+    spec: TransformerSpec
+    tables: ErrorTables
+    routers: list[dict[str, Tensor]]
+    base_model: str
+    architecture: str
+    fingerprint: list[float]
+    num_steps: int
+    guidance: float
+    order: int = 1
+    per_sample: bool = True
+    min_budget: float = 0.35
+    recommended_budget: float = 1.0
+    metadata: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
+    path: str = ""
+
+    def policy(self, *, per_sample: bool | None = None, batch_mean: bool = False) -> PlannedPolicy:
+        """A budget policy on these tables. per_sample None: as calibration found better."""
+        use_routers = self.per_sample if per_sample is None else per_sample
+        return PlannedPolicy(self.tables, self.order, per_sample=use_routers, batch_mean=batch_mean)
+
+    def check_budget(self, budget: float) -> None:
+        """Raises ValueError for a budget this bundle was not fitted for."""
+        if not self.min_budget <= budget <= 1.0:
+            raise ValueError(
+                f"budget {budget:g} is outside what this bundle serves: {self.min_budget:g} to 1; "
+                f"ask for at least {self.min_budget:g} or calibrate with --budgets {budget:g}:1"
+            )
+
+    def save(self, folder: str | Path) -> None:
+        """Write the folder; each file appears whole or not at all, the description last."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"routers.{i}.{k}": v.contiguous() for i, r in enumerate(self.routers) for k, v in r.items()
+        }
+        for name in TABLES:
+            tensors[f"tables.{name}"] = torch.from_numpy(getattr(self.tables, name)).float()
+        _replace(folder / "routers.safetensors", lambda path: save_file(tensors, path))
+        description = {
+            "format": FORMAT,
+            "base_model": self.base_model,
+            "architecture": self.architecture,
+            "fingerprint": self.fingerprint,
+            "spec": self.spec.to_dict(),
+            "branches": list(self.tables.branches),
+            "num_steps": self.num_steps,
+            "guidance": self.guidance,
+            "order": self.order,
+            "per_sample": self.per_sample,
+            "min_budget": self.min_budget,
+            "recommended_budget": self.recommended_budget,
+            "metadata": self.metadata,
+        }
+        text = json.dumps(description, indent=1) + "\n"
+        _replace(folder / "bundle.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+
+def load_bundle(path: str | Path) -> Bundle:
+    """Read a bundle folder. Raises ValueError, one line, if it is not one or is damaged."""
+    folder = Path(path)
+    description_file, weights_file = folder / "bundle.json", folder / "routers.safetensors"
+    for file in (description_file, weights_file):
+        if not file.is_file():
+            raise ValueError(f"{folder} is not a bundle folder: {file.name} is missing")
+    try:
+        data = json.loads(description_file.read_text(encoding="utf-8"))
+        if data.get("format") != FORMAT:
+            raise ValueError(f"format {data.get('format')!r}, this version reads {FORMAT}")
+        with safe_open(weights_file, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        tables = {name: tensors[f"tables.{name}"].double().numpy() for name in TABLES}
+        routers: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("routers."):
+                _, index, name = key.split(".", 2)
+                routers.setdefault(int(index), {})[name] = value
+        digest = hashlib.sha256(description_file.read_bytes() + weights_file.read_bytes()).hexdigest()
+        return Bundle(
+            spec=TransformerSpec.from_dict(data["spec"]),
+            tables=ErrorTables(tuple(data["branches"]), **tables),
+            routers=[routers[i] for i in range(len(routers))],
+            digest=digest,
+            path=str(folder),
+            **{name: data[name] for name in _PLAIN_FIELDS},
+        )
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is no readable bundle: {type(error).__name__}: {error}") from error
+
+
+_PLAIN_FIELDS = (
+    "base_model",
+    "architecture",
+    "fingerprint",
+    "num_steps",
+    "guidance",
+    "order",
+    "per_sample",
+    "min_budget",
+    "recommended_budget",
+    "metadata",
+)
+
+
+def attach(
+    transformer: nn.Module,
+    bundle: Bundle | str | Path | None,
+    *,
+    budget: float | None = None,
+    spec: TransformerSpec | None = None,
+    force: bool = False,
+) -> Elastic:
+    """Attach a bundle's routers to a transformer.
+
+    bundle: a `Bundle`, its folder, or None for no routers (every block open; `spec` is then required).
+    budget: ratio of dense FLOPs, default the bundle's recommended one. force: accept a bundle that was
+    fitted on other weights of the same architecture (a fine-tune).
+    Raises ValueError, one line, if the bundle does not fit the transformer or the budget.
+    """
+    if bundle is None:
+        if spec is None:
+            raise ValueError("without a bundle, attach needs the transformer's spec")
+        return Elastic(transformer, spec, OpenPolicy, budget=budget)
+    loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    budget = loaded.recommended_budget if budget is None else budget
+    loaded.check_budget(budget)
+    check_fits(loaded, transformer, force)
+    routers = [build_router(state) for state in loaded.routers]
+    return Elastic(
+        transformer, loaded.spec, loaded.policy, routers, budget=budget, num_steps=loaded.num_steps
+    )
+
+
+def build_router(state: dict[str, Tensor]) -> Router:
+    """A router from its tensors, frozen, in float32."""
+    hidden, dim = state["down.weight"].shape
+    router = Router(dim, state["time.weight"].shape[1] if "time.weight" in state else 0, hidden)
+    router.load_state_dict({key: value.float() for key, value in state.items()})
+    return router.eval().requires_grad_(False)
+
+
+def check_fits(bundle: Bundle, transformer: nn.Module, force: bool = False) -> None:
+    """Raises ValueError if the bundle was made for another architecture, or (unless forced) other weights."""
+    found = architecture(transformer)
+    if found != bundle.architecture:
+        raise ValueError(
+            f"this bundle was made for {bundle.base_model} (architecture {bundle.architecture[:12]}), not for this "
+            f"{type(transformer).__name__} ({found[:12]}); calibrate one with: edit calibrate"
+        )
+    if force or not bundle.fingerprint:
+        return
+    values = fingerprint(transformer)
+    if values and not np.allclose(values, bundle.fingerprint, rtol=0.02, atol=2e-3):
+        raise ValueError(
+            f"this bundle was fitted on other weights than these (a fine-tune of {bundle.base_model}?); "
+            "use it anyway with --force, or calibrate one for this model"
+        )
+
+
+def architecture(transformer: nn.Module) -> str:
+    """sha256 over the transformer's parameter names and shapes, LoRA adapters left out."""
+    lines = sorted(f"{name} {tuple(p.shape)}" for name, p in _own_parameters(transformer))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def fingerprint(transformer: nn.Module) -> list[float]:
+    """A few values of a few matrices: tells fine-tunes apart in any dtype without reading every weight.
+
+    Empty when the weights are not in memory (meta device, offloaded leaf by leaf).
+    """
+    matrices = [(n, p) for n, p in sorted(_own_parameters(transformer)) if p.dim() == 2]
+    chosen: Sequence[tuple[str, Tensor]] = matrices[:: max(1, len(matrices) // FINGERPRINT_TENSORS)]
+    if any(p.device.type == "meta" for _, p in chosen):
+        return []
+    return [round(v, 5) for _, p in chosen for v in p.detach()[0, :FINGERPRINT_VALUES].float().cpu().tolist()]
+
+
+def _own_parameters(transformer: nn.Module) -> list[tuple[str, Tensor]]:
+    named = ((name.replace(".base_layer.", "."), p) for name, p in transformer.named_parameters())
+    return [(name, p) for name, p in named if ".lora_" not in name]
+
+
+def _replace(target: Path, write: Any) -> None:
+    """Write beside the target, then rename, so that a kill leaves the old file whole."""
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
