@@ -1,0 +1,107 @@
+"""Bundles: round trip, and one clear line for what does not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import routers
+from routers.bundle import Bundle, architecture, fingerprint
+from routers.router import Router
+from tests.block_kinds import CASES
+from tests.test_plan import tables
+
+QWEN = CASES[0]
+
+
+def make_bundle(model: torch.nn.Module) -> Bundle:
+    torch.manual_seed(0)
+    return Bundle(
+        spec=QWEN.spec,
+        tables=tables(blocks=4),
+        routers=[Router(48, 48, 8).state_dict() for _ in range(4)],
+        base_model="qwen-test",
+        architecture=architecture(model),
+        fingerprint=fingerprint(model),
+        num_steps=20,
+        guidance=4.0,
+        recommended_budget=0.7,
+        metadata={"rows": 8},
+    )
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return QWEN.transformer()
+
+
+def test_round_trip(model: torch.nn.Module, tmp_path: Path) -> None:
+    bundle = make_bundle(model)
+    bundle.save(tmp_path / "b")
+    loaded = routers.load_bundle(tmp_path / "b")
+    assert loaded.spec == bundle.spec and loaded.metadata == {"rows": 8} and len(loaded.digest) == 64
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(loaded.routers, bundle.routers, strict=True) for k in b)
+    assert loaded.tables.gain == pytest.approx(bundle.tables.gain, rel=1e-6)
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["bundle.json", "routers.safetensors"]
+
+
+def test_the_three_line_api(model: torch.nn.Module, tmp_path: Path) -> None:
+    make_bundle(model).save(tmp_path / "b")
+    dense = QWEN.run(model)
+    elastic = routers.attach(model, tmp_path / "b", budget=0.6)
+    times = [1.0 - i / 20 for i in range(20)]
+    for t in times:
+        QWEN.run(model, t=t)
+    assert "budget asked 0.6, spent 0." in elastic.summary()
+    assert elastic.trace.spent == pytest.approx([0.6, 0.6], abs=0.015)
+    elastic.detach()
+    assert torch.equal(dense, QWEN.run(model))
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.1, 1.5, float("nan")])
+def test_budgets_outside_the_bundle_are_refused(model: torch.nn.Module, budget: float) -> None:
+    with pytest.raises(ValueError, match=r"outside what this bundle serves: 0\.35 to 1"):
+        routers.attach(model, make_bundle(model), budget=budget)
+
+
+def test_other_models_are_refused(model: torch.nn.Module) -> None:
+    bundle = make_bundle(model)
+    with pytest.raises(ValueError, match="made for qwen-test"):
+        routers.attach(CASES[1].transformer(), bundle, budget=0.6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    with pytest.raises(ValueError, match="other weights"):
+        routers.attach(model, bundle, budget=0.6)
+    routers.attach(model, bundle, budget=0.6, force=True).detach()
+
+
+def test_half_precision_is_the_same_model(model: torch.nn.Module) -> None:
+    bundle = make_bundle(model)
+    routers.attach(model.to(torch.bfloat16), bundle, budget=0.6).detach()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "routers.safetensors").write_bytes(b"\x10"), "no readable bundle: SafetensorError"),
+        (lambda f: (f / "routers.safetensors").unlink(), "routers.safetensors is missing"),
+        (lambda f: (f / "bundle.json").write_text("{"), "no readable bundle: JSONDecodeError"),
+        (lambda f: (f / "bundle.json").write_text('{"format": 99}'), "format 99, this version reads 1"),
+        (lambda f: _drop(f / "bundle.json", "spec"), "no readable bundle: KeyError: 'spec'"),
+    ],
+)
+def test_damaged_bundles_say_what_is_wrong(model: torch.nn.Module, tmp_path: Path, damage, message: str) -> None:
+    make_bundle(model).save(tmp_path / "b")
+    damage(tmp_path / "b")
+    with pytest.raises(ValueError, match=message):
+        routers.load_bundle(tmp_path / "b")
+
+
+def _drop(file: Path, key: str) -> None:
+    data = json.loads(file.read_text())
+    del data[key]
+    file.write_text(json.dumps(data))
