@@ -1,4 +1,4 @@
-"""FLUX.1: 19 dual-stream blocks, then 38 single-stream blocks with a fused MLP; CLIP and T5; distilled guidance."""
+"""FLUX.1: 19 dual-stream blocks, then 38 single-stream ones; CLIP and T5; distilled guidance."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DEV_TOKENS, SCHNELL_TOKENS = 512, 256  # model cards: T5 prompts are padded to t
 
 def size_multiple(vae: Config) -> int:
     """Both sides in px must be divisible by VAE scale x patch, or the pipeline would silently resize."""
-    return PATCH * 2 ** (len(vae.get("block_out_channels", (0, 0, 0, 0))) - 1)
+    return int(PATCH * 2 ** (len(vae.get("block_out_channels", (0, 0, 0, 0))) - 1))
 
 
 def defaults(transformer: Config) -> Defaults:

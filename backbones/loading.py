@@ -27,7 +27,7 @@ class LoadError(ValueError):
 
 
 def pick_device(asked: str) -> torch.device:
-    """"auto" -> cuda, else mps, else cpu; anything else is checked to exist. Raises LoadError."""
+    """Asked "auto": cuda, else mps, else cpu; anything else is checked to exist. Raises LoadError."""
     if asked == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -43,26 +43,30 @@ def pick_device(asked: str) -> torch.device:
     }
     if not available.get(device.type, False):
         found = ", ".join(name for name, present in available.items() if present and name != device.type)
-        raise LoadError(f"--device {asked} is not available here; this machine has {found}; leave --device out to pick")
+        raise LoadError(
+            f"--device {asked} is not available here; this machine has {found}; leave --device out to pick"
+        )
     return device
 
 
 def pick_dtype(asked: str, backbone: Backbone) -> torch.dtype:
-    """"auto" -> fp32 for small models (faster and exact on a CPU), bf16 for the rest."""
+    """Asked "auto": fp32 for small models (faster and exact on a CPU), bf16 for the rest."""
     if asked != "auto":
         return DTYPES[asked]
     return torch.float32 if 0 < backbone.parameters < SMALL_MODEL else torch.bfloat16
 
 
 def load_pipeline(backbone: Backbone, placement: Placement, transformer: Any = None) -> Any:
-    """A ready diffusers pipeline. Reads folders without the network; a hub model only from its own repository.
+    """A ready diffusers pipeline. Folders need no network; a hub model is read from its own repository.
 
     transformer: an already loaded denoiser to put in place of the checkpoint's own.
     Raises LoadError for anything the user can mend.
     """
     device, dtype = pick_device(placement.device), pick_dtype(placement.dtype, backbone)
     if placement.offload != "none" and device.type == "cpu":
-        raise LoadError(f"--offload {placement.offload} needs a GPU to offload from, this run uses the CPU; leave it out")
+        raise LoadError(
+            f"--offload {placement.offload} needs a GPU to offload from, this run uses the CPU; leave it out"
+        )
     with quiet_libraries():
         pipe = _from_pretrained(backbone, dtype, {} if transformer is None else {"transformer": transformer})
         for i, lora in enumerate(placement.loras):
@@ -92,7 +96,7 @@ def image_to_image(pipe: Any, backbone: Backbone) -> Any:
 
 
 def fingerprint(folder: Path) -> str:
-    """Short hash that tells checkpoints apart in milliseconds: sizes, and 16 samples of 64 KiB per weight file."""
+    """Short hash that tells checkpoints apart in milliseconds: sizes, and 16 samples of 64 KiB per file."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.safetensors")):
         size = file.stat().st_size
@@ -149,7 +153,9 @@ def _add_lora(pipe: Any, lora: Lora, name: str) -> None:
     try:
         pipe.load_lora_weights(str(folder), **where)
     except Exception as error:  # diffusers and peft raise anything from KeyError to RuntimeError here
-        raise LoadError(f"--lora {str(lora.path)!r} does not fit {type(pipe).__name__}: {first_line(error)}") from error
+        raise LoadError(
+            f"--lora {str(lora.path)!r} does not fit {type(pipe).__name__}: {first_line(error)}"
+        ) from error
     if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
         raise LoadError(f"--lora {str(lora.path)!r} holds no weights for {type(pipe).__name__}")
 

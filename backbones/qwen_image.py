@@ -19,7 +19,11 @@ TRANSFORMER = TransformerSpec(
             modulation="temb",
             # image_rotary_emb is shared by the rows; modulate_index [B, L] exists only with zero_cond_t
             batched=("encoder_hidden_states_mask", "modulate_index"),
-            mlps=(MlpSpec(in_linear="img_mlp.net.0.proj", activation="img_mlp.net.0", out_linear="img_mlp.net.2"),),
+            mlps=(
+                MlpSpec(
+                    in_linear="img_mlp.net.0.proj", activation="img_mlp.net.0", out_linear="img_mlp.net.2"
+                ),
+            ),
         ),
     ),
 )
@@ -30,7 +34,7 @@ SUFFIX_TOKENS = 5  # "<|im_end|>\n<|im_start|>assistant\n" stays after the 34 te
 
 def size_multiple(vae: Config) -> int:
     """Both sides in px must be divisible by VAE scale x patch, or the pipeline would silently resize."""
-    return PATCH * 2 ** len(vae.get("temperal_downsample", (0, 0, 0)))
+    return int(PATCH * 2 ** len(vae.get("temperal_downsample", (0, 0, 0))))
 
 
 def defaults(transformer: Config) -> Defaults:

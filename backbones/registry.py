@@ -1,4 +1,4 @@
-"""The table of known models, and `resolve`: registry name, pipeline folder or hub id -> Backbone. No torch here.
+"""The table of known models, and `resolve`: registry name, folder or hub id -> Backbone. No torch here.
 
 Folders and hub ids are recognised by the pipeline class in their `model_index.json`; packaged models are
 folders like any other. A folder may hold `edit.json` ({"width": 128, "steps": 20, ...}: defaults for
@@ -29,7 +29,7 @@ SMALL_MODEL = 10**9
 """Below this many parameters a model runs in fp32 by default and may generate several images at once."""
 
 
-class ModelNotFound(ValueError):
+class ModelNotFoundError(ValueError):
     """No such model, or a folder that is none; the message is one line for the user."""
 
 
@@ -50,11 +50,13 @@ def _packaged(name: str, family: Family, folder: str, licence: str, summary: str
     path = PACKAGE_FOLDER / folder
     if not (path / "model_index.json").is_file():
         return None  # a source checkout before the weights were trained
-    return replace(_from_folder(path), name=name, family=family, licence=licence, packaged=True, summary=summary)
+    return replace(
+        _from_folder(path), name=name, family=family, licence=licence, packaged=True, summary=summary
+    )
 
 
 def read_packaged_config(name: str) -> dict[str, Config]:
-    """The component configs of a hub row ("transformer", "vae"), shipped so that dry runs need no download."""
+    """Component configs of a hub row ("transformer", "vae"), shipped so that dry runs need no download."""
     data: dict[str, Config] = json.loads((PACKAGE_FOLDER / "configs" / f"{name}.json").read_text())
     return data
 
@@ -113,7 +115,7 @@ def rows() -> dict[str, Backbone]:
 def resolve(name_or_path: str) -> Backbone:
     """A registry name, a pipeline folder or a hub id -> its Backbone.
 
-    Only a hub id outside the registry may touch the network (its `model_index.json`). Raises ModelNotFound.
+    Only a hub id outside the registry may touch the network. Raises ModelNotFoundError.
     """
     table = rows()
     if name_or_path in table:
@@ -126,12 +128,16 @@ def resolve(name_or_path: str) -> Backbone:
     if by_source is not None:
         return by_source
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        raise ModelNotFound(f"model folder {name_or_path!r} does not exist; give a pipeline folder, or see `edit models`")
+        raise ModelNotFoundError(
+            f"model folder {name_or_path!r} does not exist; give a pipeline folder, or see `edit models`"
+        )
     if "/" in name_or_path:
         return _from_hub(name_or_path)
     near = difflib.get_close_matches(name_or_path.lower(), table, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(table)};"
-    raise ModelNotFound(f"unknown model {name_or_path!r}; {hint} A pipeline folder or a hub id (owner/name) works too")
+    raise ModelNotFoundError(
+        f"unknown model {name_or_path!r}; {hint} A pipeline folder or a hub id (owner/name) works too"
+    )
 
 
 def component_config(backbone: Backbone, component: str) -> Config:
@@ -154,7 +160,9 @@ def component_parameters(backbone: Backbone) -> dict[str, int]:
 def _from_folder(folder: Path) -> Backbone:
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelNotFound(f"{str(folder)!r} is no pipeline folder: it has no model_index.json; see `edit models`")
+        raise ModelNotFoundError(
+            f"{str(folder)!r} is no pipeline folder: it has no model_index.json; see `edit models`"
+        )
     family = _family(_read_json(index), str(folder))
     transformer, vae = (_read_json(folder / part / "config.json") for part in ("transformer", "vae"))
     counts = _folder_parameters(folder)
@@ -178,7 +186,9 @@ def _from_folder(folder: Path) -> Backbone:
 
 def _from_hub(repository: str) -> Backbone:
     family = _family(_read_json(_hub_file(repository, "model_index.json")), repository)
-    transformer, vae = (_read_json(_hub_file(repository, f"{part}/config.json")) for part in ("transformer", "vae"))
+    transformer, vae = (
+        _read_json(_hub_file(repository, f"{part}/config.json")) for part in ("transformer", "vae")
+    )
     return Backbone(
         name=repository,
         family=family,
@@ -199,7 +209,10 @@ def _folder_defaults(folder: Path, base: Defaults) -> Defaults:
     data = _read_json(file)
     unknown = set(data) - {f.name for f in fields(Defaults)}
     if unknown:
-        raise ModelNotFound(f"{file}: unknown keys {sorted(unknown)}; allowed are {', '.join(f.name for f in fields(Defaults))}")
+        raise ModelNotFoundError(
+            f"{file}: unknown keys {sorted(unknown)}; "
+            f"allowed are {', '.join(f.name for f in fields(Defaults))}"
+        )
     return replace(base, **data)
 
 
@@ -209,7 +222,7 @@ def _family(index: Config, where: str) -> Family:
         if name == family.pipeline_class:
             return family
     known = ", ".join(family.pipeline_class for family in FAMILIES)
-    raise ModelNotFound(f"{where!r} holds a {name}, which `edit` cannot run; it knows {known}")
+    raise ModelNotFoundError(f"{where!r} holds a {name}, which `edit` cannot run; it knows {known}")
 
 
 def _hub_file(repository: str, file: str) -> Path:
@@ -222,11 +235,11 @@ def _hub_file(repository: str, file: str) -> Path:
         require_hub()
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub client has a dozen error types; the user needs one line
-        raise ModelNotFound(hub_message(repository, error)) from error
+        raise ModelNotFoundError(hub_message(repository, error)) from error
 
 
 def require_hub() -> None:
-    """Fail at once when the hub cannot be reached; its client would retry for half a minute. Raises OSError."""
+    """Raise OSError at once when the hub cannot be reached; its client would retry for half a minute."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -242,7 +255,7 @@ def hub_message(repository: str, error: BaseException) -> str:
     """Why a hub model could not be read, in one line with the next step."""
     kind = type(error).__name__
     if "Gated" in kind or "401" in str(error) or "403" in str(error):
-        return f"{repository!r} is gated: accept its licence on the hub and run `hf auth login`, or give a folder"
+        return f"{repository!r} is gated: accept its licence on the hub and run `hf auth login`"
     if "RepositoryNotFound" in kind or "404" in str(error):
         return f"{repository!r} was not found, neither as a folder nor on the hub; see `edit models`"
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
@@ -256,11 +269,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text())
     except FileNotFoundError:
-        raise ModelNotFound(f"the model folder is incomplete: {str(file)!r} is missing") from None
+        raise ModelNotFoundError(f"the model folder is incomplete: {str(file)!r} is missing") from None
     except (OSError, ValueError) as error:
-        raise ModelNotFound(f"{str(file)!r} cannot be read as JSON: {error}") from error
+        raise ModelNotFoundError(f"{str(file)!r} cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):
-        raise ModelNotFound(f"{str(file)!r} holds no JSON object")
+        raise ModelNotFoundError(f"{str(file)!r} holds no JSON object")
     return data
 
 
@@ -280,7 +293,7 @@ def _count(file: Path) -> int:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
     except (OSError, ValueError, struct.error, MemoryError, OverflowError) as error:
-        raise ModelNotFound(f"{str(file)!r} is no complete safetensors file: {error}") from error
+        raise ModelNotFoundError(f"{str(file)!r} is no complete safetensors file: {error}") from error
     total = 0
     for name, entry in header.items():
         if name != "__metadata__":

@@ -1,4 +1,4 @@
-"""Rows of the backbone registry, as plain data. No torch here: `edit models` and argument checks read this."""
+"""Rows of the backbone registry, as plain data. No torch here: argument checks read this."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Family:
     image_to_image_class: diffusers class for `--image`, built from the loaded pipeline; None: not offered.
     size_multiple: VAE config -> both sides must be divisible by this many px.
     defaults: transformer config -> defaults for checkpoints that have no registry row.
-    transformer_inputs: (transformer config, VAE config, width, height, text tokens, batch) -> arguments of one
-        transformer call, as meta tensors, to count FLOPs without weights.
+    transformer_inputs: (transformer config, VAE config, width, height, text tokens, batch) -> arguments of
+        one transformer call, as meta tensors, to count FLOPs without weights.
     text_tokens: (prompt, max_sequence_length) -> about how many text tokens the transformer sees.
     """
 

@@ -1,4 +1,4 @@
-"""Terminal output: results on stdout, progress and notes on stderr. The only place that makes rich consoles."""
+"""Terminal output: results on stdout, progress and notes on stderr. The only maker of rich consoles."""
 
 from __future__ import annotations
 

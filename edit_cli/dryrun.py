@@ -1,4 +1,4 @@
-"""`--dry-run`: what would be done, what it costs, what memory it needs; no weights are loaded, nothing is written."""
+"""`--dry-run`: what would be done, its cost and memory; no weights are loaded, nothing is written."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def dry_run(plan: Plan) -> dict[str, Any]:
 
     Memory counts weights only, and for `cache` the most that a feature cache can hold. Raises EditError.
     """
+    from edit_cli.session import RouterSource, settle_budgets
+
+    plan = settle_budgets(plan, RouterSource.read(plan.routers))
+    # the paper's checkpoint decides its spend while it runs
     budgets = [1.0 if job.budget is None else job.budget for job in plan.jobs]
-    recommended = _recommended(plan)
-    if recommended is not None:
-        budgets = [recommended if job.budget is None else job.budget for job in plan.jobs]
     with bad_input():
         dense = [_job_flops(plan, job) for job in plan.jobs]
         memory = _memory(plan)
@@ -50,29 +51,19 @@ def as_table(plan: Plan, found: Mapping[str, Any]) -> RenderableType:
     weights = " · ".join(f"{name} {gib:.2f}" for name, gib in memory["weights"].items())
     backbone = plan.backbone
     rows = {
-        "model": f"{backbone.name} ({backbone.family.name}, {readable_count(backbone.parameters)} parameters)",
+        "model": f"{backbone.name} ({backbone.family.name}, "
+        f"{readable_count(backbone.parameters)} parameters)",
         "routers": str(plan.routers) if plan.routers else "none: dense",
-        "pictures": f"{len(plan.jobs)} in {sum(1 for _ in plan.batches())} batches, {first.width}x{first.height}, "
-        f"{first.steps} steps, guidance {first.guidance:g}",
-        "compute": f"{flops(found['flops']['spent'])} at budget {found['budget']}, {flops(found['flops']['dense'])} "
-        f"dense, in {found['transformer_calls']} transformer calls",
+        "pictures": f"{len(plan.jobs)} in {sum(1 for _ in plan.batches())} batches, "
+        f"{first.width}x{first.height}, {first.steps} steps, guidance {first.guidance:g}",
+        "compute": f"{flops(found['flops']['spent'])} at budget {found['budget']}, "
+        f"{flops(found['flops']['dense'])} dense, in {found['transformer_calls']} transformer calls",
         "weights": f"{weights} GiB in {memory['dtype']}, {memory['total']:.2f} GiB together",
         "cache": f"at most {memory['cache']:.2f} GiB for reuse",
         "on device": f"about {memory['device']:.2f} GiB with --offload {plan.placement.offload}",
         "would write": ", ".join(found["outputs"][:8]) + (" ..." if len(found["outputs"]) > 8 else ""),
     }
     return Group(Text("dry run: nothing was loaded or written", style="bold"), Text(), two_columns(rows))
-
-
-def _recommended(plan: Plan) -> float | None:
-    import routers
-
-    if plan.routers is None:
-        return None
-    with bad_input():
-        if routers.release.is_release_file(plan.routers):
-            return None  # its spend is known only after a run
-        return float(routers.load_bundle(plan.routers).recommended_budget)
 
 
 def _calls(plan: Plan, job: Job) -> int:
@@ -89,7 +80,10 @@ def _job_flops(plan: Plan, job: Job) -> float:
     prompts = [job.prompt]
     if family.branches(job.guidance) > 1:
         prompts.append(job.negative_prompt or "")
-    calls = [_call_flops(plan.backbone.name, plan, job.width, job.height, family.text_tokens(p, limit)) for p in prompts]
+    calls = [
+        _call_flops(plan.backbone.name, plan, job.width, job.height, family.text_tokens(p, limit))
+        for p in prompts
+    ]
     return denoising_steps(job) * sum(calls)
 
 
@@ -123,8 +117,10 @@ def _memory(plan: Plan) -> dict[str, Any]:
     ]
     size = BYTES[dtype]
     weights = {name: n * size / GIB for name, n in registry.component_parameters(backbone).items()}
-    transformer, config, vae = _meta_transformer(backbone.name, backbone)
-    blocks = [block for spec in backbone.family.transformer.blocks for block in transformer.get_submodule(spec.path)]
+    transformer, config, _ = _meta_transformer(backbone.name, backbone)
+    blocks = [
+        block for spec in backbone.family.transformer.blocks for block in transformer.get_submodule(spec.path)
+    ]
     block = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0) * size / GIB
     cache = 0.0
     if plan.routers is not None:

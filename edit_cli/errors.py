@@ -21,7 +21,7 @@ class RunError(EditError):
     exit_code = FAILED_RUN
 
 
-class Interrupted(EditError):
+class Interrupted(EditError):  # noqa: N818 - not an error
     """Ctrl-C. Names the files that were finished before it. Exit code 130."""
 
     exit_code = INTERRUPTED
@@ -36,7 +36,7 @@ def bad_input(*kinds: type[Exception]) -> Iterator[None]:
     """Turn one-line errors of `backbones` and `routers` into EditError. kinds: default ValueError."""
     try:
         yield
-    except (kinds or (ValueError,)) as error:
+    except kinds or (ValueError,) as error:  # noqa: B030 - a tuple of classes
         raise EditError(str(error)) from error
 
 
@@ -52,5 +52,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(
-        phrase in text for phrase in ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+        phrase in text
+        for phrase in ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
     )

@@ -1,4 +1,4 @@
-"""Metadata in pictures, to be read by people and to be replayed: `parameters` text and `edit` JSON. Torch-free.
+"""Metadata in pictures, for people and to replay: `parameters` text and `edit` JSON. Torch-free.
 
 PNG: two text chunks. JPEG and WebP: EXIF UserComment, where web UIs look, and an XMP packet.
 """
@@ -81,9 +81,13 @@ def read(path: str | Path) -> dict[str, Any]:
             picture.load()
             info = dict(picture.info)
     except FileNotFoundError:
-        raise EditError(f"--from {str(path)!r} does not exist; give a picture made by `edit generate`") from None
+        raise EditError(
+            f"--from {str(path)!r} does not exist; give a picture made by `edit generate`"
+        ) from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-        raise EditError(f"--from {str(path)!r} is no readable picture; give one made by `edit generate`") from None
+        raise EditError(
+            f"--from {str(path)!r} is no readable picture; give one made by `edit generate`"
+        ) from None
     text = info.get("edit")
     xmp = info.get("xmp")
     if text is None and xmp is not None:
@@ -95,5 +99,7 @@ def read(path: str | Path) -> dict[str, Any]:
     except ValueError:
         record = None
     if not isinstance(record, dict) or "prompt" not in record:
-        raise EditError(f"--from {str(path)!r} holds no `edit` metadata; it was not made by `edit`, or was re-saved")
+        raise EditError(
+            f"--from {str(path)!r} holds no `edit` metadata; it was not made by `edit`, or was re-saved"
+        )
     return record

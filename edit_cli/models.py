@@ -12,9 +12,11 @@ from edit_cli.console import print_json, stdout
 
 
 def models(
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of the table.")
+    ] = False,
 ) -> None:
-    """List the models `edit` knows by name; any other pipeline folder or hub id of these families works too."""
+    """List the models known by name; other pipeline folders and hub ids of these families work too."""
     rows = list(registry.rows().values())
     if json_output:
         print_json({"default": registry.DEFAULT_MODEL, "models": [as_dict(row) for row in rows]})

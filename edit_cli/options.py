@@ -31,7 +31,9 @@ NegativePrompt = Annotated[
 ]
 Seed = Annotated[
     list[str] | None,
-    typer.Option("--seed", "-s", metavar="N...", help="One or more seeds. [dim]default 0[/] *", rich_help_panel=PICTURE),
+    typer.Option(
+        "--seed", "-s", metavar="N...", help="One or more seeds. [dim]default 0[/] *", rich_help_panel=PICTURE
+    ),
 ]
 NumImages = Annotated[
     str | None,
@@ -41,7 +43,9 @@ NumImages = Annotated[
     ),
 ]  # fmt: skip
 Width = Annotated[str | None, typer.Option("--width", metavar="PX", help="Width. *", rich_help_panel=PICTURE)]
-Height = Annotated[str | None, typer.Option("--height", metavar="PX", help="Height. *", rich_help_panel=PICTURE)]
+Height = Annotated[
+    str | None, typer.Option("--height", metavar="PX", help="Height. *", rich_help_panel=PICTURE)
+]
 Steps = Annotated[
     str | None,
     typer.Option(
@@ -57,7 +61,9 @@ Guidance = Annotated[
 ]  # fmt: skip
 Image = Annotated[
     str | None,
-    typer.Option("--image", metavar="FILE", help="Start from this picture (image-to-image). *", rich_help_panel=PICTURE),
+    typer.Option(
+        "--image", metavar="FILE", help="Start from this picture (image-to-image). *", rich_help_panel=PICTURE
+    ),
 ]
 Strength = Annotated[
     str | None,
@@ -77,14 +83,16 @@ Replay = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", metavar="MODEL", help=f"Registry name (edit models), folder or hub id. [dim]default {DEFAULT_MODEL}[/]",
+        "--model", "-m", metavar="MODEL",
+        help=f"Registry name (edit models), folder or hub id. [dim]default {DEFAULT_MODEL}[/]",
         rich_help_panel=MODEL,
     ),
 ]  # fmt: skip
 Routers = Annotated[
     str | None,
     typer.Option(
-        "--routers", metavar="PATH", help="Bundle folder, .safetensors file, or none. [dim]default: the model's own[/]",
+        "--routers", metavar="PATH",
+        help="Bundle folder, .safetensors file, or none. [dim]default: the model's own[/]",
         rich_help_panel=MODEL,
     ),
 ]  # fmt: skip
@@ -120,18 +128,22 @@ Output = Annotated[
 Compare = Annotated[
     bool,
     typer.Option(
-        "--compare", help="Also run dense with the same seeds: side-by-side picture, PSNR, SSIM, measured time ratio.",
+        "--compare",
+        help="Also run dense with the same seeds: side-by-side picture, PSNR, SSIM, measured time ratio.",
         rich_help_panel=OUTPUT,
     ),
 ]  # fmt: skip
 DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Show plan, FLOPs and memory; load no weights, write nothing.", rich_help_panel=OUTPUT
+        "--dry-run",
+        help="Show plan, FLOPs and memory; load no weights, write nothing.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option("--json", help="Print one JSON object as the last line of stdout.", rich_help_panel=OUTPUT),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.", rich_help_panel=OUTPUT)]
 
@@ -141,7 +153,9 @@ BatchSize = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option("--device", metavar="DEVICE", help="auto, cuda, cuda:N, mps or cpu.", rich_help_panel=MACHINE),
+    typer.Option(
+        "--device", metavar="DEVICE", help="auto, cuda, cuda:N, mps or cpu.", rich_help_panel=MACHINE
+    ),
 ]
 Dtype = Annotated[
     str | None,
@@ -150,7 +164,10 @@ Dtype = Annotated[
 Offload = Annotated[
     str | None,
     typer.Option(
-        "--offload", metavar="HOW", help=f"Keep weights off the GPU: {', '.join(OFFLOADS)}.", rich_help_panel=MACHINE
+        "--offload",
+        metavar="HOW",
+        help=f"Keep weights off the GPU: {', '.join(OFFLOADS)}.",
+        rich_help_panel=MACHINE,
     ),
 ]
 Compile = Annotated[

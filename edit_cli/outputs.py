@@ -18,7 +18,7 @@ MAX_NAME = 60  # characters of a prompt that become part of a file name
 
 
 def slug(prompt: str) -> str:
-    """"A cat, at night!" -> "a-cat-at-night"; letters of any script are kept."""
+    """A prompt as a file name: "A cat, at night!" -> "a-cat-at-night"; letters of any script are kept."""
     words = "".join(c.lower() if c.isalnum() else " " for c in prompt).split()
     return "-".join(words)[:MAX_NAME].rstrip("-") or "picture"
 
@@ -48,7 +48,9 @@ def plan_outputs(
             path = _fill(target, names, several[target] > 1)
         _check_suffix(path, suffixes)
         if path in taken:
-            raise EditError(f"--output {target!r} would write two results to {str(path)!r}; add {{index}} or {{seed}}")
+            raise EditError(
+                f"--output {target!r} would write two results to {str(path)!r}; add {{index}} or {{seed}}"
+            )
         taken.add(path)
         paths.append(path)
     for folder in {path.parent for path in paths}:
@@ -72,7 +74,9 @@ def write_whole(path: Path, data: bytes) -> None:
         if name is not None and os.path.exists(name):
             os.unlink(name)
         if isinstance(error, OSError):
-            raise RunError(f"{str(path)!r} cannot be written: {(error.strerror or str(error)).lower()}") from error
+            raise RunError(
+                f"{str(path)!r} cannot be written: {(error.strerror or str(error)).lower()}"
+            ) from error
         raise
 
 
@@ -114,7 +118,9 @@ def _fill(target: str, names: Mapping[str, Any], several: bool) -> Path:
 def _check_suffix(path: Path, suffixes: Sequence[str]) -> None:
     if path.suffix.lower() not in suffixes:
         what = f"suffix {path.suffix!r}" if path.suffix else "no suffix"
-        raise EditError(f"--output {str(path)!r} has {what}; allowed are {', '.join(suffixes)} (a folder ends with /)")
+        raise EditError(
+            f"--output {str(path)!r} has {what}; allowed are {', '.join(suffixes)} (a folder ends with /)"
+        )
 
 
 def _check_folder(folder: Path) -> None:
@@ -128,4 +134,6 @@ def _check_folder(folder: Path) -> None:
             pass
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise EditError(f"--output folder {str(folder)!r} is not writable: {reason}; choose another place") from None
+        raise EditError(
+            f"--output folder {str(folder)!r} is not writable: {reason}; choose another place"
+        ) from None

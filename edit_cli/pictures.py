@@ -35,7 +35,9 @@ def ssim(a: Image.Image, b: Image.Image) -> float:
     var_x, var_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
     cov = _blur(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    score = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    score = (
+        (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    )
     return float(score.mean())
 
 

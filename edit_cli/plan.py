@@ -105,7 +105,7 @@ def make_plan(asked: Asked) -> Plan:
     """Check everything that was asked. Raises EditError; reads files but writes none."""
     record = metadata.read(asked.replay) if asked.replay is not None else {}
     typed = _typed_fields(asked)
-    with bad_input(registry.ModelNotFound):
+    with bad_input(registry.ModelNotFoundError):
         backbone = registry.resolve(asked.model or record.get("model_source") or registry.DEFAULT_MODEL)
     routers = _routers(asked.routers or record.get("routers") or DEFAULT_ROUTERS, backbone)
     recorded = {name: record.get(name) for name in values.FIELDS if name != "output"}
@@ -119,7 +119,9 @@ def make_plan(asked: Asked) -> Plan:
                 f"--budget {job.budget:g} needs routers and {backbone.name!r} has none here; "
                 f"give --routers BUNDLE, or make one with: edit calibrate -m {backbone.name} -o bundle"
             )
-    changed = bool(typed or asked.prompts or asked.prompts_file or asked.num_images or asked.model or asked.routers)
+    changed = bool(
+        typed or asked.prompts or asked.prompts_file or asked.num_images or asked.model or asked.routers
+    )
     return Plan(
         backbone=backbone,
         routers=routers,
@@ -154,7 +156,9 @@ def _routers(asked: str, backbone: Backbone) -> Path | None:
         return backbone.bundle
     path = Path(asked).expanduser()
     if not path.exists():
-        raise EditError(f"--routers {asked!r} does not exist; give a bundle folder, a .safetensors file, or none")
+        raise EditError(
+            f"--routers {asked!r} does not exist; give a bundle folder, a .safetensors file, or none"
+        )
     return path
 
 
@@ -185,11 +189,19 @@ def _count(where: str, value: str | None, default: int) -> int:
     return default if value is None else values.integer(where, value, 1, 100_000)
 
 
-def _jobs(requests: list[dict[str, Any]], output: str | None, backbone: Backbone, warnings: list[str]) -> list[Job]:
+def _jobs(
+    requests: list[dict[str, Any]], output: str | None, backbone: Backbone, warnings: list[str]
+) -> list[Job]:
     finished = [_complete(request, backbone, warnings) for request in requests]
     budgets = ("auto" if f["budget"] is None else f"{f['budget']:g}" for f in finished)
     names = [
-        {**f, "index": i, "budget": budget, "model": backbone.name.replace("/", "-"), "output": r.get("output")}
+        {
+            **f,
+            "index": i,
+            "budget": budget,
+            "model": backbone.name.replace("/", "-"),
+            "output": r.get("output"),
+        }
         for i, (f, r, budget) in enumerate(zip(finished, requests, budgets, strict=True))
     ]
     paths = plan_outputs(output, names)
@@ -218,7 +230,9 @@ def _complete(request: Mapping[str, Any], backbone: Backbone, warnings: list[str
     if family.negative_prompt is not None and done["guidance"] > 1:
         done["negative_prompt"] = done["negative_prompt"] or family.negative_prompt
     elif done["negative_prompt"]:
-        warnings.append(f"the negative prompt has no effect at guidance {done['guidance']:g}; use more than 1")
+        warnings.append(
+            f"the negative prompt has no effect at guidance {done['guidance']:g}; use more than 1"
+        )
     if "guidance" in request and request["guidance"] and not _takes_guidance(backbone):
         warnings.append(f"{backbone.name} has no guidance embedding: --guidance has no effect")
     if done["image"] is not None:
@@ -231,7 +245,7 @@ def _complete(request: Mapping[str, Any], backbone: Backbone, warnings: list[str
 
 
 def _takes_guidance(backbone: Backbone) -> bool:
-    with bad_input(registry.ModelNotFound):
+    with bad_input(registry.ModelNotFoundError):
         return backbone.family.takes_guidance(registry.component_config(backbone, "transformer"))
 
 
@@ -243,7 +257,10 @@ def _placement(asked: Asked, record: Mapping[str, Any]) -> Placement:
         compile=asked.compile,
         loras=tuple(_lora(text) for text in asked.loras or record.get("loras") or ()),
     )
-    for name, value, allowed in (("dtype", placement.dtype, DTYPES), ("offload", placement.offload, OFFLOADS)):
+    for name, value, allowed in (
+        ("dtype", placement.dtype, DTYPES),
+        ("offload", placement.offload, OFFLOADS),
+    ):
         if value not in allowed:
             raise EditError(f"--{name} {value!r} is unknown; allowed are {', '.join(allowed)}")
     kind, _, number = placement.device.partition(":")

@@ -34,10 +34,14 @@ def _read_text(source: str) -> str:
         data = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise EditError(f"--prompts {source!r} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        raise EditError(
+            f"--prompts {source!r} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise EditError(f"--prompts {source!r} cannot be read: {reason}; give a .txt or .jsonl file, or -") from None
+        raise EditError(
+            f"--prompts {source!r} cannot be read: {reason}; give a .txt or .jsonl file, or -"
+        ) from None
 
 
 def _parse_json(line: str, where: str) -> Entry:

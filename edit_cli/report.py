@@ -103,7 +103,11 @@ def _decisions(decisions: dict[str, Any]) -> str:
     compute = decisions["compute"]
     total = decisions["skip"] + decisions["reuse"] + sum(compute.values())
     widths = ", ".join(f"{WIDTH_NAMES.get(w, w)} {n}" for w, n in compute.items() if n)
-    parts = [f"skip {decisions['skip']}", f"reuse {decisions['reuse']}", f"compute {sum(compute.values())} ({widths})"]
+    parts = [
+        f"skip {decisions['skip']}",
+        f"reuse {decisions['reuse']}",
+        f"compute {sum(compute.values())} ({widths})",
+    ]
     return " · ".join(parts) + f" of {total} block runs"
 
 
@@ -111,7 +115,8 @@ def _comparison(comparison: dict[str, Any]) -> str:
     psnr, ssim = fmean(comparison["psnr"]), fmean(comparison["ssim"])
     ratio = comparison["time_ratio"]
     return (
-        f"denoising took {comparison['dense_seconds']:.2f} s dense, {comparison['elastic_seconds']:.2f} s elastic: "
+        f"denoising took {comparison['dense_seconds']:.2f} s dense, "
+        f"{comparison['elastic_seconds']:.2f} s elastic: "
         f"measured time ratio {ratio:.2f}; PSNR {psnr:.1f} dB, SSIM {ssim:.3f}; "
         f"see {', '.join(comparison['outputs'][:3])}{'...' if len(comparison['outputs']) > 3 else ''}"
     )

@@ -1,4 +1,4 @@
-"""Carry out a plan: generate batch by batch, save each picture as soon as it is finished, compare if asked."""
+"""Carry out a plan: generate batch by batch, save each picture once it is finished, compare if asked."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from PIL import Image
 from backbones import loading
 from edit_cli import __version__, metadata
 from edit_cli.console import progress
-from edit_cli.errors import Interrupted
+from edit_cli.errors import Interrupted, bad_input
 from edit_cli.outputs import write_whole
 from edit_cli.pictures import psnr, side_by_side, ssim
 from edit_cli.plan import DEFAULT_ROUTERS, NO_ROUTERS, Job, Plan
-from edit_cli.session import Batch, Session, denoising_steps, settle_budgets
+from edit_cli.session import Batch, RouterSource, Session, denoising_steps, settle_budgets
 from edit_cli.stages import StageClock
-
 
 MUST_MATCH = ("model_hash", "routers_hash", "device", "dtype", "versions")
 """Record entries that decide whether a replayed picture can be identical."""
@@ -77,8 +76,11 @@ def run_plan(plan: Plan, *, compare: bool, show_progress: bool, clock: StageCloc
         with progress(show_progress) as bars:
             waiting = bars.add_task(f"loading {plan.backbone.name}", total=None) if bars else None
             with clock.stage("load"):
-                session = Session.open(plan, clock)
-            plan = result.plan = settle_budgets(plan, session)
+                with bad_input():
+                    loading.pick_device(plan.placement.device)
+                source = RouterSource.read(plan.routers)
+                plan = result.plan = settle_budgets(plan, source)
+                session = Session.open(plan, source, clock)
             result.notes += session.notes
             batches = [_with_peers(batch, plan) for batch in plan.batches()]
             _restore_threads(plan)
@@ -158,7 +160,9 @@ def _save(batch: Batch, rows: Sequence[int], session: Session, result: Result) -
         old = result.plan.replayed
         changed = [name for name in MUST_MATCH if old and old.get(name) != record[name]]
         if changed:
-            result.notes.append(f"not what the original was made with: {', '.join(changed)}; the picture may differ")
+            result.notes.append(
+                f"not what the original was made with: {', '.join(changed)}; the picture may differ"
+            )
         write_whole(job.path, metadata.encode(batch.pictures[row], job.path.suffix, record))
 
 
@@ -183,13 +187,15 @@ def make_record(batch: Batch, row: int, session: Session, plan: Plan) -> dict[st
         "model_source": backbone.name if backbone.packaged else backbone.source,
         "model_hash": loading.fingerprint(backbone.folder / "transformer") if backbone.folder else None,
         "routers": source,
-        "routers_hash": getattr(session.bundle, "digest", None),
+        "routers_hash": getattr(session.source.bundle, "digest", None),
         "loras": [f"{lora.path}:{lora.scale:g}" for lora in placement.loras],
         "image": str(Path(job.image).resolve()) if job.image else None,
         "strength": job.strength,
         "sampler": type(session.pipe.scheduler).__name__.replace("DiscreteScheduler", ""),
         "device": session.pipe.device.type,
-        "dtype": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(session.pipe.dtype).split(".")[-1]],
+        "dtype": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[
+            str(session.pipe.dtype).split(".")[-1]
+        ],
         "threads": torch.get_num_threads(),
         "versions": _versions(),
     }
@@ -205,12 +211,14 @@ def _versions() -> dict[str, str]:
     for name in ("torch", "diffusers", "transformers"):
         try:
             found[name] = package_version(name)
-        except PackageNotFoundError:
+        except PackageNotFoundError:  # noqa: PERF203 - three packages
             continue
     return found
 
 
-def _compare(result: Result, batch: Batch, rows: Sequence[int], dense: tuple[list[Image.Image], float]) -> None:
+def _compare(
+    result: Result, batch: Batch, rows: Sequence[int], dense: tuple[list[Image.Image], float]
+) -> None:
     pictures, seconds = dense
     comparison = result.comparison = result.comparison or {
         "outputs": [], "psnr": [], "ssim": [], "dense_seconds": 0.0, "elastic_seconds": 0.0,
@@ -235,6 +243,6 @@ def _finish_comparison(result: Result) -> None:
     comparison["time_ratio"] = round(elastic / dense, 4)
     if elastic > dense and fmean(result.spent) < 1:
         result.notes.append(
-            f"elastic was slower than dense here ({elastic:.2f} s against {dense:.2f} s of denoising): the model is "
-            "too small or the batch too short for the saved FLOPs to show"
+            f"elastic was slower than dense here ({elastic:.2f} s against {dense:.2f} s of denoising): "
+            "the model is too small or the batch too short for the saved FLOPs to show"
         )

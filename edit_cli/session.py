@@ -12,37 +12,63 @@ from typing import Any
 import torch
 from PIL import Image
 
-import routers
 from backbones import loading, registry
 from backbones.spec import Backbone
 from edit_cli.errors import OUT_OF_MEMORY, EditError, RunError, bad_input, is_out_of_memory
 from edit_cli.pictures import open_rgb
 from edit_cli.plan import Job, Plan
 from edit_cli.stages import StageClock
+from routers import release, release_policy
+from routers.bundle import attach, load_bundle
+from routers.elastic import Elastic
 
 
 @dataclass
 class Batch:
-    """What one pipeline call gave: pictures in job order; trace None for a dense run without routers attached."""
+    """What one pipeline call gave: pictures in job order; trace None for a run with nothing attached."""
 
     jobs: tuple[Job, ...]
     pictures: list[Image.Image]
     trace: Any = None
 
 
+@dataclass(frozen=True)
+class RouterSource:
+    """Routers as read from disk, before the model is. Both None: dense.
+
+    bundle: a routers.Bundle. release: path of a checkpoint in the paper's layout.
+    """
+
+    bundle: Any = None
+    release: Path | None = None
+
+    @classmethod
+    def read(cls, path: Path | None) -> RouterSource:
+        """Raises EditError for anything that is neither a bundle nor a released checkpoint."""
+        if path is None:
+            return cls()
+        if path.is_file() and path.suffix not in (".safetensors", ".json"):
+            raise EditError(
+                f"--routers {str(path)!r} is no .safetensors file, and other formats are not loaded; "
+                "give a bundle folder, a .safetensors file, or none"
+            )
+        with bad_input():
+            if release.is_release_file(path):
+                return cls(release=path)
+            return cls(bundle=load_bundle(path))
+
+
 @dataclass
 class Session:
     """A pipeline on its device. elastic None: dense, nothing attached.
 
-    bundle: the loaded routers.Bundle, or None. release: the routers are a checkpoint in the paper's layout.
     force: accept a bundle that was fitted on other weights of the same architecture.
     """
 
     backbone: Backbone
     pipe: Any
     clock: StageClock
-    bundle: Any = None
-    release: Path | None = None
+    source: RouterSource
     force: bool = False
     elastic: Any = None
     notes: list[str] = field(default_factory=list)
@@ -50,38 +76,37 @@ class Session:
     _image_pipe: Any = None
 
     @classmethod
-    def open(cls, plan: Plan, clock: StageClock) -> Session:
+    def open(cls, plan: Plan, source: RouterSource, clock: StageClock) -> Session:
         """Load everything the plan names. Raises EditError for input that cannot be loaded."""
-        backbone, bundle, release, release_routers, transformer = plan.backbone, None, None, None, None
+        release_routers, transformer, notes = None, None, []
         with bad_input(), _memory("while loading the model"):
-            loading.pick_device(plan.placement.device)  # before minutes of reading weights
-            if plan.routers is not None:
-                if routers.release.is_release_file(plan.routers):
-                    release = plan.routers
-                    transformer, release_routers = _load_release(plan)
-                else:
-                    bundle = routers.load_bundle(plan.routers)
-            pipe = loading.load_pipeline(backbone, plan.placement, transformer)
-        session = cls(backbone, pipe, clock, bundle, release, plan.force, _release_routers=release_routers)
-        if release is not None:
-            routers.release.use_sigmoid_gelu(pipe.transformer, backbone.family.transformer)
-            session.notes.append(
-                "routers in the paper's released layout: exact mode with fixed compute, MLP activation "
-                "switched to x * sigmoid(1.702 x)"
-            )
-        return session
+            if source.release is not None:
+                transformer, release_routers = _load_release(plan, source.release)
+                notes.append(
+                    "routers in the paper's released layout: exact mode with fixed compute; "
+                    "the MLP activation was switched to x * sigmoid(1.702 x)"
+                )
+            pipe = loading.load_pipeline(plan.backbone, plan.placement, transformer)
+            if source.release is not None:
+                release.use_sigmoid_gelu(pipe.transformer, plan.backbone.family.transformer)
+        return cls(
+            plan.backbone, pipe, clock, source, plan.force, notes=notes, _release_routers=release_routers
+        )
 
     def attach(self) -> None:
         """Put the blocks under control of the routers; without routers, open and only counted."""
         with bad_input():
             if self._release_routers is not None:
                 transformer = self.pipe.transformer
-                policy = functools.partial(routers.release_policy.ReleasePolicy, dtype=transformer.dtype)
+                policy = functools.partial(release_policy.ReleasePolicy, dtype=transformer.dtype)
                 spec = self.backbone.family.transformer
-                self.elastic = routers.Elastic(transformer, spec, policy, list(self._release_routers))
+                self.elastic = Elastic(transformer, spec, policy, list(self._release_routers))
             else:
-                self.elastic = routers.attach(
-                    self.pipe.transformer, self.bundle, spec=self.backbone.family.transformer, force=self.force
+                self.elastic = attach(
+                    self.pipe.transformer,
+                    self.source.bundle,
+                    spec=self.backbone.family.transformer,
+                    force=self.force,
                 )
 
     def detach(self) -> None:
@@ -104,7 +129,7 @@ class Session:
         if self.elastic is None:
             scope: Any = nullcontext()
         else:
-            scope = self.elastic.scope(budget=None if self.release else first.budget, num_steps=steps)
+            scope = self.elastic.scope(budget=None if self.source.release else first.budget, num_steps=steps)
         size = f" at {first.width}x{first.height}, batch {len(jobs)}"
         with _memory(size), loading.quiet_libraries(), self.clock.pipeline_call(pipe), scope as trace:
             pictures = pipe(**arguments, callback_on_step_end=after_step).images
@@ -152,35 +177,33 @@ def denoising_steps(job: Job) -> int:
         return job.steps
     taken = job.steps - int(max(job.steps - min(job.steps * job.strength, job.steps), 0))
     if taken < 1:
-        raise EditError(f"--strength {job.strength:g} of {job.steps} steps leaves no step to run; raise either")
+        raise EditError(
+            f"--strength {job.strength:g} of {job.steps} steps leaves no step to run; raise either"
+        )
     return taken
 
 
-def settle_budgets(plan: Plan, session: Session) -> Plan:
-    """Fill in the budget the routers recommend, and check asked ones against the bundle's minimum."""
-    if session.release is not None:
-        if any(job.budget is not None for job in plan.jobs) and plan.replayed is None:
+def settle_budgets(plan: Plan, source: RouterSource) -> Plan:
+    """Fill in the budget the routers recommend, and check asked ones against what they serve."""
+    if source.release is not None:
+        if any(job.budget is not None for job in plan.jobs):
             raise EditError(
-                "--budget does not apply to a checkpoint in the paper's released layout, its compute is fixed; "
-                "leave --budget out, or fit a bundle with: edit calibrate"
+                "--budget does not apply to a checkpoint in the paper's released layout: "
+                "its compute is fixed; leave --budget out, or fit a bundle with: edit calibrate"
             )
         return plan
-    bundle = session.bundle
     jobs = []
     for job in plan.jobs:
         budget = job.budget
-        if budget is None:
-            budget = 1.0 if bundle is None else float(bundle.recommended_budget)
-        if bundle is not None and budget < bundle.min_budget:
-            raise EditError(
-                f"--budget {budget:g} is below this bundle's minimum of {bundle.min_budget:g}; "
-                f"allowed are {bundle.min_budget:g} to 1"
-            )
-        jobs.append(replace(job, budget=budget))
+        if source.bundle is not None:
+            budget = float(source.bundle.recommended_budget) if budget is None else budget
+            with bad_input():
+                source.bundle.check_budget(budget)
+        jobs.append(replace(job, budget=1.0 if budget is None else budget))
     return replace(plan, jobs=tuple(jobs))
 
 
-def _load_release(plan: Plan) -> tuple[Any, Any]:
+def _load_release(plan: Plan, file: Path) -> tuple[Any, Any]:
     """The fine-tuned transformer of a released checkpoint, and its routers."""
     import diffusers
 
@@ -188,9 +211,10 @@ def _load_release(plan: Plan) -> tuple[Any, Any]:
     config = dict(registry.component_config(plan.backbone, "transformer"))
     transformer_class = getattr(diffusers, spec.transformer_class)
     dtype = loading.pick_dtype(plan.placement.dtype, plan.backbone)
-    return routers.release.load_release(
-        plan.routers, lambda: transformer_class.from_config(config), spec, dtype=dtype
+    loaded: tuple[Any, Any] = release.load_release(
+        file, lambda: transformer_class.from_config(config), spec, dtype=dtype
     )
+    return loaded
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class StageClock:
 
     @contextmanager
     def pipeline_call(self, pipe: Any) -> Iterator[None]:
-        """Split one pipeline call into text, decode, and the rest: denoise. The GPU is waited for at the seams."""
+        """Split one pipeline call into text, decode, and the rest: denoise. Waits for the GPU between."""
         inner = self.seconds["text"] + self.seconds["decode"]
         start = time.perf_counter()
         parts = (
@@ -55,7 +55,9 @@ class StageClock:
         total = time.perf_counter() - self.started
         return {name: round(value, 4) for name, value in {**self.seconds, "total": total}.items()}
 
-    def _timed(self, function: Callable[..., Any], stage: str, wait: Callable[[], None]) -> Callable[..., Any]:
+    def _timed(
+        self, function: Callable[..., Any], stage: str, wait: Callable[[], None]
+    ) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             wait()
             with self.stage(stage):

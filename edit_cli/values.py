@@ -1,6 +1,6 @@
-"""Parse and check single values from options, prompt files and picture metadata: one message each. Torch-free.
+"""Parse and check single values from options, prompt files and metadata: one message each. Torch-free.
 
-`where` names the place for the message: an option ("--budget") or a file line ("prompts.jsonl line 3: budget").
+`where` names the place for the message: an option ("--budget") or a line ("prompts.jsonl line 3: budget").
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ def divisible(where: str, value: int, multiple: int) -> None:
     if value % multiple:
         low = value - value % multiple
         near = " and ".join(str(n) for n in (low, low + multiple) if n)
-        raise EditError(f"{where} {value} is not a multiple of {multiple}, which this model needs; nearest: {near}")
+        raise EditError(
+            f"{where} {value} is not a multiple of {multiple}, which this model needs; nearest: {near}"
+        )
 
 
 def prompt(where: str, value: Any) -> str:
@@ -101,7 +103,7 @@ def prompt(where: str, value: Any) -> str:
     if not isinstance(value, str):
         raise EditError(f"{where} {value!r} is not text")
     if not value.strip():
-        raise EditError(f"{where} is empty; say what to draw, for example \"a cat\"")
+        raise EditError(f'{where} is empty; say what to draw, for example "a cat"')
     return value
 
 
@@ -143,4 +145,6 @@ def checked(values: dict[str, Any], where: str) -> dict[str, Any]:
     unknown = set(values) - set(FIELDS)
     if unknown:
         raise EditError(f"{where.format(sorted(unknown)[0])} is unknown; allowed are {', '.join(FIELDS)}")
-    return {name: FIELDS[name](where.format(name), value) for name, value in values.items() if value is not None}
+    return {
+        name: FIELDS[name](where.format(name), value) for name, value in values.items() if value is not None
+    }

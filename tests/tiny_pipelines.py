@@ -19,7 +19,10 @@ def make_tokenizer(text: str):
     tokenizer.pre_tokenizer = Qwen2Tokenizer(vocab={"a": 0}, merges=[])._tokenizer.pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1500, min_frequency=1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=1500,
+        min_frequency=1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([text] * 4, trainer)
     model = json.loads(tokenizer.to_str())["model"]
@@ -46,15 +49,16 @@ def make_qwen_image(folder: Path, *, blocks: int = 4, seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     template = (
-        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
-        "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n<|im_end|>\n"
+        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, "
+        "text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     tokenizer = make_tokenizer(f"{template} {WORDS}")
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(tokenizer) + 8, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+            "vocab_size": len(tokenizer) + 8, "hidden_size": 48, "intermediate_size": 96,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
             "rope_parameters": {"rope_type": "default", "mrope_section": [4, 4, 4], "rope_theta": 10000.0},
         },
         vision_config={
@@ -108,14 +112,56 @@ def make_flux(folder: Path, *, guided: bool = True, seed: int = 0) -> Path:
         tokenizer_2=tokenizer,
         transformer=FluxTransformer2DModel(
             in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=32, num_attention_heads=2,
-            joint_attention_dim=48, pooled_projection_dim=32, guidance_embeds=guided, axes_dims_rope=(8, 12, 12),
+            joint_attention_dim=48, pooled_projection_dim=32, guidance_embeds=guided,
+            axes_dims_rope=(8, 12, 12),
         ),
     )  # fmt: skip
     pipe.save_pretrained(folder, safe_serialization=True)
-    write_defaults(folder, width=64, height=64, steps=2, guidance=3.5 if guided else 0.0, max_sequence_length=32)
+    write_defaults(
+        folder, width=64, height=64, steps=2, guidance=3.5 if guided else 0.0, max_sequence_length=32
+    )
     return folder
 
 
 def write_defaults(folder: Path, **defaults: float) -> None:
     """`edit.json`: what a request for this folder uses when the user says nothing."""
     (folder / "edit.json").write_text(json.dumps(defaults))
+
+
+def make_bundle(folder: Path, pipeline: Path, spec, *, steps: int = 4) -> Path:
+    """Save a bundle with made-up tables and untrained routers for a pipeline folder's transformer."""
+    import diffusers
+    import numpy as np
+
+    from routers.bundle import Bundle, architecture, fingerprint
+    from routers.plan import ErrorTables
+    from routers.router import Router
+
+    transformer_class = getattr(diffusers, spec.transformer_class)
+    transformer = transformer_class.from_pretrained(pipeline, subfolder="transformer")
+    blocks = sum(len(transformer.get_submodule(block.path)) for block in spec.blocks)
+    rng = np.random.default_rng(0)
+    shape = (2, steps, blocks)
+    age = np.arange(1, 4) ** 2
+    tables = ErrorTables(
+        branches=("cond", "uncond"),
+        reuse=1e-4 * age * rng.uniform(0.5, 2, (*shape, 1)),
+        width=np.array([3e-3, 1e-3, 2e-4]) * rng.uniform(0.5, 2, (*shape, 1)),
+        skip=rng.uniform(0.01, 0.1, shape),
+        gain=np.ones(shape),
+    )
+    torch.manual_seed(0)
+    dim = transformer.inner_dim
+    Bundle(
+        spec=spec,
+        tables=tables,
+        routers=[Router(dim, dim, 4).state_dict() for _ in range(blocks)],
+        base_model=folder.name,
+        architecture=architecture(transformer),
+        fingerprint=fingerprint(transformer),
+        num_steps=steps,
+        guidance=4.0,
+        recommended_budget=0.8,
+        min_budget=0.4,
+    ).save(folder)
+    return folder
