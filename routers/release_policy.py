@@ -122,8 +122,7 @@ class ReleasePolicy:
     ) -> Actions:
         """Action codes int8 [R] of one block, from its gate logits [R] and width logits [R, 4].
 
-        Afterwards `stores` int8 [R] says which feature store each row reads or fills: 0 for the first
-        branch of the run, 1 for the second.
+        Afterwards `stores` int8 [R] says which feature store, 0 or 1, each row reads or fills.
         """
         gate_R, widths_RW = torch.from_numpy(gate).to(self.dtype), torch.from_numpy(widths).to(self.dtype)
         probability_R = torch.sigmoid(gate_R)
