@@ -1,0 +1,442 @@
+"""What elastic execution costs beside what it saves: time ratios to the dense model, and host reads.
+
+    python -m benchmarks.overhead              # a table, then one JSON line
+    python -m benchmarks.overhead --markdown   # the table of docs/speed.md
+
+Dense is a copy of the transformer on the same weights that was never attached. Ratios are medians over
+interleaved runs. `--quick` shrinks everything to seconds: it shows that the benchmark runs, not how fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from backbones import qwen_image, registry
+from benchmarks.mixes import FAMILIES, CostReader, forced_mix, mixed_rows
+from benchmarks.reads import count_reads
+from benchmarks.timing import Run, interleaved, ratio_of_medians
+from routers.elastic import Elastic
+from routers.policy import CallInfo, FixedPolicy, OpenPolicy, Policy
+from routers.router import Router
+
+BUDGETS = (0.4, 0.6, 0.8)
+SLACK = 0.03
+"""A forced mix may take this much more of the dense time than of the dense FLOPs."""
+NARROWEST = "every MLP at 1/4"
+"""The least that widths alone can spend."""
+OPEN_BAR, TINY_BAR, READS_BAR = 1.01, 0.70, 1.0
+
+
+class ReadingOpenPolicy(OpenPolicy):
+    """All gates open; the routers run, are read once per call, and passes are cached for reuse."""
+
+    cache_depth, reads_routers = 2, True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured line. ratio: elastic/dense time, or host reads per call. bar: the most it should be."""
+
+    section: str
+    what: str
+    budget: float | None
+    spent: float | None
+    seconds: float | None
+    dense_seconds: float | None
+    ratio: float
+    bar: float | None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the bar is met; None where there is none."""
+        return None if self.bar is None else self.ratio <= self.bar
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    blocks: int = 4
+    heads: int = 24
+    head_dim: int = 128
+    text_dim: int = 3584
+    rope: tuple[int, int, int] = (16, 56, 56)
+    side: int = 32  # latent patches: 32 x 32 = 1024 image tokens
+    text: int = 64
+    steps: int = 5
+    rounds: int = 5
+    pipeline_steps: int = 20
+    pipeline_rounds: int = 7
+
+
+FULL_SIZE = Size()
+QUICK = Size(2, 2, 16, 24, (4, 6, 6), 4, 5, 5, 1, 4, 1)
+
+
+# -- (a) real block sizes ----------------------------------------------------------------------
+
+
+def measure_blocks(size: Size) -> list[Row]:
+    """Random weights at Qwen-Image's block size: every family of mixes, and everything open with routers."""
+    dtype = fast_dtype() if size is FULL_SIZE else torch.float32
+    dense = qwen_transformer(size, dtype)
+    elastics = {"open": Elastic(twin(dense), qwen_image.TRANSFORMER, routers=routers_for(dense), budget=1.0)}
+    calls = list(block_inputs(size, dtype))
+    costs = read_costs(elastics["open"], lambda model: model(**calls[0]))
+    policies: dict[str, Policy] = {"open": ReadingOpenPolicy()}
+    asked: dict[str, float | None] = {"open": None, NARROWEST: None}
+    bars: dict[str, float | None] = {"open": OPEN_BAR, NARROWEST: None}
+    elastics[NARROWEST] = Elastic(twin(dense), qwen_image.TRANSFORMER)
+    policies[NARROWEST] = FixedPolicy(np.zeros(size.blocks, np.int8))
+    for family in FAMILIES:
+        for budget in BUDGETS:
+            name = f"{family} {budget:g}"
+            elastics[name] = Elastic(twin(dense), qwen_image.TRANSFORMER, budget=budget)
+            policies[name] = FixedPolicy(forced_mix(family, costs, budget, size.steps))
+            asked[name], bars[name] = budget, budget + SLACK
+
+    def run_dense() -> Iterator[None]:
+        for inputs in calls:
+            dense(**inputs)
+            yield
+
+    def run_elastic(name: str) -> Run:
+        def run() -> Iterator[None]:
+            with elastics[name].scope(policy=policies[name], num_steps=size.steps):
+                for inputs in calls:
+                    elastics[name].transformer(**inputs)
+                    yield
+
+        return run
+
+    runs: dict[str, Run] = {"dense": run_dense, **{name: run_elastic(name) for name in elastics}}
+    with torch.no_grad():
+        seconds = interleaved(runs, size.rounds)
+    section = f"blocks, dim {size.heads * size.head_dim}, {size.side**2}+{size.text} tokens, {str(dtype)[6:]}"
+    return [
+        ratio_row(section, name, asked[name], elastic, seconds[name], seconds["dense"], bars[name])
+        for name, elastic in elastics.items()
+    ]
+
+
+def fast_dtype() -> torch.dtype:
+    """bf16 where the CPU multiplies in it, else fp32."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def qwen_transformer(size: Size, dtype: torch.dtype) -> Any:
+    """A QwenImageTransformer2DModel of `size` with random weights."""
+    from diffusers import QwenImageTransformer2DModel
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        shapes = QwenImageTransformer2DModel(
+            num_layers=1, num_attention_heads=size.heads, attention_head_dim=size.head_dim,
+            joint_attention_dim=size.text_dim, axes_dims_rope=size.rope,
+        )  # fmt: skip
+    # the rope tables are plain attributes: build them for real, once
+    model = QwenImageTransformer2DModel(
+        num_layers=0, num_attention_heads=size.heads, attention_head_dim=size.head_dim,
+        joint_attention_dim=size.text_dim, axes_dims_rope=size.rope,
+    ).to(dtype)  # fmt: skip
+    for _ in range(size.blocks):
+        block = copy.deepcopy(shapes.transformer_blocks[0]).to(dtype).to_empty(device="cpu")
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        model.transformer_blocks.append(block)
+    return model.eval().requires_grad_(False)
+
+
+def twin(transformer: Any) -> Any:
+    """A second module on the same weights, so that dense and elastic can take turns."""
+    return copy.deepcopy(transformer, {id(p): p for p in transformer.parameters()})
+
+
+def routers_for(transformer: Any) -> list[Router]:
+    """One untrained router per block: open gates."""
+    dim = transformer.inner_dim
+    routers = [Router(dim, dim) for _ in transformer.transformer_blocks]
+    return [router.eval().requires_grad_(False) for router in routers]
+
+
+def block_inputs(size: Size, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Transformer arguments of a short trajectory, batch 1."""
+    for step in range(size.steps):
+        yield {
+            "hidden_states": torch.randn(1, size.side**2, 64, dtype=dtype),
+            "encoder_hidden_states": torch.randn(1, size.text, size.text_dim, dtype=dtype),
+            "encoder_hidden_states_mask": None,
+            "timestep": torch.full((1,), 1 - step / size.steps),
+            "img_shapes": [[(1, size.side, size.side)]],
+            "return_dict": False,
+        }
+
+
+# -- (b) the packaged model, end to end --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """The denoising loop of a pipeline without text encoding and decoding."""
+
+    pipe: Any
+    arguments: dict[str, Any]
+
+    def __call__(self, transformer: Any) -> None:
+        """Run it with this transformer in place of the pipeline's."""
+        self.pipe.transformer = transformer
+        self.pipe(generator=torch.Generator().manual_seed(0), output_type="latent", **self.arguments)
+
+
+def measure_pipeline(size: Size, batch: int, bar: float | None) -> list[Row]:
+    """`qwen-image-tiny` at budget 0.6: a forced mix of its own for every sample, and the packaged routers."""
+    denoising, bundle, name = (
+        packaged_denoising(size, batch) if size is FULL_SIZE else random_denoising(size, batch)
+    )
+    dense = denoising.pipe.transformer
+    steps, budget = size.pipeline_steps, 0.6
+    forced = Elastic(twin(dense), qwen_image.TRANSFORMER, routers=routers_for(dense), budget=budget)
+    costs = read_costs(forced, denoising)
+    policy = FixedPolicy(mixed_rows(costs, budget, steps, batch))
+    policy.reads_routers = True
+
+    def run(elastic: Elastic | None, policy: Policy | None = None) -> Run:
+        def once() -> Iterator[None]:
+            with ExitStack() as stack:
+                if elastic is not None:
+                    stack.enter_context(elastic.scope(policy=policy, num_steps=steps))
+                denoising(dense if elastic is None else elastic.transformer)
+            yield
+
+        return once
+
+    elastics = {"forced mix": forced}
+    runs = {"dense": run(None), "forced mix": run(forced, policy)}
+    if bundle is not None:
+        from routers.bundle import attach
+
+        elastics["packaged routers"] = attach(twin(dense), bundle, budget=budget)
+        runs["packaged routers"] = run(elastics["packaged routers"])
+    seconds = interleaved(runs, size.pipeline_rounds)
+    section = f"{name}, denoising, batch {batch}"
+    return [
+        ratio_row(section, what, budget, elastic, seconds[what], seconds["dense"], bar)
+        for what, elastic in elastics.items()
+    ]
+
+
+PROMPTS = ("a cat", "a dog", "an apple", "a house", "a tree", "a pizza", "a rocket", "a fish")
+
+
+def packaged_denoising(size: Size, batch: int) -> tuple[Denoising, Any, str]:
+    """The packaged pipeline with real prompts, classifier-free guidance on."""
+    from backbones.loading import load_pipeline
+    from backbones.spec import Placement
+
+    backbone = registry.resolve(registry.DEFAULT_MODEL)
+    pipe = load_pipeline(backbone, Placement(device="cpu"))
+    with torch.no_grad():
+        embeds, mask = pipe.encode_prompt(list(PROMPTS[:batch]))
+        negative, negative_mask = pipe.encode_prompt([qwen_image.FAMILY.negative_prompt] * batch)
+    arguments = {
+        "prompt_embeds": embeds, "prompt_embeds_mask": mask,
+        "negative_prompt_embeds": negative, "negative_prompt_embeds_mask": negative_mask,
+        "true_cfg_scale": backbone.defaults.guidance, "num_inference_steps": size.pipeline_steps,
+        "width": backbone.defaults.width, "height": backbone.defaults.height,
+    }  # fmt: skip
+    return Denoising(pipe, arguments), backbone.bundle, backbone.name
+
+
+def random_denoising(size: Size, batch: int) -> tuple[Denoising, None, str]:
+    """The same loop around a small transformer with random weights."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+
+    transformer = qwen_transformer(size, torch.float32)
+    pipe = QwenImagePipeline(
+        FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {
+        "prompt_embeds": torch.randn(batch, size.text, size.text_dim),
+        "prompt_embeds_mask": torch.ones(batch, size.text, dtype=torch.long),
+        "negative_prompt_embeds": torch.randn(batch, 2, size.text_dim),
+        "negative_prompt_embeds_mask": torch.ones(batch, 2, dtype=torch.long),
+        "true_cfg_scale": 4.0, "num_inference_steps": size.pipeline_steps,
+        "width": 16 * size.side, "height": 16 * size.side,
+    }  # fmt: skip
+    return Denoising(pipe, arguments), None, "random weights"
+
+
+# -- (c) host reads ----------------------------------------------------------------------------
+
+
+def measure_reads(size: Size) -> list[Row]:
+    """Device-to-host reads per transformer call that elastic execution adds to the dense model's own."""
+    batch = 4
+    quick = size is not FULL_SIZE
+    denoising, bundle, name = random_denoising(size, batch) if quick else packaged_denoising(size, batch)
+    dense = denoising.pipe.transformer
+    elastic = Elastic(dense, qwen_image.TRANSFORMER, routers=routers_for(dense), budget=0.6)
+    policy = FixedPolicy(mixed_rows(read_costs(elastic, denoising), 0.6, size.pipeline_steps, batch))
+    policy.reads_routers = True
+    with elastic.scope(policy=OpenPolicy()) as trace:
+        base = count_reads(denoising, dense)
+    calls = trace.num_calls
+    rows = []
+
+    def measure(what: str, attached: Elastic, **scope: Any) -> None:
+        with attached.scope(num_steps=size.pipeline_steps, **scope) as trace:
+            reads = count_reads(denoising, attached.transformer)
+        ratio = (reads - base + trace.host_syncs) / calls
+        rows.append(Row("host reads per call", what, 0.6, mean(trace.spent), None, None, ratio, READS_BAR))
+
+    measure(f"{name}, forced mix", elastic, policy=policy)
+    elastic.detach()
+    if bundle is not None:
+        from routers.bundle import attach
+
+        measure(f"{name}, packaged routers", attach(dense, bundle, budget=0.6))
+    return rows
+
+
+# -- shared ------------------------------------------------------------------------------------
+
+
+def read_costs(elastic: Elastic, call: Callable[[Any], Any]) -> CallInfo:
+    """What one call costs, seen by a policy that skips everything; also warms the elastic's cost table."""
+    reader = CostReader()
+    with torch.no_grad(), elastic.scope(policy=reader):
+        call(elastic.transformer)
+    assert reader.call is not None
+    return reader.call
+
+
+def mean(values: list[float]) -> float:
+    """Arithmetic mean."""
+    return statistics.fmean(values)
+
+
+def ratio_row(
+    section: str,
+    what: str,
+    budget: float | None,
+    elastic: Elastic,
+    seconds: list[float],
+    dense: list[float],
+    bar: float | None,
+) -> Row:
+    """A line from the timings of one variant and of the dense model; `elastic` has just been run."""
+    assert elastic.trace is not None
+    spent = mean(elastic.trace.spent)
+    took, dense_took = statistics.median(seconds), statistics.median(dense)
+    return Row(section, what, budget, spent, took, dense_took, ratio_of_medians(seconds, dense), bar)
+
+
+def cells(row: Row) -> list[str]:
+    """A row as text."""
+
+    def number(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    verdict = {True: "yes", False: "no", None: ""}[row.met]
+    bar = "" if row.bar is None else f"<= {row.bar:.2f}"
+    return [
+        row.section, row.what, "" if row.budget is None else f"{row.budget:g}", number(row.spent, 3),
+        number(row.dense_seconds, 2), number(row.seconds, 2), number(row.ratio, 3), bar, verdict,
+    ]  # fmt: skip
+
+
+HEADERS = ("what", "decisions", "budget", "FLOPs spent", "dense s", "elastic s", "ratio", "bar", "met")
+
+
+def print_table(rows: list[Row]) -> None:
+    """A rich table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        box=None, header_style="bold", title="time of elastic / time of dense (host reads: per call)"
+    )
+    for header in HEADERS:
+        table.add_column(header, justify="left" if header in ("what", "decisions") else "right")
+    for row in rows:
+        table.add_row(*cells(row))
+    Console(width=140, highlight=False).print(table)
+
+
+def print_markdown(rows: list[Row]) -> None:
+    """The table for docs/speed.md on stdout."""
+    print("| " + " | ".join(HEADERS) + " |")
+    print("|" + "---|" * len(HEADERS))
+    for row in rows:
+        print("| " + " | ".join(cells(row)) + " |")
+
+
+SECTIONS = ("blocks", "batch1", "batch8", "reads")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, and with --check return 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: shows only that it runs")
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="measure this part (repeatable)")
+    parser.add_argument("--rounds", type=int, help="timed rounds; default 5, and 7 for the pipeline")
+    parser.add_argument("--threads", type=int, help="PyTorch threads; default: PyTorch's own choice")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the docs table instead of table and JSON"
+    )
+    parser.add_argument("--check", action="store_true", help="exit 1 if a bar is missed")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    size = QUICK if options.quick else FULL_SIZE
+    if options.rounds:
+        for name in ("rounds", "pipeline_rounds"):
+            object.__setattr__(size, name, options.rounds)
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "blocks": lambda: measure_blocks(size),
+        "batch1": lambda: measure_pipeline(size, 1, None),
+        "batch8": lambda: measure_pipeline(size, 8, TINY_BAR),
+        "reads": lambda: measure_reads(size),
+    }
+    rows = [row for name in options.only or SECTIONS for row in parts[name]()]
+    if options.markdown:
+        print_markdown(rows)
+    else:
+        print_table(rows)
+        print(
+            json.dumps(
+                {"benchmark": "overhead", "machine": machine(), "rows": [with_verdict(r) for r in rows]}
+            )
+        )
+    return int(options.check and any(row.met is False for row in rows))
+
+
+def with_verdict(row: Row) -> dict[str, Any]:
+    """A row for the JSON line."""
+    return {**asdict(row), "met": row.met}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""The overhead benchmark runs at small size, and its measuring instruments measure."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import overhead
+from benchmarks.mixes import FAMILIES, CostReader, forced_mix, mixed_rows, plan_cost
+from benchmarks.reads import count_reads
+from benchmarks.timing import interleaved
+from routers.elastic import Elastic
+from routers.trace import FULL, REUSE
+from tests.block_kinds import CASES
+
+
+@pytest.fixture(scope="module")
+def call():
+    case = CASES[0]
+    model, reader = case.transformer(), CostReader()
+    with Elastic(model, case.spec).scope(policy=reader):
+        case.run(model)
+    return reader.call
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", [0.4, 0.6, 0.8])
+def test_forced_mix_spends_its_budget(call, family, budget):
+    plan = forced_mix(family, call, budget, steps=40)
+    spent = plan_cost(plan, call)
+    assert spent == pytest.approx(budget, abs=0.01)
+    assert set(np.unique(plan)) <= {FULL, *FAMILIES[family]}
+    if family == "reuse":
+        assert (plan[0] == FULL).all()
+
+
+def test_mixed_rows_differ_and_start_dense(call):
+    plan = mixed_rows(call, 0.6, steps=20, rows=4)
+    assert (plan[0] == FULL).all()
+    assert (plan == REUSE).any()
+    assert all((plan[:, 0] != plan[:, row]).any() for row in range(1, 4))
+    for row in range(4):
+        assert plan_cost(plan[:, row], call) == pytest.approx(0.6, abs=0.02)
+
+
+def test_scalar_reads_are_counted():
+    x = torch.ones(3)
+    assert count_reads(lambda: x + 1) == 0
+    assert count_reads(lambda: x.sum().item()) == 1
+    assert count_reads(lambda: [float(v) for v in x]) == 3
+
+
+def test_interleaved_variants_take_turns():
+    order = []
+
+    def variant(name, seconds):
+        def run():
+            for _ in range(2):
+                order.append(name)
+                time.sleep(seconds)
+                yield
+
+        return run
+
+    seconds = interleaved({"a": variant("a", 0.02), "b": variant("b", 0.0)}, rounds=2)
+    assert order == [*"abab", *"baba", *"abab"]
+    assert len(seconds["a"]) == 2
+    assert min(seconds["a"]) >= 0.04
+
+
+def test_quick_run_prints_a_table_and_one_json_line(capsys):
+    assert overhead.main(["--quick"]) == 0
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    result = json.loads(last)
+    assert result["benchmark"] == "overhead"
+    sections = {row["section"].split(",")[0] for row in result["rows"]}
+    assert sections == {"blocks", "random weights", "host reads per call"}
+    assert all(row["ratio"] > 0 for row in result["rows"])
+    assert any("reuse 0.6" in line for line in table)
+
+
+def test_at_most_one_host_read_per_call():
+    """The bar itself, at small size: reads do not depend on size."""
+    rows = overhead.measure_reads(overhead.QUICK)
+    assert rows
+    assert all(0 < row.ratio <= 1 for row in rows)
