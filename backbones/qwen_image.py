@@ -24,6 +24,7 @@ TRANSFORMER = TransformerSpec(
                     in_linear="img_mlp.net.0.proj", activation="img_mlp.net.0", out_linear="img_mlp.net.2"
                 ),
             ),
+            mask="encoder_hidden_states_mask",
         ),
     ),
 )

@@ -54,15 +54,17 @@ def as_table(plan: Plan, found: Mapping[str, Any]) -> RenderableType:
         "model": f"{backbone.name} ({backbone.family.name}, "
         f"{readable_count(backbone.parameters)} parameters)",
         "routers": str(plan.routers) if plan.routers else "none: dense",
-        "pictures": f"{len(plan.jobs)} in {sum(1 for _ in plan.batches())} batches, "
+        "pictures": f"{len(plan.jobs)} in batches of {min(plan.batch_size, len(plan.jobs))}, "
         f"{first.width}x{first.height}, {first.steps} steps, guidance {first.guidance:g}",
         "compute": f"{flops(found['flops']['spent'])} at budget {found['budget']}, "
         f"{flops(found['flops']['dense'])} dense, in {found['transformer_calls']} transformer calls",
         "weights": f"{weights} GiB in {memory['dtype']}, {memory['total']:.2f} GiB together",
-        "cache": f"at most {memory['cache']:.2f} GiB for reuse",
+        "cache": f"at most {memory['cache']:.2f} GiB to reuse blocks from earlier steps",
         "on device": f"about {memory['device']:.2f} GiB with --offload {plan.placement.offload}",
         "would write": ", ".join(found["outputs"][:8]) + (" ..." if len(found["outputs"]) > 8 else ""),
     }
+    if not memory["cache"]:
+        del rows["cache"]
     return Group(Text("dry run: nothing was loaded or written", style="bold"), Text(), two_columns(rows))
 
 
@@ -123,7 +125,7 @@ def _memory(plan: Plan) -> dict[str, Any]:
     ]
     block = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0) * size / GIB
     cache = 0.0
-    if plan.routers is not None:
+    if any(job.budget is None or job.budget < 1 for job in plan.jobs):
         job = max(plan.jobs, key=lambda j: j.width * j.height)
         tokens = (job.width // backbone.size_multiple) * (job.height // backbone.size_multiple)
         tokens += backbone.family.text_tokens(job.prompt, backbone.defaults.max_sequence_length)

@@ -69,6 +69,7 @@ def generate(
         loras=tuple(lora or ()),
         compile=compile,
         force=force,
+        dry_run=dry_run,
     )
     plan = make_plan(asked)
     if not quiet:

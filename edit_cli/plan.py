@@ -49,6 +49,7 @@ class Asked:
     loras: tuple[str, ...] = ()
     compile: bool = False
     force: bool = False
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,8 @@ def make_plan(asked: Asked) -> Plan:
     requests = [request for entry in _entries(asked, base) for request in _repeat(asked, base, entry)]
     warnings: list[str] = []
     jobs = _jobs(requests, asked.output, backbone, warnings)
-    for job in jobs:
-        if routers is None and job.budget is not None and job.budget < 1:
-            raise EditError(
-                f"--budget {job.budget:g} needs routers and {backbone.name!r} has none here; "
-                f"give --routers BUNDLE, or make one with: edit calibrate -m {backbone.name} -o bundle"
-            )
+    if routers is None:
+        _check_dense(jobs, backbone, asked.dry_run, warnings)
     changed = bool(
         typed or asked.prompts or asked.prompts_file or asked.num_images or asked.model or asked.routers
     )
@@ -132,6 +129,20 @@ def make_plan(asked: Asked) -> Plan:
         replayed=None if changed or not record else record,
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def _check_dense(jobs: list[Job], backbone: Backbone, dry_run: bool, warnings: list[str]) -> None:
+    """Without routers there is only the full budget; a dry run may still ask what another would cost."""
+    low = min((job.budget for job in jobs if job.budget is not None), default=1.0)
+    if low == 1.0:
+        return
+    message = (
+        f"--budget {low:g} needs routers and {backbone.name!r} has none here; "
+        f"give --routers BUNDLE, or make one with: edit calibrate -m {backbone.name} -o bundle"
+    )
+    if not dry_run:
+        raise EditError(message)
+    warnings.append(message)
 
 
 def _typed_fields(asked: Asked) -> dict[str, Any]:

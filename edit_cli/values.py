@@ -124,6 +124,21 @@ def readable_file(where: str, value: Any) -> str:
     return str(path)
 
 
+def picture_file(where: str, value: Any) -> str:
+    """A path of a picture that Pillow can open, as text."""
+    from PIL import Image
+
+    path = readable_file(where, value)
+    try:
+        with Image.open(path) as picture:
+            picture.verify()
+    except Exception as error:  # Pillow plugins raise anything on damaged files
+        raise EditError(
+            f"{where} {str(value)!r} is no readable picture; give a PNG, JPEG or WebP file"
+        ) from error
+    return path
+
+
 FIELDS = {
     "prompt": prompt,
     "negative_prompt": text,
@@ -133,7 +148,7 @@ FIELDS = {
     "steps": steps,
     "guidance": guidance,
     "budget": budget,
-    "image": readable_file,
+    "image": picture_file,
     "strength": strength,
     "output": text,
 }

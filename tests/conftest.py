@@ -1,0 +1,101 @@
+"""Shared fixtures: tiny random pipelines built once per session, and `edit` as users run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+EDIT = Path(sys.executable).with_name("edit")
+TIMEOUT = 300  # s; a cold start is seconds, a loaded machine is slow
+
+
+def edit_environment(**extra: str) -> dict[str, str]:
+    """Environment of a subprocess: no network, one thread, plain wide output."""
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("EDIT_", "HF_"))}
+    plain = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1"}
+    return {**keep, **plain, **extra}
+
+
+@dataclass
+class Ran:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        """The last line of stdout, parsed."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def edit():
+    """`edit(*arguments, cwd=folder)` -> Ran, through the installed console script."""
+
+    def run(*arguments: object, cwd: Path, stdin: str | None = None, **env: str) -> Ran:
+        done = subprocess.run(
+            [str(EDIT), *map(str, arguments)],
+            cwd=cwd,
+            input=stdin,
+            env=edit_environment(**env),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def _once(tmp_path_factory, name: str, build) -> Path:
+    """Build a folder once for all xdist workers."""
+    root = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        root = root.parent
+    folder, lock = root / name, root / f"{name}.lock"
+    try:
+        lock.touch(exist_ok=False)
+    except FileExistsError:
+        import time
+
+        while not (root / f"{name}.done").exists():
+            time.sleep(0.2)
+        return folder
+    build(folder)
+    (root / f"{name}.done").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory) -> Path:
+    """A random QwenImagePipeline folder with its own bundle in `routers/` (recommends 0.8, at least 0.4)."""
+    from backbones import qwen_image
+    from tests.tiny_pipelines import make_bundle, make_qwen_image
+
+    def build(folder: Path) -> None:
+        make_qwen_image(folder)
+        make_bundle(folder / "routers", folder, qwen_image.TRANSFORMER)
+
+    return _once(tmp_path_factory, "tiny-qwen", build)
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory) -> Path:
+    """A random FluxPipeline folder with its own bundle in `routers/`."""
+    from backbones import flux
+    from tests.tiny_pipelines import make_bundle, make_flux
+
+    def build(folder: Path) -> None:
+        make_flux(folder)
+        make_bundle(folder / "routers", folder, flux.TRANSFORMER, steps=2)
+
+    return _once(tmp_path_factory, "tiny-flux", build)

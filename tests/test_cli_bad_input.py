@@ -1,0 +1,253 @@
+"""Bad input: one line with the value, what is allowed, the next step; exit code 2; nothing written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from edit_cli import errors
+from tests.conftest import EDIT, TIMEOUT, edit_environment
+
+FOLDER = "{folder}"  # stands for the random pipeline's folder
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Path:
+    """A working folder with the files that the cases name."""
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a cat"}\n\n{"prompt": "a dog", "seed": }\n')
+    (tmp_path / "range.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog", "budget": 2}\n')
+    (tmp_path / "unknown.jsonl").write_text('{"prompt": "a cat", "sede": 2}\n')
+    (tmp_path / "list.jsonl").write_text('["a cat"]\n')
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "no-pipeline").mkdir()
+    (tmp_path / "other-pipeline").mkdir()
+    (tmp_path / "other-pipeline" / "model_index.json").write_text(
+        '{"_class_name": "StableDiffusionPipeline"}'
+    )
+    (tmp_path / "old.ckpt").write_bytes(b"\x80\x04pickle")
+    (tmp_path / "cut.safetensors").write_bytes((500).to_bytes(8, "little") + b'{"a": {"dtype"')
+    (tmp_path / "garbage.safetensors").write_bytes(b"this is not a safetensors file at all")
+    (tmp_path / "plain.png").write_bytes(b"no picture")
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "cat.png").mkdir()
+    return tmp_path
+
+
+QUICK = [
+    (["a cat", "-b", "0"], "--budget '0' is out of range; it is the share"),
+    (["a cat", "-b", "1.5"], "--budget '1.5' is out of range"),
+    (["a cat", "-b", "-0.2"], "--budget '-0.2' is out of range"),
+    (["a cat", "--budget", "nan"], "--budget 'nan' is not a finite number"),
+    (["a cat", "--budget", "lots"], "--budget 'lots' is not a number; it is the share"),
+    ([""], "PROMPT is empty; say what to draw"),
+    (["   "], "PROMPT is empty"),
+    ([], "no prompt given; try: edit generate"),
+    (["a cat", "-m", "qwen-imag"], "unknown model 'qwen-imag'; did you mean qwen-image"),
+    (["a cat", "-m", "./nowhere"], "model folder './nowhere' does not exist"),
+    (["a cat", "-m", "no-pipeline"], "is no pipeline folder: it has no model_index.json"),
+    (["a cat", "-m", "other-pipeline"], "holds a StableDiffusionPipeline, which `edit` cannot run"),
+    (["a cat", "-m", "someone/unknown"], "'someone/unknown' is not in the local cache and the hub cannot be"),
+    (["a cat", "--routers", "nowhere"], "--routers 'nowhere' does not exist; give a bundle folder"),
+    (["a cat", "-m", "qwen-image", "-b", "0.6"], "--budget 0.6 needs routers and 'qwen-image' has none"),
+    (
+        ["a cat", "--width", "100"],
+        "--width 100 is not a multiple of 16, which this model needs; nearest: 96 and 112",
+    ),
+    (["a cat", "--height", "7"], "--height 7 is not a multiple of 16, which this model needs; nearest: 16"),
+    (["a cat", "--width", "0"], "--width '0' is out of range; allowed are whole numbers from 1"),
+    (["a cat", "--width", "wide"], "--width 'wide' is not a whole number"),
+    (["a cat", "--steps", "0"], "--steps '0' is out of range; allowed are whole numbers from 1 to 1000"),
+    (["a cat", "--steps", "2.5"], "--steps '2.5' is not a whole number"),
+    (["a cat", "--guidance", "inf"], "--guidance 'inf' is not a finite number; allowed are 0 to 100"),
+    (["a cat", "--seed", "-1"], "--seed '-1' is out of range; allowed are whole numbers from 0"),
+    (["a cat", "--seed", "x"], "--seed 'x' is not a whole number"),
+    (["a cat", "--seed", "1", "2", "-n", "2"], "--seed 2 would be drawn twice; give distinct seeds"),
+    (["a cat", "-n", "0"], "--num-images '0' is out of range"),
+    (["a cat", "--batch-size", "many"], "--batch-size 'many' is not a whole number"),
+    (
+        ["a cat", "-o", "nowhere/cat.png"],
+        "--output folder 'nowhere' does not exist; create it with: mkdir -p nowhere",
+    ),
+    (["a cat", "-o", "nowhere/"], "--output folder 'nowhere' does not exist"),
+    (["a cat", "-o", "taken/cat.png"], "--output folder 'taken' is not a folder"),
+    (["a cat", "-o", "/proc/cat.png"], "--output folder '/proc' is not writable"),
+    (["a cat", "-o", "cat.bmp"], "has suffix '.bmp'; allowed are .png, .jpg, .jpeg, .webp"),
+    (["a cat", "-o", "cat"], "has no suffix; allowed are .png"),
+    (["a cat", "-o", "{prompt}-{size}.png"], "--output field {size} is unknown; allowed are {prompt} {seed}"),
+    (["a cat", "-o", "{prompt.png"], "is no valid template"),
+    (
+        ["a cat", "a cat", "-o", "{prompt}.png"],
+        "would write two results to 'a-cat.png'; add {index} or {seed}",
+    ),
+    (["--prompts", "bad.jsonl"], "bad.jsonl line 3 is not JSON"),
+    (["--prompts", "range.jsonl"], "range.jsonl line 2: budget 2 is out of range"),
+    (["--prompts", "unknown.jsonl"], "unknown.jsonl line 1: sede is unknown; allowed are prompt"),
+    (["--prompts", "list.jsonl"], "list.jsonl line 1 is not a JSON object"),
+    (["--prompts", "empty.txt"], "--prompts 'empty.txt' holds no prompt; write one prompt a line"),
+    (["--prompts", "latin.txt"], "--prompts 'latin.txt' is not UTF-8 text (byte 3); save it as UTF-8"),
+    (["--prompts", "missing.txt"], "--prompts 'missing.txt' cannot be read: no such file"),
+    (["--from", "missing.png"], "--from 'missing.png' does not exist"),
+    (["--from", "plain.png"], "--from 'plain.png' is no readable picture"),
+    (["a cat", "--image", "missing.png"], "--image 'missing.png' is no file"),
+    (["a cat", "--image", "plain.png"], "--image 'plain.png' is no readable picture"),
+    (["a cat", "--strength", "0.5"], "--strength is for image-to-image; give --image"),
+    (["a cat", "--dtype", "int8"], "--dtype 'int8' is unknown; allowed are auto, fp32, bf16, fp16"),
+    (
+        ["a cat", "--offload", "disk"],
+        "--offload 'disk' is unknown; allowed are none, model, sequential, group",
+    ),
+    (["a cat", "--device", "tpu"], "--device 'tpu' is unknown; allowed are auto, cuda"),
+    (["a cat", "--lora", "missing.safetensors"], "--lora 'missing.safetensors' does not exist"),
+    (["a cat", "--lora", "old.ckpt"], "--lora 'old.ckpt' is no .safetensors file"),
+    (["a cat", "--lora", "old.ckpt:much"], "scale 'much' is not a number"),
+    (["a cat", "--sed", "1"], "--sed"),
+    (["a cat", "--steps"], "--steps"),
+]
+"""Found before torch is imported. Cases that name no model use the random pipeline."""
+
+NEEDS_TORCH = [
+    (["a cat", "--device", "cuda"], "--device cuda is not available here; this machine has cpu"),
+    (["a cat", "--routers", "old.ckpt"], "is no .safetensors file, and other formats are not loaded"),
+    (["a cat", "--routers", "cut.safetensors"], "cut.safetensors is truncated"),
+    (["a cat", "--routers", "garbage.safetensors"], "is no safetensors file"),
+    (["a cat", "--routers", "no-pipeline"], "is not a bundle folder: bundle.json is missing"),
+    (["a cat", "-b", "0.1"], "budget 0.1 is outside what this bundle serves: 0.4 to 1"),
+    (["a cat", "--offload", "model"], "--offload model needs a GPU"),
+]
+"""Found before the model is loaded."""
+
+
+def snapshot(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def check_refused(edit, desk: Path, qwen_folder: Path, arguments: list[str], message: str) -> None:
+    before = snapshot(desk)
+    if "-m" not in arguments:
+        arguments = [*arguments, "-m", str(qwen_folder)]
+    ran = edit("generate", *arguments, cwd=desk)
+    assert ran.code == 2, ran.err
+    assert message in ran.err
+    assert ran.err.startswith("error: ")
+    assert len(ran.err.splitlines()) == 1, ran.err
+    assert "Traceback" not in ran.err
+    assert ran.out == ""
+    assert snapshot(desk) == before
+
+
+@pytest.mark.parametrize(("arguments", "message"), QUICK, ids=lambda case: " ".join(case)[:50])
+def test_refused_before_importing_torch(edit, desk, qwen_folder, arguments, message):
+    started = time.perf_counter()
+    check_refused(edit, desk, qwen_folder, arguments, message)
+    if os.getloadavg()[0] < 2:
+        assert time.perf_counter() - started < 2  # s; importing torch alone takes longer
+
+
+@pytest.mark.parametrize(("arguments", "message"), NEEDS_TORCH, ids=lambda case: " ".join(case)[:50])
+def test_refused_before_loading_the_model(edit, desk, qwen_folder, arguments, message):
+    check_refused(edit, desk, qwen_folder, arguments, message)
+
+
+def test_routers_of_another_model_are_refused(edit, desk, qwen_folder, flux_folder):
+    check_refused(
+        edit,
+        desk,
+        qwen_folder,
+        ["a cat", "--routers", str(flux_folder / "routers")],
+        "this bundle was made for",
+    )
+
+
+def test_truncated_weights_are_refused(edit, desk, qwen_folder):
+    broken = desk / "broken"
+    shutil.copytree(qwen_folder, broken)
+    weights = next((broken / "vae").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:20])
+    check_refused(edit, desk, broken, ["a cat"], "is no complete safetensors file")
+
+
+def test_a_traceback_only_on_request(edit, desk, qwen_folder):
+    ran = edit("generate", "a cat", "-b", "2", cwd=desk, EDIT_DEBUG="1")
+    assert "Traceback" in ran.err
+
+
+def test_interrupt_keeps_finished_pictures(tmp_path, qwen_folder):
+    arguments = [
+        "generate",
+        "a cat",
+        "-n",
+        "3",
+        "--batch-size",
+        "1",
+        "--steps",
+        "400",
+        "-m",
+        str(qwen_folder),
+    ]
+    process = subprocess.Popen(
+        [str(EDIT), *arguments, "-o", "cat-{seed}.png"],
+        cwd=tmp_path, env=edit_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + TIMEOUT
+    while not (tmp_path / "cat-0.png").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130, err
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert "cat-0.png" in kept
+    assert "cat-2.png" not in kept
+    assert all(name.endswith(".png") and not name.startswith(".") for name in kept)
+    assert err.startswith("error: interrupted; kept cat-0.png")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_out_of_memory_suggests_what_to_do(tmp_path, qwen_folder):
+    import resource
+
+    arguments = [
+        "generate",
+        "a cat",
+        "-n",
+        "60000",
+        "--batch-size",
+        "60000",
+        "-m",
+        str(qwen_folder),
+        "-o",
+        "x-{seed}.png",
+    ]
+    limit = 6 * 2**30
+
+    done = subprocess.run(
+        [str(EDIT), *arguments],
+        cwd=tmp_path, env=edit_environment(), capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: out of memory at 64x64, batch 60000; try a smaller")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        type("OutOfMemoryError", (RuntimeError,), {})("x"),
+    ],
+)
+def test_out_of_memory_is_recognised(error):
+    assert errors.is_out_of_memory(error)
+    assert not errors.is_out_of_memory(ValueError("out of memory"))
