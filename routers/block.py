@@ -72,12 +72,18 @@ class Block:
                 picked[name] = value.index_select(0, at)  # type: ignore[index]
         return picked
 
+    @property
+    def ragged(self) -> bool:
+        """Whether rows of one call may differ in width. Compiled blocks would recompile for every mix."""
+        compiled = getattr(self.module, "_compiled_call_impl", None) is not None
+        return not compiled and all(slicer.ragged for slicer in self.slicers)
+
     @contextmanager
-    def narrowed(self, width: float) -> Iterator[None]:
-        """Run the block's image MLPs at a width ratio inside the context."""
+    def narrowed(self, width: float, parts: Sequence[tuple[float, int]] = ()) -> Iterator[None]:
+        """Run the block's image MLPs at a width ratio, or at `parts`: (ratio, rows) for consecutive rows."""
         with ExitStack() as stack:
             for slicer in self.slicers:
-                stack.enter_context(slicer.narrowed(width))
+                stack.enter_context(slicer.narrowed_rows(parts) if parts else slicer.narrowed(width))
             yield
 
     def signature(self) -> tuple[Any, ...]:

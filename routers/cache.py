@@ -1,13 +1,14 @@
 """Feature cache: what each block added when it was last computed, per sample, and its extrapolation in time.
 
-A pass of a block is remembered as references to the residual streams before and after it, so nothing
-is copied while a model runs densely: a block's `after` is the next block's `before`. The difference
-is taken only when a reuse asks for it, and consecutive reused blocks cost one addition in all.
+While all rows of a batch compute a block together, its pass is remembered as references to the residual
+streams before and after it: nothing is copied while a model runs densely, a block's `after` is the next
+block's `before`, and the difference is taken only when a reuse asks for it, once for a whole stretch of
+consecutive reused blocks. Once rows go separate ways, their deltas are kept in one table per block.
 
 Order 0 adds the last residual delta again (the E-DiT release); order 1 continues its change linearly
 in the sampler's time (first-order Taylor, as in TaylorSeer, arXiv 2503.06923), from the last two passes.
 
-Shapes: R rows (samples, or cond/uncond rows of a batched call), L tokens, D dim.
+Shapes: R rows (samples, or cond/uncond rows of a batched call), R' some of them, L tokens, D dim.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Streams = tuple[Tensor, ...]
@@ -23,20 +26,55 @@ Streams = tuple[Tensor, ...]
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One computed pass of one block: streams `[R', L, D]` before and after, at time `[R']`."""
+    """One computed pass of one block for every row: streams `[R, L, D]` before and after, at time `[R]`."""
 
     time: Tensor
     before: Streams
     after: Streams
-    position: dict[int, int] | None  # row -> index in the tensors; None: every row, in order
 
-    def covers(self, row: int) -> bool:
-        """Whether this pass computed `row`."""
-        return self.position is None or row in self.position
+    def delta(self, end: Pass) -> Streams:
+        """What was added from this block's input to the output of `end`."""
+        return tuple(a - b for a, b in zip(end.after, self.before, strict=True))
 
-    def index(self, rows: Sequence[int]) -> list[int]:
-        """Positions of `rows` in the tensors."""
-        return list(rows) if self.position is None else [self.position[row] for row in rows]
+
+@dataclass(eq=False)
+class RowTable:
+    """Deltas of one block whose rows were computed at different steps, newest first: per depth, per stream.
+
+    A row with fewer passes than the depth repeats its oldest one, a unit of time apart, so that an
+    extrapolation from equal deltas gives just these. count [R]: passes each row really has.
+    """
+
+    deltas: list[Streams]
+    times: list[Tensor]
+    count: NDArray[np.int64]
+
+    def put(self, rows: Sequence[int], index: Tensor, time: Tensor, delta: Streams) -> None:
+        """Add the newest pass of `rows`, at `index [R']` on the device: delta `[R', L, D]`, time `[R']`."""
+        fresh = self.count[list(rows)] == 0
+        for depth in range(len(self.deltas) - 1, 0, -1):
+            newer, older = self.deltas[depth - 1], self.deltas[depth]
+            for new, old in zip(newer, older, strict=True):
+                old.index_copy_(0, index, new.index_select(0, index))
+            self.times[depth].index_copy_(0, index, self.times[depth - 1].index_select(0, index))
+        chosen = torch.from_numpy(np.flatnonzero(fresh)).to(index.device) if fresh.any() else None
+        for depth, streams in enumerate(self.deltas):
+            if depth == 0:
+                _write(streams, index, delta)
+                self.times[0].index_copy_(0, index, time)
+            elif chosen is not None:
+                _write(streams, index[chosen], tuple(d[chosen] for d in delta))
+                self.times[depth].index_copy_(0, index[chosen], time[chosen] + depth)
+        self.count[list(rows)] = np.minimum(self.count[list(rows)] + 1, len(self.deltas))
+
+    def tensors(self) -> list[Tensor]:
+        """Everything it holds."""
+        return [tensor for streams in self.deltas for tensor in streams]
+
+
+def _write(streams: Streams, index: Tensor, values: Streams) -> None:
+    for stream, value in zip(streams, values, strict=True):
+        stream.index_copy_(0, index, value.detach())
 
 
 class ResidualCache:
@@ -45,31 +83,58 @@ class ResidualCache:
     def __init__(self, num_blocks: int, num_rows: int, depth: int) -> None:
         self.num_rows = num_rows
         self.depth = depth
-        self._passes: list[list[Pass]] = [[] for _ in range(num_blocks)]  # most recent first
+        self._passes: list[list[Pass]] = [[] for _ in range(num_blocks)]  # of all rows, most recent first
+        self._tables: list[RowTable | None] = [None] * num_blocks
 
     def store(
-        self, block: int, rows: Sequence[int] | None, time: Tensor, before: Streams, after: Streams
+        self,
+        block: int,
+        rows: Sequence[int] | None,
+        time: Tensor,
+        before: Streams,
+        after: Streams,
+        index: Tensor | None = None,
     ) -> None:
-        """Remember a computed pass. rows: which rows the tensors hold, None for all; time: `[R']`."""
+        """Remember a computed pass. rows: which rows the tensors hold, None for all; time: `[R']`.
+
+        index: `rows` on the device, made from them if not given.
+        """
         if self.depth == 0:
             return
-        position = None if rows is None else {row: i for i, row in enumerate(rows)}
-        passes = [Pass(time, before, after, position), *self._passes[block]]
-        if all(p.position is None for p in passes):
-            self._passes[block] = passes[: self.depth]
-            return
-        kept, need = [], dict.fromkeys(range(self.num_rows), self.depth)
-        for candidate in passes:
-            useful = [row for row, missing in need.items() if missing and candidate.covers(row)]
-            if useful:
-                kept.append(candidate)
-                for row in useful:
-                    need[row] -= 1
-        self._passes[block] = kept
+        if rows is None:
+            self._passes[block] = [Pass(time, before, after), *self._passes[block]][: self.depth]
+            if len(self._passes[block]) == self.depth:
+                self._tables[block] = None
+            if self._tables[block] is None:
+                return
+            rows = range(self.num_rows)
+        else:
+            self._table(block, before)
+            self._passes[block] = []
+        index = torch.tensor(list(rows), device=time.device) if index is None else index
+        delta = tuple(a - b for a, b in zip(after, before, strict=True))
+        self._table(block, before).put(rows, index, time, delta)
+
+    def _table(self, block: int, like: Streams) -> RowTable:
+        """The block's row table, made from the passes so far. like: streams of any rows, for their shapes."""
+        table = self._tables[block]
+        if table is None:
+            passes, rows = self._passes[block], self.num_rows
+            deltas = [tuple(d.detach() for d in p.delta(p)) for p in passes]
+            times = [p.time.clone() for p in passes]
+            if not passes:
+                deltas = [tuple(x.new_zeros(rows, *x.shape[1:]) for x in like)]
+                times = [torch.zeros(rows, device=like[0].device)]
+            while len(deltas) < self.depth:
+                deltas.append(tuple(d.clone() for d in deltas[-1]))
+                times.append(times[-1] + 1)
+            table = self._tables[block] = RowTable(deltas, times, np.full(rows, len(passes)))
+        return table
 
     def available(self, block: int, row: int) -> int:
         """How many passes of `block` are remembered for `row`, at most `depth`."""
-        return sum(p.covers(row) for p in self._passes[block])
+        table = self._tables[block]
+        return len(self._passes[block]) if table is None else int(table.count[row])
 
     def chained(self, first: int, last: int) -> bool:
         """Whether blocks first..last fed each other directly in the remembered passes.
@@ -77,68 +142,60 @@ class ResidualCache:
         False as soon as something was added between two blocks (ControlNet), or passes of different
         steps would be mixed: their deltas must then be added block by block.
         """
+        if any(table is not None for table in self._tables[first : last + 1]):
+            return False
         for block in range(first, last):
             here, after = self._passes[block], self._passes[block + 1]
             if len(here) != len(after):
                 return False
             for a, b in zip(here, after, strict=True):
-                if a.position != b.position or len(a.after) != len(b.before):
+                if len(a.after) != len(b.before):
                     return False
                 if any(x is not y for x, y in zip(a.after, b.before, strict=True)):
                     return False
         return True
 
-    def delta(self, first: int, last: int, rows: Sequence[int] | None, time: Tensor, order: int) -> Streams:
-        """What blocks first..last together add for `rows` (None: all) at `time [R']`, per stream `[R', L, D]`.
-
-        The blocks must be chained. Uses as high an order as the remembered passes allow.
-        """
-        wanted = list(range(self.num_rows)) if rows is None else list(rows)
-        histories: dict[tuple[int, ...], list[int]] = {}
-        for i, row in enumerate(wanted):
-            picks = [k for k, p in enumerate(self._passes[first]) if p.covers(row)][: order + 1]
-            histories.setdefault(tuple(picks), []).append(i)
-        if len(histories) == 1:
-            return self._extrapolate(first, last, next(iter(histories)), wanted, time)
-        pieces = []
-        for picks, members in histories.items():
-            chosen = torch.tensor(members, device=time.device)
-            streams = self._extrapolate(first, last, picks, [wanted[i] for i in members], time[chosen])
-            pieces.append((chosen, streams))
-        total = tuple(s.new_empty(len(wanted), *s.shape[1:]) for s in pieces[0][1])
-        for chosen, streams in pieces:
-            for out, stream in zip(total, streams, strict=True):
-                out.index_copy_(0, chosen, stream)
-        return total
-
-    def _extrapolate(
-        self, first: int, last: int, picks: tuple[int, ...], rows: list[int], time: Tensor
+    def delta(
+        self,
+        first: int,
+        last: int,
+        rows: Sequence[int] | None,
+        time: Tensor,
+        order: int,
+        index: Tensor | None = None,
     ) -> Streams:
-        if not picks:
-            raise RuntimeError(f"block {first} has nothing cached for rows {rows}")
-        newest, latest = self._residual(first, last, picks[0], rows)
-        if len(picks) == 1:
-            return newest
-        older, earlier = self._residual(first, last, picks[1], rows)
-        weight = ((time - earlier) / (latest - earlier)).reshape(-1, 1, 1)
-        # older + weight * (newest - older): weight 1 repeats the newest, beyond 1 extrapolates.
-        return tuple(torch.lerp(o, n, weight.to(n.dtype)) for o, n in zip(older, newest, strict=True))
+        """What blocks first..last together add for `rows` (None: all) at `time [R']`: streams `[R', L, D]`.
 
-    def _residual(self, first: int, last: int, pick: int, rows: list[int]) -> tuple[Streams, Tensor]:
-        start, end = self._passes[first][pick], self._passes[last][pick]
-        index = start.index(rows)
-        if index == list(range(start.time.shape[0])):
-            return tuple(a - b for a, b in zip(end.after, start.before, strict=True)), start.time
-        chosen = torch.tensor(index, device=start.time.device)
-        streams = tuple(a[chosen] - b[chosen] for a, b in zip(end.after, start.before, strict=True))
-        return streams, start.time[chosen]
+        The blocks must be chained. Uses as high an order as the remembered passes allow. index: `rows` on
+        the device, made from them if not given.
+        """
+        if not all(self.available(first, row) for row in (range(self.num_rows) if rows is None else rows)):
+            raise RuntimeError(f"block {first} has nothing cached for rows {rows}")
+        passes = self._passes[first]
+        if rows is not None or self._tables[first] is not None:
+            table = self._table(first, passes[0].before if passes else ())
+            if rows is not None and index is None:
+                index = torch.tensor(list(rows), device=time.device)
+            pick = (lambda x: x) if index is None else (lambda x: x.index_select(0, index))
+            deltas = [tuple(pick(d) for d in streams) for streams in table.deltas[: order + 1]]
+            times = [pick(t) for t in table.times[: order + 1]]
+        else:
+            ends = self._passes[last]
+            deltas = [start.delta(end) for start, end in zip(passes[: order + 1], ends, strict=False)]
+            times = [start.time for start in passes[: order + 1]]
+        return _extrapolate(deltas, times, time)
 
     def nbytes(self) -> int:
         """Bytes held alive by the remembered passes, shared tensors counted once."""
-        tensors = {
-            id(t): t.numel() * t.element_size()
-            for passes in self._passes
-            for p in passes
-            for t in (*p.before, *p.after)
-        }
-        return sum(tensors.values())
+        held = [t for passes in self._passes for p in passes for t in (*p.before, *p.after)]
+        held += [t for table in self._tables if table is not None for t in table.tensors()]
+        return sum({id(t): t.numel() * t.element_size() for t in held}.values())
+
+
+def _extrapolate(deltas: list[Streams], times: list[Tensor], time: Tensor) -> Streams:
+    """From one delta: itself. From two, newest first: on the straight line through them."""
+    if len(deltas) == 1:
+        return deltas[0]
+    weight = ((time - times[1]) / (times[0] - times[1])).reshape(-1, 1, 1)
+    # older + weight * (newest - older): weight 1 repeats the newest, beyond 1 extrapolates.
+    return tuple(torch.lerp(o, n, weight.to(n.dtype)) for n, o in zip(*deltas, strict=True))

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,11 +52,13 @@ class Elastic:
         *,
         budget: float | None = None,
         num_steps: int = 20,
+        times: Sequence[float] | None = None,
     ) -> None:
+        """times: the sampler's times in a run of known steps, to tell the steps of runs without a scope."""
         if "_edit_elastic" in transformer.__dict__:
             raise ValueError("routers are already attached to this transformer: detach them first")
         self.transformer, self.spec = transformer, spec
-        self.budget, self.num_steps = budget, num_steps
+        self.budget, self.num_steps, self.times = budget, num_steps, times
         self.trace: Trace | None = None
         self.make_policy = policy
         self.observer: Callable[[Computed], None] | None = None
@@ -100,7 +103,8 @@ class Elastic:
             self.trace = run.trace
 
     def _new_run(self, policy: Policy, budget: float | None, num_steps: int, samples: int | None) -> Run:
-        return Run(policy, budget, num_steps, [b.spec.kind for b in self.blocks], samples)
+        kinds, ragged = [b.spec.kind for b in self.blocks], [b.ragged for b in self.blocks]
+        return Run(policy, budget, num_steps, kinds, samples, ragged)
 
     def summary(self) -> str:
         """One paragraph on the last run: budget asked and spent, decisions, cache, notes."""
@@ -182,7 +186,8 @@ class Elastic:
         self, key: Any, original: Callable[..., Any], args: Any, kwargs: Any, rows: int
     ) -> tuple[list[BlockCost], float, float]:
         """Cost of a call of this shape: one pass with every block closed shows what each would be called with."""
-        self._probing = probing = []
+        probing: list[tuple[Block, tuple[Any, ...], dict[str, Any]]] = []
+        self._probing = probing
         known: dict[Any, BlockCost] = {}
         try:
             with torch.no_grad(), count_linears(self.transformer, [b.module for b in self.blocks]) as outside:
@@ -219,17 +224,24 @@ class Elastic:
         if groups is None:
             gate, widths = self._route(block, inputs, before)
             groups = self._require_run().decide_block(call, block.index, gate, widths)
-        if len(groups) == 1:
+        if groups[0].index is None:
             after = self._act(block, call, groups[0], original, inputs, before)
             return block.pack(after)
         total = tuple(stream.clone() for stream in before)
         for group in groups:
             if group.code == SKIP:
                 continue
-            index = torch.tensor(group.rows, device=before[0].device)
-            part = block.gather(inputs, index, call.branch.rows)
-            after = self._act(block, call, group, original, part, block.streams(part), index)
-            total = tuple(t.index_copy(0, index, a) for t, a in zip(total, after, strict=True))
+            index = group.index
+            assert index is not None, "rows are in one group without an index or in several with one"
+            part = inputs
+            if group.code == REUSE:
+                rows = tuple(stream.index_select(0, index) for stream in before)
+            else:
+                part = block.gather(inputs, index, call.branch.rows)
+                rows = block.streams(part)
+            after = self._act(block, call, group, original, part, rows)
+            for stream, rows_after in zip(total, after, strict=True):
+                stream.index_copy_(0, index, rows_after)
         return block.pack(total)
 
     def _act(
@@ -240,23 +252,23 @@ class Elastic:
         original: Callable[..., Any],
         inputs: dict[str, Any],
         before: tuple[Tensor, ...],
-        index: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """One group of rows through a block: `before` streams -> streams after it."""
         if group.code == SKIP or group.last < 0:
             return before
-        time = call.time if index is None else call.time[index]
+        index = group.index
+        time = call.time if index is None else call.time.index_select(0, index)
         policy = self._require_run().policy
         if group.code == REUSE:
-            delta = group.cache.delta(block.index, group.last, group.rows, time, policy.order)
+            delta = group.cache.delta(block.index, group.last, group.rows, time, policy.order, index)
             return tuple(x + d for x, d in zip(before, delta, strict=True))
         if policy.reads_routers and block.router is not None:
             self._remember_logits(block, call, index, inputs, before)
-        with block.narrowed(WIDTHS[group.code]):
+        with block.narrowed(WIDTHS[group.code], group.parts):
             after = block.unpack(original(**inputs))
         if self.observer is not None:
             self.observer(Computed(block, call, original, inputs, before, after))
-        group.cache.store(block.index, group.rows, time, before, after)
+        group.cache.store(block.index, group.rows, time, before, after, index)
         return after
 
     def _route(
@@ -270,8 +282,10 @@ class Elastic:
         modulation = inputs.get(block.spec.modulation) if block.spec.modulation else None
         if getattr(block.router, "all_streams", False):
             stream, mask = block.tokens(inputs)
-            return block.router(stream, modulation, mask)
-        return block.router(image, modulation)
+            gate, widths = block.router(stream, modulation, mask)
+        else:
+            gate, widths = block.router(image, modulation)
+        return gate, widths
 
     def _remember_logits(
         self,
@@ -314,7 +328,22 @@ class Elastic:
             self.trace = run.trace
             run.clocks[name].tick(now)
         run.trace.host_syncs += 1
+        branch = run.branches.get(name)
+        if branch is not None and branch.step == 1 and self.times is not None:
+            run.set_num_steps(steps_from_time(self.times, now))
         return run, name
+
+
+def steps_from_time(times: Sequence[float], second: float) -> int:
+    """Steps of a run whose second call is at time `second`, from the times of a run of known steps.
+
+    A sampler's times depend on the share of the run that is over, not on the number of steps, so the
+    second time tells how far one step goes.
+    """
+    known = np.asarray(times, np.float64)
+    rising = known[-1] > known[0]
+    at = np.interp(second if rising else -second, known if rising else -known, np.arange(len(known)))
+    return max(2, 1 + round((len(known) - 1) / max(float(at), 1e-6))) if at > 0 else len(known)
 
 
 def _find_blocks(

@@ -34,13 +34,16 @@ class Group:
 
     code: an action code. last: for a reuse, the last block of a chained stretch added in one go;
     -1 marks a block whose delta an earlier block of the stretch has already added. cache: where the
-    rows' passes are kept.
+    rows' passes are kept. parts: (width, rows) for consecutive rows that compute together at different
+    widths. index: `rows` on the device.
     """
 
     code: int
     rows: list[int] | None
     last: int
     cache: ResidualCache
+    parts: list[tuple[float, int]] = field(default_factory=list)
+    index: Tensor | None = None
 
 
 @dataclass
@@ -93,15 +96,31 @@ class Run:
     """One scope: hands out calls, keeps the branches, fills the trace."""
 
     def __init__(
-        self, policy: Policy, budget: float | None, num_steps: int, kinds: list[str], samples: int | None
+        self,
+        policy: Policy,
+        budget: float | None,
+        num_steps: int,
+        kinds: list[str],
+        samples: int | None,
+        ragged: Sequence[bool] = (),
     ) -> None:
+        """ragged: per block, whether rows of different widths can run in one call of it."""
         self.policy = policy
+        self.ragged = ragged or [False] * len(kinds)
         self.samples = samples
         self.num_steps = num_steps
         self.branches: dict[str, Branch] = {}
         self.clocks: defaultdict[str, Clock] = defaultdict(Clock)
+        self.stores: dict[Hashable, ResidualCache] = {}
         self.trace = Trace(requested=budget, num_steps=num_steps, kinds=kinds)
         policy.start(RunInfo(len(kinds), num_steps, 1.0 if budget is None else budget))
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Correct the number of steps before the first decision depends on it (after step 0 at the latest)."""
+        self.num_steps = self.trace.num_steps = num_steps
+        set_policy = getattr(self.policy, "set_num_steps", None)
+        if set_policy is not None:
+            set_policy(num_steps)
 
     def branch(self, name: str, shape: tuple[int, ...]) -> Branch:
         """The branch's state; a changed shape starts it afresh, so that no stale delta is ever met."""
@@ -145,7 +164,9 @@ class Run:
             groups: list[list[Group] | None] = [None] * blocks
         else:
             actions = self._feasible(self.policy.decide(info, self._read(branch)), info.available)
-            groups = [*plan_groups(actions, branch.cache)]
+            planned = plan_groups(actions, branch.cache, self.ragged)
+            place([group for block in planned for group in block], time_.device)
+            groups = [*planned]
         return Call(info, branch, time_, actions, groups, started, dense)
 
     def decide_block(self, call: Call, block: int, gate: Tensor, widths: Tensor) -> list[Group]:
@@ -155,8 +176,7 @@ class Run:
         codes = self.policy.decide_block(call.info, block, logits[:, 0], logits[:, 1:])
         caches = [call.branch.cache] * len(codes)
         if self.policy.stores is not None:
-            branches = [*self.branches.values()]
-            caches = [branches[store].cache for store in self.policy.stores]
+            caches = [self._store(store, call.info) for store in self.policy.stores]
         available = np.array([cache.available(block, row) for row, cache in enumerate(caches)])
         call.actions[:, block] = codes = self._feasible(codes, available)
         if call.gate is None:
@@ -164,7 +184,15 @@ class Run:
         call.gate[:, block] = logits[:, 0]
         split = _split([*zip(codes.tolist(), caches, strict=True)])
         groups = call.groups[block] = [Group(code, rows, block, cache) for (code, cache), rows in split]
+        place(groups, gate.device)
         return groups
+
+    def _store(self, store: int, info: CallInfo) -> ResidualCache:
+        """The cache of a policy's numbered store, one for each set of shapes it is used with."""
+        key = int(store), info.signature
+        if key not in self.stores:
+            self.stores[key] = ResidualCache(len(info.costs), info.rows, self.policy.cache_depth)
+        return self.stores[key]
 
     def end(self, call: Call) -> None:
         """Book the call: FLOPs per row, decisions, cache size, and the step count of its branch."""
@@ -182,7 +210,8 @@ class Run:
         branch.step += 1
         trace = self.trace
         trace.samples = self.samples or max(trace.samples, info.rows)
-        trace.cache_bytes = max(trace.cache_bytes, sum(b.cache.nbytes() for b in self.branches.values()))
+        caches = [*(b.cache for b in self.branches.values()), *self.stores.values()]
+        trace.cache_bytes = max(trace.cache_bytes, sum(cache.nbytes() for cache in caches))
         seconds = time.perf_counter() - call.started
         trace.calls.append(
             CallRecord(info.step, info.branch, call.actions, flops, call.dense, seconds, call.gate)
@@ -207,10 +236,15 @@ class Run:
         return np.where((actions == REUSE) & (available == 0), FULL, actions).astype(np.int8)
 
 
-def plan_groups(actions: Actions, cache: ResidualCache) -> list[list[Group]]:
-    """Per block, the rows that act alike; chained blocks that every row reuses become one stretch."""
+def plan_groups(actions: Actions, cache: ResidualCache, ragged: Sequence[bool]) -> list[list[Group]]:
+    """Per block, the rows that act alike; chained blocks that every row reuses become one stretch.
+
+    In ragged blocks all rows that compute are one group, ordered by width.
+    """
     groups = [
-        [Group(code, rows, block, cache) for code, rows in _split(actions[:, block].tolist())]
+        _merge_widths([Group(code, rows, block, cache) for code, rows in _split(actions[:, block].tolist())])
+        if ragged[block]
+        else [Group(code, rows, block, cache) for code, rows in _split(actions[:, block].tolist())]
         for block in range(actions.shape[1])
     ]
     block = 0
@@ -226,6 +260,27 @@ def plan_groups(actions: Actions, cache: ResidualCache) -> list[list[Group]]:
             groups[inner][0].last = -1
         block = last + 1
     return groups
+
+
+def _merge_widths(groups: list[Group]) -> list[Group]:
+    computed = sorted((group for group in groups if group.code >= 0), key=lambda group: group.code)
+    if len(computed) < 2:
+        return groups
+    merged = computed[-1]
+    merged.parts = [(WIDTHS[group.code], len(group.rows or ())) for group in computed]
+    merged.rows = [row for group in computed for row in group.rows or ()]
+    return [merged, *(group for group in groups if group.code < 0)]
+
+
+def place(groups: Sequence[Group], device: torch.device) -> None:
+    """Give every group its rows on the device, in one copy for all, so that no block waits for its own."""
+    split = [group for group in groups if group.rows is not None]
+    rows = torch.tensor([row for group in split for row in group.rows or ()], dtype=torch.long)
+    if device.type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    pieces = rows.to(device).split([len(group.rows or ()) for group in split]) if split else ()
+    for group, piece in zip(split, pieces, strict=True):
+        group.index = piece
 
 
 def _all_reuse(groups: list[Group]) -> bool:

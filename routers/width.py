@@ -9,7 +9,8 @@ Shapes: B batch, L tokens, D dim, F hidden units of the MLP.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -33,6 +34,8 @@ class MlpSlicer:
         self.spec = spec
         self._block = block
         self._units: int | None = None
+        self._parts: list[tuple[int, int]] = []
+        self._lead: tuple[int, ...] = ()
         self._linears: tuple[nn.Module, nn.Module] | None = None
         self._patches: list[tuple[nn.Module, Any]] = []
         inner, outer = self._resolve()
@@ -63,6 +66,25 @@ class MlpSlicer:
         finally:
             self._units = None
 
+    @property
+    def ragged(self) -> bool:
+        """Whether rows of one call may have different widths: the hidden layer is not fused with anything."""
+        return self.row_offset == 0 and self.column_offset == 0
+
+    @contextmanager
+    def narrowed_rows(self, parts: Sequence[tuple[float, int]]) -> Any:
+        """Run consecutive rows at different widths. parts: (ratio, number of rows), together the batch.
+
+        Between the two linears the hidden units of all rows lie in one flat tensor: the activation works
+        element by element, so it need not know whose they are.
+        """
+        self._follow_replaced_modules()
+        self._parts = [(self.units(ratio), rows) for ratio, rows in parts]
+        try:
+            yield
+        finally:
+            self._parts, self._lead = [], ()
+
     def attach(self) -> None:
         """Patch the forward of both linears. Without an active width they call the original."""
         inner, outer = self._linears = self._resolve()
@@ -87,11 +109,19 @@ class MlpSlicer:
             self.attach()
 
     def _in_forward(self, module: nn.Module, original: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if self._parts:
+            self._lead = tuple(x.shape[1:-1])
+            pieces = zip(x.split([rows for _, rows in self._parts]), self._parts, strict=True)
+            return torch.cat([linear_rows(module, original, p, units).flatten() for p, (units, _) in pieces])
         if self._units is None:
             return original(x)
         return linear_rows(module, original, x, self.row_offset + self._units)
 
     def _out_forward(self, module: nn.Module, original: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if self._parts:
+            shapes = [(rows, *self._lead, units) for units, rows in self._parts]
+            pieces = zip(x.split([math.prod(shape) for shape in shapes]), shapes, strict=True)
+            return torch.cat([linear_columns(module, original, p.view(shape)) for p, shape in pieces])
         if self._units is None:
             return original(x)
         return linear_columns(module, original, x)
@@ -141,22 +171,20 @@ def _base(module: nn.Module) -> Any:
     return get_base() if get_base is not None else module
 
 
-def _lora_parts(module: nn.Module) -> tuple[Any, list[tuple[Any, Any, float]]] | None:
+def _lora_parts(module: Any) -> tuple[Any, list[tuple[Any, Any, float]]] | None:
     """(plain linear, [(down, up, scaling)]) of a plain or PEFT LoRA linear that lies in memory, else None."""
     base = _base(module)
     if type(base) is not nn.Linear or base.weight.device.type == "meta":
         return None
     if base is module:
         return base, []
-    if not hasattr(module, "lora_A") or getattr(module, "use_dora", None) and any(module.use_dora.values()):  # type: ignore[operator, union-attr]
+    uses_dora = any((getattr(module, "use_dora", None) or {}).values())
+    if not hasattr(module, "lora_A") or uses_dora:
         return None
     if module.disable_adapters or module.merged:
         return base, []
-    adapters = []
-    for name in module.active_adapters:  # type: ignore[union-attr]
-        if name in module.lora_A:  # type: ignore[operator]
-            adapters.append((module.lora_A[name], module.lora_B[name], module.scaling[name]))  # type: ignore[index]
-    return base, adapters
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    return base, [(module.lora_A[name], module.lora_B[name], module.scaling[name]) for name in names]
 
 
 def importance_order(in_activations: Tensor, out_weight: Tensor) -> Tensor:
@@ -165,7 +193,8 @@ def importance_order(in_activations: Tensor, out_weight: Tensor) -> Tensor:
     in_activations: mean absolute activation per unit [F]. out_weight: [D, F]. Returns a permutation [F].
     """
     score = in_activations.float() * torch.linalg.vector_norm(out_weight.float(), dim=0)
-    return score.argsort(descending=True, stable=True)
+    order: Tensor = score.argsort(descending=True, stable=True)
+    return order
 
 
 @torch.no_grad()
