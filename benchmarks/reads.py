@@ -45,4 +45,5 @@ def count_reads(function: Callable[..., Any], *args: Any) -> int:
     """Reads during one call of `function`."""
     with ReadCounter() as counter:
         function(*args)
-    return counter.count
+    count: int = counter.count
+    return count
