@@ -97,6 +97,8 @@ def _run(arguments: list[str]) -> int:
     except typer.Abort:
         raise KeyboardInterrupt from None
     except typer.TyperException as error:  # unknown option, missing value...
+        if not error.format_message():  # `edit` alone has printed its help
+            return 0
         name = getattr(getattr(error, "ctx", None), "command_path", "edit")
         print_error(f"{error.format_message().rstrip('.')}; see `{name} --help`")
         return BAD_INPUT

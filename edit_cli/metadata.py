@@ -54,7 +54,7 @@ def encode(picture: Image.Image, suffix: str, record: Mapping[str, Any]) -> byte
     data, buffer = json.dumps(record, ensure_ascii=False), io.BytesIO()
     if suffix.lower() == ".png":
         chunks = PngImagePlugin.PngInfo()
-        # PNG tEXt is Latin-1; zTXt-free iTXt carries any script
+        # plain tEXt chunks are Latin-1, iTXt carries any script
         chunks.add_itxt("parameters", parameters_text(record))
         chunks.add_itxt("edit", data)
         picture.save(buffer, "PNG", pnginfo=chunks)

@@ -21,6 +21,7 @@ def models(
     if json_output:
         print_json({"default": registry.DEFAULT_MODEL, "models": [as_dict(row) for row in rows]})
         return
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -39,7 +40,7 @@ def models(
             f"{row.memory_gib:g} GiB",
             "[green]packaged[/]" if row.packaged else "hub",
             "[green]packaged[/]" if row.bundle else "-",
-            row.licence,
+            escape(row.licence),
         )
     stdout().print(table)
     stdout().print("[dim]memory: all weights in bf16 (small models fp32); --offload needs less[/]")

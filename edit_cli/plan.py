@@ -117,7 +117,13 @@ def make_plan(asked: Asked) -> Plan:
     if routers is None:
         _check_dense(jobs, backbone, asked.dry_run, warnings)
     changed = bool(
-        typed or asked.prompts or asked.prompts_file or asked.num_images or asked.model or asked.routers
+        asked.loras
+        or typed
+        or asked.prompts
+        or asked.prompts_file
+        or asked.num_images
+        or asked.model
+        or asked.routers
     )
     return Plan(
         backbone=backbone,

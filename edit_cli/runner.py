@@ -93,6 +93,10 @@ def run_plan(plan: Plan, *, compare: bool, show_progress: bool, clock: StageCloc
             on_step = _task(bars, "denoising", batches)
             for number, (jobs, rows) in enumerate(batches):
                 batch = session.run(jobs, on_step)
+                if len(rows) < len(jobs):
+                    result.notes.append(
+                        f"replayed in its batch of {len(jobs)}: FLOPs and seconds are the batch's"
+                    )
                 _save(batch, rows, session, result)
                 result.add(batch, rows)
                 if compare:
