@@ -40,7 +40,7 @@ def version(show: bool) -> None:
 @app.callback()
 def root(
     show_version: bool = typer.Option(
-        False, "--version", callback=version, is_eager=True, help="Print the version."
+        False, "--version", metavar="", callback=version, is_eager=True, help="Print the version."
     ),
 ) -> None:
     """One diffusion transformer, any compute budget."""

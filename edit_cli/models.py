@@ -13,7 +13,7 @@ from edit_cli.console import print_json, stdout
 
 def models(
     json_output: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of the table.")
+        bool, typer.Option("--json", metavar="", help="Print one JSON object instead of the table.")
     ] = False,
 ) -> None:
     """List the models known by name; other pipeline folders and hub ids of these families work too."""

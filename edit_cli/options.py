@@ -107,7 +107,7 @@ Budget = Annotated[
 Force = Annotated[
     bool,
     typer.Option(
-        "--force", help="Use routers fitted on other weights of the same architecture (a fine-tune).",
+        "--force", metavar="", help="Use routers fitted on other weights of the same architecture (a fine-tune).",
         rich_help_panel=MODEL,
     ),
 ]  # fmt: skip
@@ -129,6 +129,7 @@ Compare = Annotated[
     bool,
     typer.Option(
         "--compare",
+        metavar="",
         help="Also run dense with the same seeds: side-by-side picture, PSNR, SSIM, measured time ratio.",
         rich_help_panel=OUTPUT,
     ),
@@ -137,15 +138,20 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
+        metavar="",
         help="Show plan, FLOPs and memory; load no weights, write nothing.",
         rich_help_panel=OUTPUT,
     ),
 ]
 Json = Annotated[
     bool,
-    typer.Option("--json", help="Print one JSON object as the last line of stdout.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--json", metavar="", help="Print one JSON object as the last line of stdout.", rich_help_panel=OUTPUT
+    ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", metavar="", help="No progress, no table.", rich_help_panel=OUTPUT)
+]
 
 BatchSize = Annotated[
     str | None,
@@ -171,5 +177,8 @@ Offload = Annotated[
     ),
 ]
 Compile = Annotated[
-    bool, typer.Option("--compile", help="torch.compile the transformer's blocks.", rich_help_panel=MACHINE)
+    bool,
+    typer.Option(
+        "--compile", metavar="", help="torch.compile the transformer's blocks.", rich_help_panel=MACHINE
+    ),
 ]

@@ -27,8 +27,8 @@ def made(edit, qwen_folder, tmp_path_factory):
     """One generation that several tests look at: two prompts, two seeds, one batch, compared with dense."""
     folder = tmp_path_factory.mktemp("made")
     ran = edit(
-        "generate", "a cat", "a red dog", "--seed", "1", "2", "-b", "0.6", "--steps", "10", "--compare", "--json",
-        "-m", qwen_folder, "-o", "{prompt}-{seed}.png", cwd=folder,
+        "generate", "a cat", "a red dog", "--seed", "1", "2", "-b", "0.6", "--steps", "10", "--compare",
+        "--json", "-m", qwen_folder, "-o", "{prompt}-{seed}.png", cwd=folder,
     )  # fmt: skip
     assert ran.code == 0, ran.err
     return folder, ran
@@ -86,8 +86,8 @@ def test_comparing_with_dense(made):
 def test_a_picture_of_a_batch_is_the_one_made_alone(edit, made, qwen_folder):
     folder, _ = made
     ran = edit(
-        "generate", "a red dog", "-s", "2", "-b", "0.6", "--steps", "10", "-q", "-m", qwen_folder, "-o", "alone.png",
-        cwd=folder,
+        "generate", "a red dog", "-s", "2", "-b", "0.6", "--steps", "10", "-q", "-m", qwen_folder,
+        "-o", "alone.png", cwd=folder,
     )  # fmt: skip
     assert (ran.code, ran.out, ran.err) == (0, "", "")
     # 1e-5 of the latents may tip a pixel to the next of 256 levels
@@ -133,8 +133,8 @@ def test_prompt_lines_override_options(edit, tmp_path, qwen_folder):
         {"prompt": "a car", "guidance": 1.0},
     ]
     ran = edit(
-        "generate", "--prompts", "-", "--seed", "3", "--steps", "8", "--json", "--quiet", "-m", qwen_folder, "-o", "./",
-        cwd=tmp_path, stdin="\n".join(json.dumps(line) for line in lines),
+        "generate", "--prompts", "-", "--seed", "3", "--steps", "8", "--json", "--quiet", "-m", qwen_folder,
+        "-o", "./", cwd=tmp_path, stdin="\n".join(json.dumps(line) for line in lines),
     )  # fmt: skip
     assert ran.code == 0, ran.err
     found = ran.json
