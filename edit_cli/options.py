@@ -107,7 +107,8 @@ Budget = Annotated[
 Force = Annotated[
     bool,
     typer.Option(
-        "--force", metavar="", help="Use routers fitted on other weights of the same architecture (a fine-tune).",
+        "--force", metavar="",
+        help="Use routers fitted on other weights of the same architecture (a fine-tune).",
         rich_help_panel=MODEL,
     ),
 ]  # fmt: skip
