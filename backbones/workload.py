@@ -1,4 +1,4 @@
-"""Fixed generations of a diffusers pipeline, for calibration and benchmarks: same prompts, same noise, latents out."""
+"""Fixed generations of a diffusers pipeline: same prompts, same noise, latents out.."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from edit_cli import __version__
+from edit_cli.calibrate import calibrate
 from edit_cli.console import print_error
 from edit_cli.errors import BAD_INPUT, FAILED_RUN, OUT_OF_MEMORY, EditError, Interrupted, is_out_of_memory
 from edit_cli.generate import generate
@@ -24,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
+app.command()(calibrate)
 app.command()(models)
 
 MANY_VALUES = {"--seed": re.compile(r"\d+"), "-s": re.compile(r"\d+")}

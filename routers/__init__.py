@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 from .spec import WIDTHS, BlockSpec, MlpSpec, TransformerSpec
 
 if TYPE_CHECKING:
-    from .bundle import Bundle, attach, load_bundle
-    from .elastic import Elastic
-    from .policy import FixedPolicy, OpenPolicy
-    from .router import Router
-    from .trace import Trace
+    from .bundle import Bundle as Bundle
+    from .bundle import attach as attach
+    from .bundle import load_bundle as load_bundle
+    from .elastic import Elastic as Elastic
+    from .policy import FixedPolicy as FixedPolicy
+    from .policy import OpenPolicy as OpenPolicy
+    from .router import Router as Router
+    from .trace import Trace as Trace
 
 _HOME = {
     "attach": "bundle",

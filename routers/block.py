@@ -41,7 +41,7 @@ class Block:
         return tuple(inputs[name] for name in self.spec.streams)
 
     def tokens(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """All streams as one `[B, L, D]`, image last, and which tokens are no padding `[B, L]` (None: all)."""
+        """All streams as one `[B, L, D]`, image last, and which tokens count `[B, L]` (None: all)."""
         streams = self.streams(inputs)[::-1]
         mask = inputs.get(self.spec.mask) if self.spec.mask else None
         if mask is not None:

@@ -47,6 +47,7 @@ class Bundle:
     fingerprint: list[float]
     num_steps: int
     guidance: float
+    times: list[float] = field(default_factory=list)
     order: int = 1
     per_sample: bool = True
     min_budget: float = 0.35
@@ -87,6 +88,7 @@ class Bundle:
             "branches": list(self.tables.branches),
             "num_steps": self.num_steps,
             "guidance": self.guidance,
+            "times": self.times,
             "order": self.order,
             "per_sample": self.per_sample,
             "min_budget": self.min_budget,
@@ -135,6 +137,7 @@ _PLAIN_FIELDS = (
     "fingerprint",
     "num_steps",
     "guidance",
+    "times",
     "order",
     "per_sample",
     "min_budget",
@@ -148,14 +151,16 @@ def attach(
     bundle: Bundle | str | Path | None,
     *,
     budget: float | None = None,
+    num_steps: int | None = None,
     spec: TransformerSpec | None = None,
     force: bool = False,
 ) -> Elastic:
     """Attach a bundle's routers to a transformer.
 
     bundle: a `Bundle`, its folder, or None for no routers (every block open; `spec` is then required).
-    budget: ratio of dense FLOPs, default the bundle's recommended one. force: accept a bundle that was
-    fitted on other weights of the same architecture (a fine-tune).
+    budget: ratio of dense FLOPs, default the bundle's recommended one. num_steps: denoising steps of
+    pipelines that are called without `Elastic.scope`; None: told from the times of their first two calls.
+    force: accept a bundle that was fitted on other weights of the same architecture (a fine-tune).
     Raises ValueError, one line, if the bundle does not fit the transformer or the budget.
     """
     if bundle is None:
@@ -185,8 +190,8 @@ def check_fits(bundle: Bundle, transformer: nn.Module, force: bool = False) -> N
     found = architecture(transformer)
     if found != bundle.architecture:
         raise ValueError(
-            f"this bundle was made for {bundle.base_model} (architecture {bundle.architecture[:12]}), not for this "
-            f"{type(transformer).__name__} ({found[:12]}); calibrate one with: edit calibrate"
+            f"this bundle was made for {bundle.base_model} (architecture {bundle.architecture[:12]}), not "
+            f"for this {type(transformer).__name__} ({found[:12]}); calibrate one with: edit calibrate"
         )
     if force or not bundle.fingerprint:
         return

@@ -118,7 +118,7 @@ def router_flops(router: nn.Module | None, tokens: int) -> float:
 
 @contextmanager
 def count_linears(root: nn.Module, exclude: Iterable[nn.Module]) -> Iterator[list[float]]:
-    """Collect the FLOPs of every linear and convolution of `root` outside `exclude` while the context is open.
+    """Collect the FLOPs of every linear and convolution of `root` outside `exclude` inside the context.
 
     Used once per input shape for what surrounds the blocks: patch embedding, time embedding, output
     projection. Yields a list with one entry per call.

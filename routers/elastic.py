@@ -119,8 +119,8 @@ class Elastic:
         lines = [
             f"budget asked {asked}, spent {mean:.3f} of dense FLOPs ({trace.flops['spent']:.3g} of "
             f"{trace.flops['dense']:.3g}) in {trace.num_calls} calls, {trace.seconds:.2f} s",
-            f"blocks skipped {decisions['skip']}, reused {decisions['reuse']}, computed at width {{{widths}}}; "
-            f"cache {trace.cache_bytes / 2**20:.1f} MiB",
+            f"blocks skipped {decisions['skip']}, reused {decisions['reuse']}, computed at width "
+            f"{{{widths}}}; cache {trace.cache_bytes / 2**20:.1f} MiB",
             *trace.notes,
         ]
         return "\n".join(lines)
@@ -185,7 +185,7 @@ class Elastic:
     def _probe(
         self, key: Any, original: Callable[..., Any], args: Any, kwargs: Any, rows: int
     ) -> tuple[list[BlockCost], float, float]:
-        """Cost of a call of this shape: one pass with every block closed shows what each would be called with."""
+        """Cost of a call of this shape: a pass with blocks closed shows what each would be called with."""
         probing: list[tuple[Block, tuple[Any, ...], dict[str, Any]]] = []
         self._probing = probing
         known: dict[Any, BlockCost] = {}

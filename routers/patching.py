@@ -25,13 +25,14 @@ class Patch:
         functools.update_wrapper(self, original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The replaced forward."""
         if self.replacement is None:
             return self.original(*args, **kwargs)
         return self.replacement(self.original, *args, **kwargs)
 
 
 def patch_forward(module: nn.Module, replacement: Callable[..., Any], name: str = "forward") -> Patch:
-    """Put `replacement(original, *args, **kwargs)` in front of `module.<name>`; returns what `restore_forward` needs."""
+    """Put `replacement(original, *args, **kwargs)` before `module.<name>`; returns the patch to restore."""
     patch = Patch(getattr(module, name), replacement, name in module.__dict__)
     module.__dict__[name] = patch
     return patch

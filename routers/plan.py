@@ -96,7 +96,8 @@ class BranchPlan:
 @dataclass(frozen=True)
 class BranchCosts:
     """FLOPs of one row of a branch's calls: `blocks` [N, 4] at each width, routers included, `outside` around
-    the blocks, and `dense`: the whole call without routers, what a budget is a ratio of."""
+    the blocks, and `dense`: the whole call without routers, what a budget is a ratio of.
+    """
 
     blocks: Array
     outside: float

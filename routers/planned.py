@@ -10,6 +10,8 @@ Shapes: R rows, N blocks.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,6 +52,10 @@ class PlannedPolicy:
         elastic = run.budget < 1.0  # a dense run pays for no cache and no router
         self.cache_depth = self.order + 1 if elastic else 0
         self.reads_routers = elastic and self.per_sample
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """The run turned out to have another number of steps; nothing was planned yet."""
+        self._run, self._plans = replace(self._run, num_steps=num_steps), {}
 
     def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
         """Action codes int8 [R, N] for a call; logits [R, N, 5] of the branch's previous call, or None."""
@@ -119,7 +125,7 @@ class PlannedPolicy:
     def _within_budget(
         self, call: CallInfo, plan: BranchPlan, worth: NDArray[np.float64], spend: NDArray[np.float64]
     ) -> NDArray[np.bool_]:
-        """Which blocks each row computes: the worthiest per FLOP, as many as its allowance at this step lets it."""
+        """Which blocks each row computes: the worthiest per FLOP, as many as its allowance lets it."""
         steps = len(plan.cumulative)
         dense = self._costs[call.branch].dense
         remaining = steps - 1 - call.step

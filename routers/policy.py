@@ -32,10 +32,10 @@ class RunInfo:
 class CallInfo:
     """What a policy knows of a transformer call.
 
-    step: from 0. branches: all CFG branches seen so far in the run. rows: batch rows of the call. costs: FLOPs per block and row; outside: FLOPs per row
-    around the blocks; overhead: FLOPs per row of one router. available [R, N]: cached passes per row
-    and block. spent, dense [R]: FLOPs so far in this branch, before this call. signature: equal for calls
-    with equal shapes.
+    step: from 0. branches: all CFG branches seen so far in the run. rows: batch rows of the call.
+    costs: FLOPs per block and row; outside: FLOPs per row around the blocks; overhead: FLOPs per row of
+    one router. available [R, N]: cached passes per row and block. spent, dense [R]: FLOPs so far in this
+    branch, before this call. signature: equal for calls with equal shapes.
     """
 
     step: int
@@ -63,20 +63,20 @@ class Policy(Protocol):
     immediate: bool
     """Whether every block asks `decide_block` with its own logits (one host read per block)."""
     stores: NDArray[np.int8] | None
-    """For immediate policies: whose cache each row [R] uses after `decide_block`, 0 for the run's first
-    branch, 1 for its second; None: its own branch's."""
+    """For immediate policies: number of the store that keeps each row's passes [R] after `decide_block`, if
+    not its own CFG branch's cache (None). A store never mixes calls of different shapes."""
 
     def start(self, run: RunInfo) -> None:
         """A new run begins: forget everything."""
 
     def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
-        """Action codes int8 [R, N]. logits [R, N, 5] (gate, 4 widths) of the branch's previous call, or None."""
+        """Action codes int8 [R, N]. logits [R, N, 5] (gate, 4 widths): the branch's last call, or None."""
         ...
 
     def decide_block(
         self, call: CallInfo, block: int, gate: NDArray[np.float32], widths: NDArray[np.float32]
     ) -> Actions:
-        """For immediate policies: action codes int8 [R] of one block, from gate [R] and width logits [R, 4]."""
+        """For immediate policies: codes int8 [R] of one block, from gate [R] and width logits [R, 4]."""
         ...
 
 

@@ -40,7 +40,7 @@ class Router(nn.Module):
             self.width.bias.copy_(torch.arange(len(WIDTHS), dtype=torch.float32))
 
     def forward(self, stream: Tensor, modulation: Tensor | None) -> tuple[Tensor, Tensor]:
-        """stream [B, L, D], modulation [B, E] -> gate logit [B], width logits [B, 4], in the router's dtype."""
+        """Stream [B, L, D], modulation [B, E] -> gate logit [B], width logits [B, 4], the router's dtype."""
         return self.heads(stream.mean(dim=1), modulation)
 
     def heads(self, pooled: Tensor, modulation: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -116,7 +116,7 @@ class Run:
         policy.start(RunInfo(len(kinds), num_steps, 1.0 if budget is None else budget))
 
     def set_num_steps(self, num_steps: int) -> None:
-        """Correct the number of steps before the first decision depends on it (after step 0 at the latest)."""
+        """Correct the number of steps before the first decision depends on it (after step 0 at latest)."""
         self.num_steps = self.trace.num_steps = num_steps
         set_policy = getattr(self.policy, "set_num_steps", None)
         if set_policy is not None:
@@ -142,7 +142,7 @@ class Run:
         overhead: float,
         signature: Hashable = (),
     ) -> Call:
-        """Decide a call. time_: `[R]` on the device; costs per block and row in FLOPs; signature: its shapes."""
+        """Decide a call. time_: `[R]` on the device; costs in FLOPs per block and row; signature: shapes."""
         blocks = len(costs)
         info = CallInfo(
             step=branch.step,
@@ -203,7 +203,7 @@ class Run:
         flops += np.where(computed, table[np.arange(len(info.costs)), np.maximum(call.actions, 0)], 0.0).sum(
             1
         )
-        # A router that decides its own block runs for every row, else only for the rows that compute the block.
+        # A router that decides its own block runs for every row, else only for rows that compute the block.
         flops += info.overhead * (computed | self.policy.immediate).sum(1)
         branch.spent += flops
         branch.dense += call.dense

@@ -43,7 +43,7 @@ class BlockSpec:
     modulation: argument that carries the timestep embedding `[B, D]`, or None if there is none.
     batched: every other argument that may carry a batch dimension (None values are passed through).
     mlps: the image-side MLPs a width applies to; empty declares the width fixed.
-    mask: argument that says which tokens of the last stream are no padding `[B, L]`, or None if there is none.
+    mask: argument that says which tokens of the last stream count `[B, L]`, or None if there is none.
     """
 
     kind: str

@@ -97,6 +97,6 @@ class Trace:
         """Say in plain words what a user should know of this run."""
         decisions = self.decisions
         partial = any(count for width, count in decisions["compute"].items() if width != "1.0")  # type: ignore[attr-defined]
-        if self.calls and self.requested is not None and self.requested < 1.0:
-            if not (decisions["skip"] or decisions["reuse"] or partial):
-                self.notes.append("nothing was skipped: every block ran in full")
+        idle = not (decisions["skip"] or decisions["reuse"] or partial)
+        if self.calls and self.requested is not None and self.requested < 1.0 and idle:
+            self.notes.append("nothing was skipped: every block ran in full")

@@ -10,6 +10,7 @@ import torch
 
 import routers
 from routers.bundle import Bundle, architecture, fingerprint
+from routers.elastic import steps_from_time
 from routers.router import Router
 from tests.block_kinds import CASES
 from tests.test_plan import tables
@@ -43,7 +44,9 @@ def test_round_trip(model: torch.nn.Module, tmp_path: Path) -> None:
     bundle.save(tmp_path / "b")
     loaded = routers.load_bundle(tmp_path / "b")
     assert loaded.spec == bundle.spec and loaded.metadata == {"rows": 8} and len(loaded.digest) == 64
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(loaded.routers, bundle.routers, strict=True) for k in b)
+    assert all(
+        torch.equal(a[k], b[k]) for a, b in zip(loaded.routers, bundle.routers, strict=True) for k in b
+    )
     assert loaded.tables.gain == pytest.approx(bundle.tables.gain, rel=1e-6)
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["bundle.json", "routers.safetensors"]
 
@@ -94,7 +97,9 @@ def test_half_precision_is_the_same_model(model: torch.nn.Module) -> None:
         (lambda f: _drop(f / "bundle.json", "spec"), "no readable bundle: KeyError: 'spec'"),
     ],
 )
-def test_damaged_bundles_say_what_is_wrong(model: torch.nn.Module, tmp_path: Path, damage, message: str) -> None:
+def test_damaged_bundles_say_what_is_wrong(
+    model: torch.nn.Module, tmp_path: Path, damage, message: str
+) -> None:
     make_bundle(model).save(tmp_path / "b")
     damage(tmp_path / "b")
     with pytest.raises(ValueError, match=message):
@@ -105,3 +110,17 @@ def _drop(file: Path, key: str) -> None:
     data = json.loads(file.read_text())
     del data[key]
     file.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("steps", [4, 10, 20, 37, 50])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("rising", [False, True])
+def test_steps_of_a_run_are_told_from_its_second_time(steps: int, shift: float, rising: bool) -> None:
+    """A scheduler's times depend on the share of the run that is over (flow matching with a shift)."""
+
+    def times(count: int) -> list[float]:
+        sigmas = [1 - i / count * (1 - 1e-3) for i in range(count)]
+        sigmas = [shift * s / (1 + (shift - 1) * s) for s in sigmas]
+        return [1 - s for s in sigmas] if rising else sigmas
+
+    assert abs(steps_from_time(times(20), times(steps)[1]) - steps) <= max(1, 0.06 * steps)

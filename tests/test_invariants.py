@@ -135,9 +135,10 @@ def test_second_run_equals_the_first(case: Case) -> None:
         with elastic.scope(policy=policy):
             results.append(trajectory(case, model, seed=seed))
     assert torch.equal(results[0], results[2])
-    with pytest.raises(KeyboardInterrupt), elastic.scope(policy=policy):
-        case.run(model, t=0.9)
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012, SIM117 - interrupted after some work
+        with elastic.scope(policy=policy):
+            case.run(model, t=0.9)
+            raise KeyboardInterrupt
     with elastic.scope(policy=policy):
         assert torch.equal(results[0], trajectory(case, model))
 

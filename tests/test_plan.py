@@ -119,7 +119,8 @@ def test_more_budget_never_means_more_predicted_error() -> None:
 @pytest.mark.parametrize("routed", [False, True])
 def test_every_row_lands_on_its_budget(budget: float, steps: int, routed: bool) -> None:
     logits = np.random.default_rng(1).normal(0, 1.5, (steps, 2, 3, BLOCKS, 5)).astype(np.float32)
-    spent, codes = drive(PlannedPolicy(tables(), per_sample=routed), steps, budget, logits if routed else None)
+    policy = PlannedPolicy(tables(), per_sample=routed)
+    spent, codes = drive(policy, steps, budget, logits if routed else None)
     assert np.abs(spent - budget).max() <= 0.01
     if routed:
         assert (codes[:, :, 0] != codes[:, :, 1]).any(), "different samples must decide differently"

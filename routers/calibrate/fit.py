@@ -34,8 +34,9 @@ FLOOR = 1e-12
 
 @dataclass(frozen=True)
 class FitSettings:
-    """probes: single reuses to measure gains with. hidden: router width. steps, rate: router training (AdamW).
-    held_out: share of the rows that only judge the routers."""
+    """probes: single reuses to measure gains with. hidden: router width. steps, rate: its training (AdamW).
+    held_out: share of the rows that only judge the routers.
+    """
 
     probes: int = 320
     hidden: int = 16
@@ -88,6 +89,7 @@ def fit(
         fingerprint=fingerprint(transformer),
         num_steps=workload.num_steps,
         guidance=guidance,
+        times=recorded.times,
         order=order,
         metadata={
             "method": "fit",
@@ -109,13 +111,13 @@ def build_tables(
     recorded: Record, gains: NDArray[np.float64], branches: tuple[str, ...], order: int
 ) -> ErrorTables:
     """Averages over rows; cells that could not be measured take the nearest that could."""
-    reuse = np.nanmean(recorded.reuse, axis=0)[..., order]  # [G, S, N, K]
+    reuse = _mean(recorded.reuse)[..., order]  # [G, S, N, K]
     skip = recorded.skip.mean(axis=0)
     for age in range(1, reuse.shape[-1]):  # an older delta is not assumed to be better than a newer one
         reuse[..., age] = np.fmax(reuse[..., age], reuse[..., age - 1])
     for s in range(reuse.shape[1] - 2, -1, -1):
         reuse[:, s] = np.where(np.isnan(reuse[:, s]), reuse[:, s + 1], reuse[:, s])
-    width = np.nanmean(recorded.width, axis=0)
+    width = _mean(recorded.width)
     measured = np.flatnonzero(np.isfinite(width).all(axis=(0, 2, 3)))
     if len(measured):
         nearest = measured[np.abs(np.arange(width.shape[1])[:, None] - measured[None]).argmin(axis=1)]
@@ -127,6 +129,14 @@ def build_tables(
     return ErrorTables(
         branches, floor(reuse, FLOOR), floor(width, FLOOR), floor(skip, FLOOR), floor(gains, FLOOR)
     )
+
+
+def _mean(errors: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Mean over rows; NaN where no row was measured."""
+    known = np.isfinite(errors)
+    count = known.sum(axis=0)
+    total = np.where(known, errors, 0.0).sum(axis=0, dtype=np.float64)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def fit_router(

@@ -1,6 +1,7 @@
 """Watch the dense model: what every block adds, and how wrong each cheaper way to get it would have been.
 
-Shapes: R rows, L tokens (a fixed sample of them), D dim, E time embedding dim, K ages, N blocks, S steps, G branches.
+Shapes: R rows, L tokens (a fixed sample of them), D dim, E time embedding dim, K ages, N blocks, S steps,
+G branches.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Record:
     reuse [R, G, S, N, K, 2]: by age 1..K and order 0/1, NaN before the first pass of that age.
     skip [R, G, S, N]. width [R, G, S, N, 3], NaN on steps that were not measured.
     pooled [G, S, N]: per entry `[R, D]` float16. modulation [G, S]: per entry `[R, E]` float16.
-    latents: `[R, ...]` final latents of the dense runs.
+    latents: `[R, ...]` final latents of the dense runs. times [S]: the sampler's times.
     """
 
     reuse: NDArray[np.float32]
@@ -43,6 +44,7 @@ class Record:
     pooled: list[list[list[Tensor]]]
     modulation: list[list[Tensor | None]]
     latents: Tensor
+    times: list[float]
 
 
 class Recorder:
@@ -56,6 +58,7 @@ class Recorder:
         self.width = np.full((*shape, 3), np.nan, np.float32)
         self.pooled: dict[tuple[int, int, int], Tensor] = {}
         self.modulation: dict[tuple[int, int], Tensor] = {}
+        self.times = [0.0] * workload.num_steps
         self.measure_widths = measure_widths
         self._history: dict[tuple[int, int], deque[tuple[Tensor, Tensor]]] = {}
 
@@ -77,6 +80,8 @@ class Recorder:
                 guess = last + (last - first) * ((time - last_time) / (last_time - first_time))
             self.reuse[:, g, s, n, age - 1, 1] = _mse(guess, delta)
         past.append((delta, time))
+        if g == n == 0:
+            self.times[s] = float(time.flatten()[0])
         self.skip[:, g, s, n] = _mse(torch.zeros_like(delta), delta)
         self.pooled[g, s, n] = before.mean(dim=1).half().cpu()
         name = seen.block.spec.modulation
@@ -127,6 +132,7 @@ def record(
             for g in range(branches)
         ],
         latents=torch.cat(latents),
+        times=recorders[0].times,
     )
 
 

@@ -20,5 +20,5 @@ class Workload(Protocol):
     branches: tuple[str, ...]
 
     def run(self, batch: int) -> Tensor:
-        """Generate a batch, the pipeline's transformer patched or not: final latents `[rows, ...]`, float32."""
+        """Generate a batch, the transformer patched or not: final latents `[rows, ...]`, float32."""
         ...

@@ -1,0 +1,252 @@
+"""How far from the dense picture each way of saving FLOPs ends, at equal FLOPs.
+
+    python -m benchmarks.quality                       # qwen-image-tiny, its packaged bundle
+    python -m benchmarks.quality --markdown            # the table of docs/quality.md
+    python -m benchmarks.quality -m FOLDER --routers BUNDLE --budgets 0.4 0.6
+
+Every method generates the same prompts from the same noise as the dense model. Reported: PSNR and SSIM
+of the pictures to the dense ones (mean and bootstrap 95 % interval over prompts x seeds), the FLOPs ratio
+that the trace counted, and how often an independent classifier has the asked concept in its top 5.
+
+Methods: `elastic` the bundle; `elastic, no routers` its plan alone; `fewer steps` the dense model with
+round(budget x steps) steps; `random skip` random blocks of random steps skipped outright; `random reuse`
+the same cells reused with linear extrapolation; `whole-step reuse` all blocks reused on evenly spread steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import routers
+from backbones import loading, registry
+from backbones.spec import Backbone, Placement
+from backbones.workload import PipelineWorkload
+from benchmarks.mixes import CostReader, forced_mix
+from edit_cli.pictures import psnr, ssim
+from routers.elastic import Elastic
+from routers.policy import CallInfo, FixedPolicy, Policy
+from routers.trace import FULL, REUSE, Actions
+
+BUDGETS = (0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
+CAP_DB = 60.0
+"""PSNR of a picture that equals the dense one; keeps means finite."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget. psnr, ssim: means; low, high: 95 % interval of the mean PSNR in dB."""
+
+    method: str
+    budget: float
+    spent: float
+    psnr: float
+    low: float
+    high: float
+    ssim: float
+    top5: float | None
+
+
+@dataclass
+class Bench:
+    """A loaded model, its requests, and the dense pictures to compare with."""
+
+    backbone: Backbone
+    workload: PipelineWorkload
+    bundle: routers.Bundle
+    dense: list[Image.Image]
+    call: CallInfo
+
+    def pictures(self, num_steps: int | None = None) -> list[Image.Image]:
+        """Every request of the workload, decoded."""
+        batches = range(self.workload.num_batches)
+        return [p for b in batches for p in self.workload.run(b, num_steps=num_steps, output_type="pil")]
+
+
+def open_bench(args: argparse.Namespace) -> Bench:
+    """Load the model and generate the dense pictures."""
+    backbone = registry.resolve(args.model)
+    path = args.routers or backbone.bundle
+    if path is None:
+        raise SystemExit(f"{backbone.name} has no bundle; give one with --routers")
+    pipe = loading.load_pipeline(backbone, Placement())
+    pipe.set_progress_bar_config(disable=True)
+    prompts = read_prompts(args.prompts)[: args.count]
+    defaults = backbone.defaults
+    workload = PipelineWorkload(
+        pipe, backbone.family, prompts * args.seeds, args.rows, args.steps or defaults.steps,
+        defaults.guidance, defaults.width, defaults.height, args.seed, defaults.max_sequence_length,
+    )  # fmt: skip
+    reader = CostReader()
+    with _attached(pipe, backbone, reader, workload.num_steps):
+        workload.run(0, num_steps=1)
+    assert reader.call is not None
+    bench = Bench(backbone, workload, routers.load_bundle(path), [], reader.call)
+    bench.dense = bench.pictures()
+    return bench
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line."""
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+@contextmanager
+def _attached(pipe: Any, backbone: Backbone, policy: Policy, steps: int) -> Iterator[Any]:
+    elastic = Elastic(pipe.transformer, backbone.family.transformer)
+    try:
+        with elastic.scope(policy=policy, num_steps=steps) as trace:
+            yield trace
+    finally:
+        elastic.detach()
+
+
+def elastic_run(bench: Bench, budget: float, **options: Any) -> tuple[list[Image.Image], float]:
+    """Pictures and mean spent budget with the bundle; options go to `Bundle.policy`."""
+    elastic = routers.attach(bench.workload.pipe.transformer, bench.bundle, budget=budget)
+    pictures, spent = [], []
+    try:
+        for batch in range(bench.workload.num_batches):
+            policy = bench.bundle.policy(**options)
+            with elastic.scope(policy=policy, num_steps=bench.workload.num_steps) as trace:
+                pictures += bench.workload.run(batch, output_type="pil")
+            spent += trace.spent
+    finally:
+        elastic.detach()
+    return pictures, float(np.mean(spent))
+
+
+def planned_run(bench: Bench, plan: Actions) -> tuple[list[Image.Image], float]:
+    """Pictures and mean spent budget of a fixed plan [T, N]."""
+    pictures, spent = [], []
+    for batch in range(bench.workload.num_batches):
+        pipe, steps = bench.workload.pipe, bench.workload.num_steps
+        with _attached(pipe, bench.backbone, FixedPolicy(plan, order=1), steps) as trace:
+            pictures += bench.workload.run(batch, output_type="pil")
+        spent += trace.spent
+    return pictures, float(np.mean(spent))
+
+
+def fewer_steps(bench: Bench, budget: float) -> tuple[list[Image.Image], float]:
+    """The dense model with fewer steps."""
+    steps = max(1, round(budget * bench.workload.num_steps))
+    return bench.pictures(steps), steps / bench.workload.num_steps
+
+
+def whole_steps(bench: Bench, budget: float) -> Actions:
+    """A plan [T, N] that reuses every block on evenly spread steps, never on the first two."""
+    steps, blocks = bench.workload.num_steps, len(bench.call.costs)
+    dense = bench.call.outside + sum(cost.dense for cost in bench.call.costs)
+    reused = round((1 - budget) * steps * dense / (dense - bench.call.outside))
+    plan = np.full((steps, blocks), FULL, np.int8)
+    plan[np.linspace(2, steps - 1, min(reused, steps - 2)).round().astype(int)] = REUSE
+    return plan
+
+
+def measure(bench: Bench, budgets: list[float], ablations: bool) -> Iterator[Row]:
+    """Every method at every budget."""
+    steps = bench.workload.num_steps
+    for budget in budgets:
+        yield judge(bench, "elastic", budget, *elastic_run(bench, budget))
+        if ablations:
+            yield judge(bench, "elastic, no routers", budget, *elastic_run(bench, budget, per_sample=False))
+            yield judge(
+                bench, "elastic, batch mean", budget,
+                *elastic_run(bench, budget, per_sample=True, batch_mean=True),
+            )  # fmt: skip
+        yield judge(bench, "fewer steps", budget, *fewer_steps(bench, budget))
+        yield judge(bench, "whole-step reuse", budget, *planned_run(bench, whole_steps(bench, budget)))
+        for family in ("reuse", "skip"):
+            plan = forced_mix(family, bench.call, budget, steps)
+            yield judge(bench, f"random {family}", budget, *planned_run(bench, plan))
+
+
+def judge(bench: Bench, method: str, budget: float, pictures: list[Image.Image], spent: float) -> Row:
+    """Compare with the dense pictures."""
+    pairs = list(zip(pictures, bench.dense, strict=True))
+    db = np.array([min(psnr(a, b), CAP_DB) for a, b in pairs])
+    draws = np.random.default_rng(0).integers(0, len(db), (1000, len(db)))
+    low, high = np.percentile(db[draws].mean(axis=1), [2.5, 97.5])
+    similarity = float(np.mean([ssim(a, b) for a, b in pairs]))
+    row = Row(
+        method, budget, spent, float(db.mean()), float(low), float(high), similarity, top5(bench, pictures)
+    )
+    print(f"{row.method:22s} {budget:.2f} spent {spent:.3f}  {row.psnr:6.2f} dB [{low:.2f}, {high:.2f}]  "
+          f"SSIM {similarity:.4f}  top-5 {row.top5}", flush=True)  # fmt: skip
+    return row
+
+
+def top5(bench: Bench, pictures: list[Image.Image]) -> float | None:
+    """Share of pictures with the asked concept in the packaged classifier's top 5; None for other prompts."""
+    from backbones.tiny import classifier
+    from backbones.tiny.recipes.captions import strip_article
+
+    prompts = bench.workload.prompts
+    asked = [strip_article(prompts[i % len(prompts)]) for i in range(len(pictures))]
+    try:
+        return classifier.top_k(pictures, asked)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def markdown(rows: list[Row], bench: Bench) -> str:
+    """The table of docs/quality.md."""
+    lines = [
+        "| budget | method | FLOPs spent | PSNR to dense, dB (95 % interval) | SSIM | top-5 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        accuracy = "" if row.top5 is None else f"{100 * row.top5:.1f} %"
+        lines.append(
+            f"| {row.budget:g} | {row.method} | {row.spent:.3f} | {row.psnr:.2f} ({row.low:.2f} to "
+            f"{row.high:.2f}) | {row.ssim:.4f} | {accuracy} |"
+        )
+    dense = top5(bench, bench.dense)
+    if dense is not None:
+        lines.append(f"\nDense top-5: {100 * dense:.1f} %.")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line, measure, print the table and one JSON line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-m", "--model", default=registry.DEFAULT_MODEL)
+    parser.add_argument("--routers", type=Path)
+    default = Path(registry.__file__).parent / "tiny" / "prompts" / "common100.txt"
+    parser.add_argument("--prompts", type=Path, default=default)
+    parser.add_argument("--count", type=int, default=64, help="prompts")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures per prompt")
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=8, help="batch size")
+    parser.add_argument("--steps", type=int, help="denoising steps, default the model's")
+    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS))
+    parser.add_argument(
+        "--ablations", action="store_true", help="also the plan alone and batch-mean decisions"
+    )
+    parser.add_argument("--markdown", action="store_true")
+    args = parser.parse_args()
+    with torch.no_grad():
+        bench = open_bench(args)
+        rows = list(measure(bench, args.budgets, args.ablations))
+    if args.markdown:
+        print(markdown(rows, bench))
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    info = {"model": bench.backbone.name, "machine": machine,
+            "prompts": args.count, "seeds": args.seeds, "rows": [asdict(row) for row in rows]}  # fmt: skip
+    print(json.dumps(info))
+
+
+if __name__ == "__main__":
+    main()
