@@ -62,6 +62,16 @@ def two_columns(rows: Mapping[str, str], title: str = "") -> Table:
 
 
 @contextmanager
+def working(text: str, enabled: bool) -> Iterator[None]:
+    """A spinner on stderr while something of unknown length runs; nothing if stderr is no terminal."""
+    if not enabled or not stderr().is_terminal:
+        yield
+        return
+    with stderr().status(_escape(text)):
+        yield
+
+
+@contextmanager
 def progress(enabled: bool) -> Iterator[Progress | None]:
     """Progress bars on stderr; None when disabled or when stderr is no terminal."""
     if not enabled or not stderr().is_terminal:

@@ -59,11 +59,12 @@ def as_table(result: Result) -> RenderableType:
 
 
 def _files(result: Result) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
+    # only the prompt gives way: names and numbers are shown whole
+    table = Table(box=None, pad_edge=False, show_header=False, expand=True)
     table.add_column(style="bold", overflow="fold")
     table.add_column(style="dim", justify="right", no_wrap=True)
     table.add_column(style="dim", justify="right", no_wrap=True)
-    table.add_column(overflow="ellipsis", no_wrap=True)
+    table.add_column(overflow="ellipsis", no_wrap=True, ratio=1)
     shown = list(zip(result.jobs, result.spent, strict=True))
     for job, spent in shown[:MAX_ROWS]:
         table.add_row(Text(str(job.path)), f"seed {job.seed}", f"spent {spent:.3f}", Text(job.prompt))

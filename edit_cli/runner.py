@@ -16,7 +16,7 @@ from PIL import Image
 
 from backbones import loading
 from edit_cli import __version__, metadata
-from edit_cli.console import progress
+from edit_cli.console import progress, working
 from edit_cli.errors import Interrupted, bad_input
 from edit_cli.outputs import write_whole
 from edit_cli.pictures import psnr, side_by_side, ssim
@@ -73,21 +73,18 @@ def run_plan(plan: Plan, *, compare: bool, show_progress: bool, clock: StageCloc
     result = Result(plan)
     session: Session | None = None
     try:
+        with clock.stage("load"), working(f"loading {plan.backbone.name}", show_progress):
+            with bad_input():
+                loading.pick_device(plan.placement.device)
+            source = RouterSource.read(plan.routers)
+            plan = result.plan = settle_budgets(plan, source)
+            session = Session.open(plan, source, clock)
         with progress(show_progress) as bars:
-            waiting = bars.add_task(f"loading {plan.backbone.name}", total=None) if bars else None
-            with clock.stage("load"):
-                with bad_input():
-                    loading.pick_device(plan.placement.device)
-                source = RouterSource.read(plan.routers)
-                plan = result.plan = settle_budgets(plan, source)
-                session = Session.open(plan, source, clock)
             result.notes += session.notes
             batches = [_with_peers(batch, plan) for batch in plan.batches()]
             _restore_threads(plan)
-            if bars and waiting is not None:
-                bars.remove_task(waiting)
+            session.attach()  # routers that do not fit are refused before the dense run is waited for
             dense = _run_dense(session, batches, bars) if compare else []
-            session.attach()
             if compare:
                 session.warm_up(batches[0][0][0])
             on_step = _task(bars, "denoising", batches)
@@ -145,6 +142,7 @@ def _run_dense(
 ) -> list[tuple[list[Image.Image], float]]:
     """Pictures and denoising seconds of the clean, dense model. Not part of the run's own stage times."""
     own, session.clock = session.clock, StageClock()
+    session.detach()
     try:
         session.warm_up(batches[0][0][0])
         on_step, runs = _task(bars, "dense, to compare", batches), []
@@ -154,6 +152,7 @@ def _run_dense(
             runs.append((pictures, session.clock.seconds["denoise"] - before))
     finally:
         session.clock = own
+    session.attach()
     return runs
 
 
