@@ -1,12 +1,14 @@
 """Sample a decoder's field on a grid: everywhere, or only near the surface with the same mesh as result.
 
 Hierarchical decoding evaluates a coarse grid, then halves the cells again and again, each time only where
-the surface may be. Two rules make its mesh equal to the dense one:
+the surface may be. Three rules make its mesh equal to the dense one:
 
 - a cell is refined if its corners differ in sign, or if a corner is so close to the level that the
   variation seen around the cell could carry the field across it (thin parts between grid nodes);
 - after each refinement the surface is followed: a cell not yet refined that touches evaluated nodes of
-  both signs is refined too, until no such cell is left. So no part of a surface is left open.
+  both signs is refined too, until no such cell is left, so no part of a surface is left open;
+- random cells that nobody wanted are checked; if they hold surface, the field is too rough for a coarse
+  grid to tell anything, and it is evaluated everywhere.
 
 What it can miss is a separate piece smaller than a coarse cell that the variation around does not betray.
 
@@ -36,8 +38,13 @@ NEAR_FACTOR = 0.5
 """Refine cells whose smallest |logit - level| is within this share of the variation over their neighbourhood.
 In a linear field the centre of a cell differs from the nearest corner by at most half the cell's range."""
 
+PROBES, ROUGH_PROBES, ROUGH_SHARE = 500, 0.005, 0.4
+"""After each refinement so many cells that nobody wanted are evaluated too. A surface in one of them is
+followed. If more than ROUGH_PROBES of them hold one, or more than ROUGH_SHARE of all cells were wanted, the
+field is rough on the scale of the cells (an untrained decoder, say), and everything is evaluated."""
+
 _CORNERS = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
-_NEIGHBOURS = np.array([[i, j, k] for i in (-1, 0, 1) for j in (-1, 0, 1) for k in (-1, 0, 1)])
+_NEIGHBOURS = np.concatenate([np.eye(3, dtype=int), -np.eye(3, dtype=int)])
 
 
 @dataclass(frozen=True)
@@ -108,11 +115,20 @@ def decode_hierarchical(
     side = _side(resolution, stride)
     values = sampler.evaluate(np.arange(side**3), side, stride).reshape(side, side, side)
     grid = _Grid(values, np.ones((side,) * 3, bool), np.ones((side - 1,) * 3, bool), level)
+    chance = np.random.default_rng(0)
+    rough = False
     while stride > 1:
-        wanted = grid.cells_to_refine()
+        wanted = np.ones_like(grid.cells) if rough else grid.cells_to_refine()
         stride //= 2
         grid = grid.refined(wanted, _side(resolution, stride))
-        grid.evaluate_and_follow(sampler, stride)
+        if not rough and wanted.mean() <= ROUGH_SHARE:
+            probes = grid.want_probes(chance)
+            grid.evaluate_and_follow(sampler, stride)
+            rough = grid.crossing_share(probes) > ROUGH_PROBES
+        else:
+            rough = True
+        if rough:
+            grid.evaluate_all(sampler, stride)
     return Volume(grid.values, box, sampler.evaluations)
 
 
@@ -208,6 +224,24 @@ class _Grid:
         parent = np.arange(side - 1) // 2
         return _Grid(values, known, wanted[np.ix_(parent, parent, parent)], self.level)
 
+    def want_probes(self, chance: np.random.Generator) -> np.ndarray:
+        """Add random cells to the wanted ones; returns them `[X, 3]`."""
+        unwanted = np.flatnonzero(~self.cells)
+        if not len(unwanted):
+            return np.empty((0, 3), np.int64)
+        chosen = np.unique(chance.choice(unwanted, PROBES))
+        self.cells.reshape(-1)[chosen] = True
+        return np.stack(np.unravel_index(chosen, self.cells.shape), axis=1)
+
+    def crossing_share(self, cells_X3: np.ndarray) -> float:
+        """Share of cells with corners of both signs, in [0, 1]."""
+        return float(self._crossing(self.corners(cells_X3)).mean()) if len(cells_X3) else 0.0
+
+    def evaluate_all(self, sampler: _Sampler, stride: int) -> None:
+        """Evaluate every node that is not known yet."""
+        self._evaluate(np.flatnonzero(~self.known.reshape(-1)), sampler, stride)
+        self.cells[...] = True
+
     def evaluate_and_follow(self, sampler: _Sampler, stride: int) -> None:
         """Evaluate the corners of all wanted cells, then follow the surface into cells not wanted before."""
         fresh = np.argwhere(self.cells)
@@ -216,10 +250,12 @@ class _Grid:
             missing = np.zeros(self.values.size, bool)
             missing[nodes.reshape(-1)] = True
             missing &= ~self.known.reshape(-1)
-            todo = np.flatnonzero(missing)
-            self.values.reshape(-1)[todo] = sampler.evaluate(todo, self.side, stride)
-            self.known.reshape(-1)[todo] = True
+            self._evaluate(np.flatnonzero(missing), sampler, stride)
             fresh = self._cells_left_open(fresh[self._crossing(nodes)])
+
+    def _evaluate(self, nodes: np.ndarray, sampler: _Sampler, stride: int) -> None:
+        self.values.reshape(-1)[nodes] = sampler.evaluate(nodes, self.side, stride)
+        self.known.reshape(-1)[nodes] = True
 
     def _crossing(self, nodes_X8: np.ndarray) -> np.ndarray:
         inside = self.values.reshape(-1)[nodes_X8] > self.level

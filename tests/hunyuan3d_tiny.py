@@ -1,0 +1,65 @@
+"""A Hunyuan3D checkpoint small enough for tests: random weights, published layout."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from backbones.hunyuan3d.config import build
+
+VAE_PARAMS: dict[str, Any] = {
+    "num_latents": 12,
+    "embed_dim": 8,
+    "width": 32,
+    "heads": 4,
+    "num_decoder_layers": 1,
+    "num_encoder_layers": 1,
+    "pc_size": 40,
+    "pc_sharpedge_size": 20,
+    "point_feats": 4,
+    "downsample_ratio": 2,
+    "num_freqs": 2,
+    "include_pi": False,
+    "qkv_bias": False,
+    "qk_norm": True,
+    "scale_factor": 0.9,
+}
+DIT_PARAMS: dict[str, Any] = {
+    "in_channels": 8,
+    "context_in_dim": 24,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "axes_dim": [8],
+}
+DINO: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28}
+ENCODER: dict[str, Any] = {"type": "DinoImageEncoder", "kwargs": {"config": DINO, "image_size": 28}}
+CONFIG: dict[str, Any] = {
+    "model": {"target": "hy3dgen.shapegen.models.Hunyuan3DDiT", "params": DIT_PARAMS},
+    "vae": {"target": "hy3dgen.shapegen.models.ShapeVAE", "params": VAE_PARAMS},
+    "conditioner": {
+        "target": "hy3dgen.shapegen.models.SingleImageEncoder",
+        "params": {"main_image_encoder": ENCODER},
+    },
+    "scheduler": {
+        "target": "hy3dgen.shapegen.schedulers.FlowMatchEulerDiscreteScheduler",
+        "params": {"num_train_timesteps": 1000},
+    },
+    "image_processor": {
+        "target": "hy3dgen.shapegen.preprocessors.ImageProcessorV2",
+        "params": {"size": 32},
+    },
+    "pipeline": {"target": "hy3dgen.shapegen.pipelines.Hunyuan3DDiTFlowMatchingPipeline"},
+}
+
+
+def components(with_encoder: bool = False) -> dict[str, nn.Module]:
+    """The modules of CONFIG, the same weights every time."""
+    torch.manual_seed(0)
+    vae = {**CONFIG["vae"], "params": {**VAE_PARAMS, "with_encoder": with_encoder}}
+    return {
+        "model": build("model", CONFIG["model"]),
+        "vae": build("vae", vae),
+        "conditioner": build("conditioner", CONFIG["conditioner"]),
+    }

@@ -1,0 +1,247 @@
+"""What routers rely on: named streams, sliceable MLPs, skips that flow around blocks, separate rows."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from backbones.hunyuan3d.dinov2 import Dinov2, Dinov2Config
+from backbones.hunyuan3d.dit_v2 import Hunyuan3DDiT
+from backbones.hunyuan3d.dit_v21 import HunYuanDiTPlain, MixtureOfExperts, MoEDiTBlock
+from routers.spec import MlpSpec
+from routers.width import MlpSlicer
+
+
+def dit_v2(**options) -> Hunyuan3DDiT:
+    torch.manual_seed(0)
+    return Hunyuan3DDiT(
+        8, 12, 32, num_heads=4, depth=2, depth_single_blocks=2, axes_dim=(8,), **options
+    ).eval()
+
+
+def dit_v21(depth: int = 5, moe: int = 2) -> HunYuanDiTPlain:
+    torch.manual_seed(0)
+    sizes = {"in_channels": 8, "hidden_size": 32, "context_dim": 12, "depth": depth, "num_heads": 4}
+    options = {"qk_norm": True, "qkv_bias": False, "num_moe_layers": moe, "num_experts": 4, "moe_top_k": 2}
+    return HunYuanDiTPlain(**sizes, **options).eval()
+
+
+def inputs(batch: int = 3):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 6, 8, generator=generator)
+    context = torch.randn(batch, 5, 12, generator=generator)
+    return x, torch.linspace(0.1, 0.9, batch), {"main": context}
+
+
+BOTH = pytest.mark.parametrize("make", [dit_v2, dit_v21])
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, backbones.hunyuan3d as h; assert 'NoSurfaceError' in h.__all__; h.NoSurfaceError; "
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@BOTH
+@torch.no_grad()
+def test_a_row_of_a_batch_equals_the_same_request_alone(make):
+    model = make()
+    x, t, contexts = inputs()
+    together = model(x, t, contexts)
+    for i in range(len(x)):
+        alone = model(x[i : i + 1], t[i : i + 1], {"main": contexts["main"][i : i + 1]})
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
+
+
+@BOTH
+@torch.no_grad()
+def test_every_input_matters(make):
+    model = make()
+    x, t, contexts = inputs()
+    reference = model(x, t, contexts)
+    for changed in (
+        model(x + 0.1, t, contexts),
+        model(x, t + 0.05, contexts),
+        model(x, t, {"main": contexts["main"] + 0.1}),
+    ):
+        assert (changed - reference).abs().amax(dim=(1, 2)).min() > 1e-5
+
+
+@torch.no_grad()
+def test_blocks_are_called_with_named_streams_and_return_them():
+    model = dit_v2()
+    seen = []
+    for name in ("double_blocks", "single_blocks"):
+        for block in getattr(model, name):
+            block.register_forward_hook(
+                lambda m, args, kwargs, out: seen.append((args, sorted(kwargs), out)), with_kwargs=True
+            )
+    model(*inputs())
+    assert [(args, names) for args, names, _ in seen] == [((), ["img", "txt", "vec"])] * 2 + [
+        ((), ["vec", "x"])
+    ] * 2
+    img, txt = seen[0][2]
+    assert img.shape == (3, 6, 32)
+    assert txt.shape == (3, 5, 32)
+    assert seen[2][2].shape == (3, 11, 32)
+
+
+@torch.no_grad()
+def test_guidance_is_an_input_of_distilled_models_only():
+    x, t, contexts = inputs()
+    model = dit_v2(guidance_embed=True)
+    low, high = (model(x, t, contexts, guidance=torch.full((3,), g)) for g in (1.0, 7.5))
+    assert (low - high).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="pass guidance"):
+        model(x, t, contexts)
+
+
+MLPS = [
+    (lambda: dit_v2().double_blocks[0], MlpSpec("img_mlp.0", "img_mlp.2")),
+    (lambda: dit_v2().single_blocks[0], MlpSpec("linear1", "linear2", in_offset=3, out_offset=1)),
+    (lambda: dit_v21().blocks[0], MlpSpec("mlp.fc1", "mlp.fc2")),
+    (lambda: dit_v21().blocks[4], MlpSpec("moe.shared_experts.net.0.proj", "moe.shared_experts.net.2")),
+    (lambda: dit_v21().blocks[4], MlpSpec("moe.experts.1.net.0.proj", "moe.experts.1.net.2")),
+]
+
+
+@pytest.mark.parametrize(("make", "spec"), MLPS, ids=["double", "single", "mlp", "shared expert", "expert"])
+@torch.no_grad()
+def test_a_narrowed_mlp_equals_one_with_the_other_units_zeroed(make, spec):
+    block = make()
+    generator = torch.Generator().manual_seed(2)
+    x, c = torch.randn(2, 7, 32, generator=generator), torch.randn(2, 32, generator=generator)
+    if hasattr(block, "img_mlp"):
+        call = {"img": x, "txt": x[:, :3], "vec": c}
+    elif hasattr(block, "linear1"):
+        call = {"x": x, "vec": c}
+    else:
+        skip = x if hasattr(block, "skip_linear") else None
+        call = {"x": x, "c": c, "cond": torch.randn(2, 5, 12, generator=generator), "skip": skip}
+    first = lambda out: out[0] if isinstance(out, tuple) else out  # noqa: E731
+    full = first(block(**call))
+    slicer = MlpSlicer(block, spec)
+    slicer.attach()
+    with slicer.narrowed(0.25):
+        narrow = first(block(**call))
+    slicer.detach()
+    outer = block.get_submodule(spec.out_linear)
+    outer.weight[:, slicer.column_offset + slicer.units(0.25) :] = 0
+    torch.testing.assert_close(narrow, first(block(**call)), atol=1e-5, rtol=0)
+    assert (narrow - full).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("depth", [4, 5])
+@torch.no_grad()
+def test_skips_flow_around_blocks_that_are_not_run(depth):
+    model = dit_v21(depth, moe=1)
+    received = {}
+    for i, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(
+            lambda m, args, kwargs, i=i: received.__setitem__(i, (kwargs["x"], kwargs["skip"])),
+            with_kwargs=True,
+        )
+    skipped = depth - 2
+    model.blocks[skipped].forward = lambda x, c, cond, skip=None: x
+    model.blocks[0].forward = lambda x, c, cond, skip=None: x
+    model(*inputs())
+    middle = depth // 2
+    assert [i for i in range(depth) if received[i][1] is not None] == list(range(middle + 1, depth))
+    # The stack is last in, first out: block i merges the output of block 2 * middle - i (5: 3 <- 1, 4 <- 0).
+    for i in range(middle + 1, depth):
+        partner = 2 * middle - i
+        assert torch.equal(received[i][1], received[partner + 1][0])
+    assert torch.equal(received[skipped + 1][0], received[skipped][0])
+
+
+@torch.no_grad()
+def test_experts_equal_a_plain_loop_over_tokens():
+    torch.manual_seed(3)
+    moe = MixtureOfExperts(16, 4, 2).eval()
+    x = torch.randn(2, 5, 16)
+    indices, weights = moe.gate(x.flatten(0, 1))
+    assert (weights.sum(dim=-1) < 0.999).all()  # raw softmax values, not renormalised
+    expected = moe.shared_experts(x).flatten(0, 1)
+    for token, (chosen, weight) in enumerate(zip(indices, weights, strict=True)):
+        for e, w in zip(chosen.tolist(), weight, strict=True):
+            expected[token] += w * moe.experts[e](x.flatten(0, 1)[token])
+    torch.testing.assert_close(moe(x).flatten(0, 1), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_expert_flops_on_the_meta_device_equal_those_of_a_real_run():
+    def flops(device: str) -> int:
+        moe, x = MixtureOfExperts(16, 4, 2).to(device), torch.randn(2, 5, 16, device=device)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            assert moe(x).shape == x.shape
+        return counter.get_total_flops()
+
+    # Gate, and 2 routed experts + 1 shared expert per token with 2 matrices of 16 x 64 each.
+    assert flops("meta") == flops("cpu") == 2 * 10 * (16 * 4 + 3 * 2 * 16 * 64)
+
+
+def test_the_whole_model_runs_on_the_meta_device():
+    x, t, contexts = inputs()
+    model = dit_v21().to("meta")
+    assert isinstance(model.blocks[-1], MoEDiTBlock)
+    assert model(x.to("meta"), t.to("meta"), {"main": contexts["main"].to("meta")}).shape == x.shape
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ValueError, match="sum"):
+        Hunyuan3DDiT(hidden_size=64, num_heads=4)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        HunYuanDiTPlain(hidden_size=40, context_dim=8, depth=1, num_heads=4, qk_norm=True, qkv_bias=False)
+    with pytest.raises(ValueError, match="use_attention_pooling"):
+        HunYuanDiTPlain(
+            hidden_size=32,
+            context_dim=8,
+            depth=1,
+            num_heads=4,
+            qk_norm=True,
+            qkv_bias=False,
+            use_attention_pooling=True,
+        )
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("size", [56, 84])
+@torch.no_grad()
+def test_dinov2_equals_transformers(swiglu, size):
+    """Both MLP kinds, trained size and resampled positions; transformers 5 has other key names."""
+    transformers = pytest.importorskip("transformers")
+    fields = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    config = transformers.Dinov2Config(**fields, use_swiglu_ffn=swiglu)
+    torch.manual_seed(4)
+    reference = transformers.Dinov2Model(config).eval()
+    for parameter in reference.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.2)
+    ours = Dinov2(Dinov2Config.from_dict({**fields, "use_swiglu_ffn": swiglu})).eval()
+    ours.load_state_dict(_published_names(reference.state_dict()))
+    pixels = torch.randn(2, 3, size, size)
+    torch.testing.assert_close(ours(pixels), reference(pixels).last_hidden_state, atol=2e-5, rtol=1e-4)
+
+
+def _published_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names of transformers 5 to those of the public checkpoints (transformers 4)."""
+    renamed = {}
+    pairs = [("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value")]
+    pairs += [("o_proj", "output.dense"), ("down_proj", "weights_out")]
+    for key, tensor in state.items():
+        if "up_proj" in key:
+            continue
+        if "gate_proj" in key:
+            name = key.replace("gate_proj", "weights_in")
+            renamed[name] = torch.cat([tensor, state[key.replace("gate_proj", "up_proj")]])
+            continue
+        for new, old in pairs:
+            key = key.replace(new, old)
+        renamed[key] = tensor
+    return renamed
