@@ -111,8 +111,9 @@ def router_flops(router: nn.Module | None, tokens: int) -> float:
     """
     if router is None:
         return 0.0
-    if hasattr(router, "flops"):
-        return float(router.flops(tokens))
+    flops = getattr(router, "flops", None)
+    if flops is not None:
+        return float(flops(tokens))
     return float(sum(2 * p.numel() for p in router.parameters() if p.dim() == 2))
 
 

@@ -52,7 +52,8 @@ class ErrorTables:
 
         def resample(table: Array) -> Array:
             weight = part.reshape(-1, *[1] * (table.ndim - 1))
-            return np.exp((1 - weight) * np.log(table[low]) + weight * np.log(table[high]))
+            mixed: Array = np.exp((1 - weight) * np.log(table[low]) + weight * np.log(table[high]))
+            return mixed
 
         reuse = np.log(resample(self.reuse[g]))  # [T, N, ages]
         wanted = np.log(np.arange(1, max_age + 1) * steps / num_steps)
@@ -171,7 +172,8 @@ def _spent(codes: Actions, costs: BranchCosts) -> Array:
     """FLOPs per step of plans [P, T, N] -> [T, P]."""
     blocks = np.arange(costs.blocks.shape[0])
     cost = np.where(codes >= 0, costs.blocks[blocks, np.maximum(codes, 0)], 0.0)
-    return (cost.sum(axis=2) + costs.outside).T
+    per_step: Array = cost.sum(axis=2).T + costs.outside
+    return per_step
 
 
 def _finish(

@@ -33,7 +33,7 @@ class PlannedPolicy:
     from the device). batch_mean: every row follows the batch's mean logits (the paper's way; for comparison).
     """
 
-    immediate = False
+    immediate, stores = False, None
 
     def __init__(
         self, tables: ErrorTables, order: int = 1, *, per_sample: bool = True, batch_mean: bool = False

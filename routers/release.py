@@ -73,7 +73,9 @@ class ReleaseRouter(nn.Module):
 
     def flops(self, tokens: int) -> float:
         """FLOPs for one row of `tokens` tokens: `img_mod` once, trunk and heads per token."""
-        hidden, dim = self.out[0].weight.shape
+        trunk = self.out[0].weight
+        assert isinstance(trunk, Tensor)
+        hidden, dim = trunk.shape
         return 2.0 * dim * 3 * dim + 2.0 * tokens * hidden * (dim + 1 + len(WIDTHS))
 
 

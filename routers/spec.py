@@ -90,7 +90,8 @@ class TransformerSpec:
             )
             for block in data["blocks"]
         )
-        return _build(cls, {**data, "blocks": blocks})
+        spec: TransformerSpec = _build(cls, {**data, "blocks": blocks})
+        return spec
 
 
 def _build(cls: Any, data: Mapping[str, Any]) -> Any:

@@ -105,7 +105,7 @@ def smooth(
     solution = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)[0]
     per_step = solution[: branches * steps].reshape(branches, steps, 1)
     per_block = solution[branches * steps :].reshape(branches, 1, blocks)
-    gains = per_step + per_block
+    gains: NDArray[np.float64] = per_step + per_block
     residuals: dict[Cell, list[float]] = {}
     for cell, value in found:
         residuals.setdefault(cell, []).append(value - gains[cell])
