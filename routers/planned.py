@@ -33,7 +33,8 @@ class PlannedPolicy:
     from the device). batch_mean: every row follows the batch's mean logits (the paper's way; for comparison).
     """
 
-    immediate, stores = False, None
+    immediate = False
+    stores: NDArray[np.int8] | None = None
 
     def __init__(
         self, tables: ErrorTables, order: int = 1, *, per_sample: bool = True, batch_mean: bool = False
