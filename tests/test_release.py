@@ -27,10 +27,6 @@ from routers.trace import REUSE, SKIP
 from tests.golden.runner import run_case
 
 DATA = Path(__file__).parent / "golden" / "data"
-SPEC = dataclasses.replace(
-    TRANSFORMER,
-    blocks=(dataclasses.replace(TRANSFORMER.blocks[0], mask="encoder_hidden_states_mask"),),
-)
 LOOSE = ReleaseSettings(reuse_high=0.6, start_step=2, max_uses=2)
 """Thresholds at which a short run of a tiny model skips, reuses and computes."""
 SIGMAS = torch.linspace(1.0, 0.1, 10)
@@ -220,7 +216,7 @@ def test_equals_a_second_implementation(rows: int, lengths: tuple[int, int], bra
         oracle = Oracle(model, routers, settings)
         expected = run_steps(model, text, oracle=oracle)
         model, routers = tiny(seed)
-        elastic = Elastic(model, SPEC, lambda: ReleasePolicy(settings), routers)
+        elastic = Elastic(model, TRANSFORMER, lambda: ReleasePolicy(settings), routers)
         with elastic.scope(num_steps=len(SIGMAS)) as trace:
             actual = run_steps(model, text)
         actions = np.concatenate([call.actions.clip(max=COMPUTE)[0] for call in trace.calls])
@@ -240,7 +236,7 @@ def test_row_of_a_padded_batch_equals_the_request_alone() -> None:
     """Per sample, with prompts of different lengths: padding neither attends nor votes."""
     lengths = {"cond": (5, 7, 4), "uncond": (3, 3, 3)}
     model, routers = tiny()
-    elastic = Elastic(model, SPEC, lambda: ReleasePolicy(LOOSE), routers)
+    elastic = Elastic(model, TRANSFORMER, lambda: ReleasePolicy(LOOSE), routers)
     full = {"cond": prompts(3, (7, 3))["cond"], "uncond": prompts(3, (7, 3))["uncond"]}
     masks = {
         branch: torch.arange(full[branch].shape[1])[None] < torch.tensor(lengths[branch])[:, None]
@@ -260,7 +256,7 @@ def test_row_of_a_padded_batch_equals_the_request_alone() -> None:
 
 def test_second_picture_equals_the_first() -> None:
     model, routers = tiny(1)
-    elastic = Elastic(model, SPEC, lambda: ReleasePolicy(LOOSE), routers)
+    elastic = Elastic(model, TRANSFORMER, lambda: ReleasePolicy(LOOSE), routers)
     pictures = []
     for _ in range(2):
         with elastic.scope() as trace:
@@ -271,7 +267,7 @@ def test_second_picture_equals_the_first() -> None:
 
 def test_cost_counts_the_routers_token_by_token() -> None:
     model, routers = tiny(1)
-    elastic = Elastic(model, SPEC, lambda: ReleasePolicy(LOOSE), routers)
+    elastic = Elastic(model, TRANSFORMER, lambda: ReleasePolicy(LOOSE), routers)
     with elastic.scope():
         run_steps(model, prompts(2))  # the first call of a shape also counts what it costs
     # the counter has no formula for the CPU's fused attention, so attention runs as two matmuls here
