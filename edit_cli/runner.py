@@ -21,7 +21,7 @@ from edit_cli.errors import Interrupted, bad_input
 from edit_cli.outputs import write_whole
 from edit_cli.pictures import psnr, side_by_side, ssim
 from edit_cli.plan import DEFAULT_ROUTERS, NO_ROUTERS, Job, Plan
-from edit_cli.session import Batch, RouterSource, Session, denoising_steps, settle_budgets
+from edit_cli.session import Batch, RouterSource, Session, denoising_steps, fit_notes, settle_budgets
 from edit_cli.stages import StageClock
 
 MUST_MATCH = ("model_hash", "routers_hash", "device", "dtype", "versions")
@@ -80,7 +80,7 @@ def run_plan(plan: Plan, *, compare: bool, show_progress: bool, clock: StageCloc
             plan = result.plan = settle_budgets(plan, source)
             session = Session.open(plan, source, clock)
         with progress(show_progress) as bars:
-            result.notes += session.notes
+            result.notes += session.notes + fit_notes(plan, source)
             batches = [_with_peers(batch, plan) for batch in plan.batches()]
             _restore_threads(plan)
             session.attach()  # routers that do not fit are refused before the dense run is waited for

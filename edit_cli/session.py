@@ -203,6 +203,17 @@ def settle_budgets(plan: Plan, source: RouterSource) -> Plan:
     return replace(plan, jobs=tuple(jobs))
 
 
+def fit_notes(plan: Plan, source: RouterSource) -> list[str]:
+    """Plain words where a request is far from what the routers were fitted for."""
+    if source.bundle is None or all(job.budget == 1.0 for job in plan.jobs):
+        return []
+    fitted = source.bundle.num_steps
+    far = sorted({job.steps for job in plan.jobs if not fitted / 2 <= job.steps <= fitted * 2})
+    if not far:
+        return []
+    return [f"these routers were fitted at {fitted} steps; {far[0]} is far from that, quality may be lower"]
+
+
 def _load_release(plan: Plan, file: Path) -> tuple[Any, Any]:
     """The fine-tuned transformer of a released checkpoint, and its routers."""
     import diffusers
