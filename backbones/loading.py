@@ -141,7 +141,7 @@ def _from_pretrained(backbone: Backbone, dtype: torch.dtype, components: dict[st
     try:
         require_hub()
         return pipeline_class.from_pretrained(backbone.source, **options)
-    except OSError as error:
+    except Exception as error:  # the hub client has a dozen error types; the user needs one line
         raise LoadError(hub_message(backbone.source, error)) from error
 
 

@@ -230,7 +230,7 @@ def _compare(
     for row in rows:
         job, elastic = batch.jobs[row], batch.pictures[row]
         path = job.path.with_name(f"{job.path.stem}-compare.png")
-        captions = {"dense": pictures[row], f"budget {batch.trace.spent[row]:.2f}": elastic}
+        captions = {"dense": pictures[row], f"spent {batch.trace.spent[row]:.2f}": elastic}
         write_whole(path, metadata.encode_plain(side_by_side(captions)))
         comparison["outputs"].append(str(path))
         comparison["psnr"].append(round(min(psnr(pictures[row], elastic), 99.0), 2))
