@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from .block import Block
 from .cost import BlockCost, block_cost, count_linears, router_flops
 from .patching import Patch, patch_forward, restore_forward
 from .policy import OpenPolicy, Policy
+from .router import Router, RouterStack
 from .run import Call, Group, Run
 from .spec import WIDTHS, TransformerSpec
 from .trace import REUSE, SKIP, Trace
@@ -63,6 +64,7 @@ class Elastic:
         self.make_policy = policy
         self.observer: Callable[[Computed], None] | None = None
         self.blocks = _find_blocks(transformer, spec, routers)
+        self._stackable = RouterStack.fits([block.router for block in self.blocks])
         self.names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._costs: dict[Any, tuple[list[BlockCost], float, float]] = {}
         self._run: Run | None = None
@@ -177,6 +179,8 @@ class Elastic:
         self._call = run.begin(branch, time.expand(sample.shape[0]), *cost, key)
         try:
             output = original(*args, **kwargs)
+            if self._call.pooled:
+                run.read_routers(self._call, self._stack(run, sample.device))
             run.end(self._call)
         finally:
             self._call = None
@@ -224,6 +228,9 @@ class Elastic:
         if groups is None:
             gate, widths = self._route(block, inputs, before)
             groups = self._require_run().decide_block(call, block.index, gate, widths)
+        elif self._reads_stack() and any(group.code >= 0 for group in groups):
+            modulation = inputs.get(block.spec.modulation) if block.spec.modulation else None
+            call.pooled[block.index] = before[0].mean(dim=1), modulation
         if groups[0].index is None:
             after = self._act(block, call, groups[0], original, inputs, before)
             return block.pack(after)
@@ -262,7 +269,7 @@ class Elastic:
         if group.code == REUSE:
             delta = group.cache.delta(block.index, group.last, group.rows, time, policy.order, index)
             return tuple(x + d for x, d in zip(before, delta, strict=True))
-        if policy.reads_routers and block.router is not None:
+        if policy.reads_routers and block.router is not None and not self._stackable:
             self._remember_logits(block, call, index, inputs, before)
         with block.narrowed(WIDTHS[group.code], group.parts):
             after = block.unpack(original(**inputs))
@@ -270,6 +277,15 @@ class Elastic:
             self.observer(Computed(block, call, original, inputs, before, after))
         group.cache.store(block.index, group.rows, time, before, after, index)
         return after
+
+    def _reads_stack(self) -> bool:
+        return self._stackable and self._require_run().policy.reads_routers
+
+    def _stack(self, run: Run, device: torch.device) -> RouterStack:
+        """All routers as one; made anew in every run, because training may change them in between."""
+        if run.routers is None:
+            run.routers = RouterStack([cast(Router, block.router) for block in self.blocks], device)
+        return run.routers
 
     def _route(
         self, block: Block, inputs: Mapping[str, Any], before: tuple[Tensor, ...]

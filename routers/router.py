@@ -5,10 +5,12 @@ embedding, one logit for the gate and one per MLP width. The paper's projects th
 3 x dim, which costs 1.72 B parameters in Qwen-Image; here tokens are pooled first and the modulation
 happens in a narrow space, which is 0.17 % of a dim-3072 block's parameters.
 
-Shapes: B batch, L tokens, D dim, E time embedding dim, H hidden width of the router.
+Shapes: B batch, N blocks, L tokens, D dim, E time embedding dim, H hidden width of the router.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -53,3 +55,43 @@ class Router(nn.Module):
             z = z * (1 + scale[: len(z)]) + shift[: len(z)]
         z = F.silu(z)
         return self.gate(z).squeeze(-1), self.width(z)
+
+
+class RouterStack:
+    """The routers of all blocks as one batched computation: few operators a call instead of a dozen a block.
+
+    Copies the weights: make a new one when they have changed. routers: of equal shapes.
+    """
+
+    def __init__(self, routers: Sequence[Router], device: torch.device) -> None:
+        def stacked(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.stack([tensor.to(device) for tensor in tensors])
+
+        self.down_NDH = stacked([r.down.weight for r in routers]).mT
+        self.down_bias_N1H = stacked([r.down.bias for r in routers])[:, None]
+        times = [r.time for r in routers if r.time is not None]
+        self.time = (
+            (stacked([t.weight for t in times]).mT, stacked([t.bias for t in times])[:, None])
+            if times
+            else None
+        )
+        self.heads_NHC = stacked([torch.cat([r.gate.weight, r.width.weight]) for r in routers]).mT
+        self.heads_bias_N1C = stacked([torch.cat([r.gate.bias, r.width.bias]) for r in routers])[:, None]
+
+    @staticmethod
+    def fits(routers: Sequence[nn.Module | None]) -> bool:
+        """Whether these can be stacked."""
+        shapes = {tuple(p.shape for p in r.parameters()) if type(r) is Router else None for r in routers}
+        return len(shapes) == 1 and None not in shapes
+
+    def __call__(self, pooled_NBD: Tensor, modulation_NBE: Tensor | None) -> Tensor:
+        """Gate and width logits `[N, B, 5]` as `Router.heads`; a modulation `[B, E]` serves all blocks."""
+        dtype = self.down_NDH.dtype
+        x_NBD = F.layer_norm(pooled_NBD.to(dtype), pooled_NBD.shape[-1:])
+        z_NBH = torch.baddbmm(self.down_bias_N1H, x_NBD, self.down_NDH)
+        if self.time is not None and modulation_NBE is not None:
+            weight_NEH, bias_N1H = self.time
+            time_NBE = F.silu(modulation_NBE[..., : z_NBH.shape[1], :].to(dtype)).expand(len(z_NBH), -1, -1)
+            scale_NBH, shift_NBH = torch.baddbmm(bias_N1H, time_NBE, weight_NEH).chunk(2, -1)
+            z_NBH = torch.addcmul(shift_NBH + z_NBH, z_NBH, scale_NBH)
+        return torch.baddbmm(self.heads_bias_N1C, F.silu(z_NBH), self.heads_NHC)

@@ -22,6 +22,7 @@ from torch import Tensor
 from .cache import ResidualCache
 from .cost import BlockCost
 from .policy import CallInfo, Policy, RunInfo
+from .router import RouterStack
 from .spec import WIDTHS
 from .trace import FULL, REUSE, Actions, CallRecord, Trace
 
@@ -90,6 +91,8 @@ class Call:
     started: float
     dense: float
     gate: NDArray[np.float32] | None = None
+    pooled: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    """Per computed block: its input pooled over tokens `[R, D]`, and its modulation, for the routers."""
 
 
 class Run:
@@ -107,6 +110,7 @@ class Run:
         """ragged: per block, whether rows of different widths can run in one call of it."""
         self.policy = policy
         self.ragged = ragged or [False] * len(kinds)
+        self.routers: RouterStack | None = None
         self.samples = samples
         self.num_steps = num_steps
         self.branches: dict[str, Branch] = {}
@@ -194,6 +198,26 @@ class Run:
             self.stores[key] = ResidualCache(len(info.costs), info.rows, self.policy.cache_depth)
         return self.stores[key]
 
+    def read_routers(self, call: Call, routers: RouterStack) -> None:
+        """Logits of the blocks and rows that this call computed, for the branch's next decision."""
+        first, modulation = next(iter(call.pooled.values()))
+        blank = torch.zeros_like(first)
+        seen = [call.pooled.get(block, (blank, modulation)) for block in range(len(call.groups))]
+        x = torch.stack([pooled.to(first.device) for pooled, _ in seen])
+        if modulation is not None and any(m is not modulation for _, m in seen):
+            modulation = torch.stack([m.to(first.device) for _, m in seen if m is not None])
+        new = routers(x, modulation)
+        computed = call.actions >= 0
+        if not computed.all():
+            old = torch.stack([torch.zeros_like(new[0]) if x is None else x for x in call.branch.logits])
+            mask = torch.from_numpy(computed.T.copy())
+            if new.device.type == "cuda":
+                mask = mask.pin_memory().to(new.device, non_blocking=True)
+            new = torch.where(mask.to(new.device)[..., None], new, old)
+        for block, logits in enumerate(new.unbind()):
+            if block in call.pooled:
+                call.branch.logits[block] = logits
+
     def end(self, call: Call) -> None:
         """Book the call: FLOPs per row, decisions, cache size, and the step count of its branch."""
         branch, info = call.branch, call.info
@@ -203,8 +227,8 @@ class Run:
         flops += np.where(computed, table[np.arange(len(info.costs)), np.maximum(call.actions, 0)], 0.0).sum(
             1
         )
-        # A router that decides its own block runs for every row, else only for rows that compute the block.
-        flops += info.overhead * (computed | self.policy.immediate).sum(1)
+        # Routers that decide their own block, or are read together, run for every row.
+        flops += info.overhead * (computed | self.policy.immediate | bool(call.pooled)).sum(1)
         branch.spent += flops
         branch.dense += call.dense
         branch.step += 1
