@@ -151,13 +151,13 @@ def test_refused_before_importing_torch(edit, desk, qwen_folder, arguments, mess
 
 
 @pytest.mark.parametrize(("arguments", "message"), NEEDS_TORCH, ids=lambda case: " ".join(case)[:50])
-def test_refused_before_loading_the_model(edit, desk, qwen_folder, arguments, message):
-    check_refused(edit, desk, qwen_folder, arguments, message)
+def test_refused_before_loading_the_model(edit_here, desk, qwen_folder, arguments, message):
+    check_refused(edit_here, desk, qwen_folder, arguments, message)
 
 
-def test_routers_of_another_model_are_refused(edit, desk, qwen_folder, flux_folder):
+def test_routers_of_another_model_are_refused(edit_here, desk, qwen_folder, flux_folder):
     check_refused(
-        edit,
+        edit_here,
         desk,
         qwen_folder,
         ["a cat", "--routers", str(flux_folder / "routers")],

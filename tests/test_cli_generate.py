@@ -83,9 +83,9 @@ def test_comparing_with_dense(made):
     assert compare["time_ratio"] == pytest.approx(expected, rel=1e-2)
 
 
-def test_a_picture_of_a_batch_is_the_one_made_alone(edit, made, qwen_folder):
+def test_a_picture_of_a_batch_is_the_one_made_alone(edit_here, made, qwen_folder):
     folder, _ = made
-    ran = edit(
+    ran = edit_here(
         "generate", "a red dog", "-s", "2", "-b", "0.6", "--steps", "10", "-q", "-m", qwen_folder,
         "-o", "alone.png", cwd=folder,
     )  # fmt: skip
@@ -105,9 +105,9 @@ def test_replay_is_identical(edit, made):
     assert old == new
 
 
-def test_replay_with_a_change(edit, made):
+def test_replay_with_a_change(edit_here, made):
     folder, _ = made
-    ran = edit("generate", "--from", "a-cat-1.png", "-b", "1", "-o", "dense.webp", "--json", cwd=folder)
+    ran = edit_here("generate", "--from", "a-cat-1.png", "-b", "1", "-o", "dense.webp", "--json", cwd=folder)
     assert ran.code == 0, ran.err
     assert (ran.json["budget"], ran.json["seeds"], ran.json["spent"]) == (1.0, [1], [1.0])
     assert metadata.read(folder / "dense.webp")["prompt"] == "a cat"
@@ -126,13 +126,13 @@ def test_the_record_in_a_picture(made, qwen_folder):
     assert [peer["seed"] for peer in record["batch"]] == [1, 2, 1, 2]
 
 
-def test_prompt_lines_override_options(edit, tmp_path, qwen_folder):
+def test_prompt_lines_override_options(edit_here, tmp_path, qwen_folder):
     lines = [
         {"prompt": "a cat", "seed": 7, "budget": 0.5, "output": "own.jpg"},
         {"prompt": "a dog", "width": 96, "steps": 6},
         {"prompt": "a car", "guidance": 1.0},
     ]
-    ran = edit(
+    ran = edit_here(
         "generate", "--prompts", "-", "--seed", "3", "--steps", "8", "--json", "--quiet", "-m", qwen_folder,
         "-o", "./", cwd=tmp_path, stdin="\n".join(json.dumps(line) for line in lines),
     )  # fmt: skip
@@ -147,19 +147,21 @@ def test_prompt_lines_override_options(edit, tmp_path, qwen_folder):
     assert metadata.read(tmp_path / "a-car.png")["negative_prompt"] is None
 
 
-def test_without_routers_it_is_dense(edit, tmp_path, qwen_folder):
-    ran = edit("generate", "a cat", "--routers", "none", "--json", "-q", "-m", qwen_folder, cwd=tmp_path)
+def test_without_routers_it_is_dense(edit_here, tmp_path, qwen_folder):
+    ran = edit_here("generate", "a cat", "--routers", "none", "--json", "-q", "-m", qwen_folder, cwd=tmp_path)
     assert ran.code == 0, ran.err
     assert (ran.json["budget"], ran.json["spent"]) == (1.0, [1.0])
     assert ran.json["decisions"]["reuse"] == ran.json["decisions"]["skip"] == 0
-    again = edit("generate", "a cat", "--routers", "none", "--json", "-q", "-m", qwen_folder, cwd=tmp_path)
+    again = edit_here(
+        "generate", "a cat", "--routers", "none", "--json", "-q", "-m", qwen_folder, cwd=tmp_path
+    )
     assert again.json["outputs"] == ["a-cat-2.png"]
     assert (pixels(tmp_path / "a-cat.png") == pixels(tmp_path / "a-cat-2.png")).all()
 
 
-def test_image_to_image(edit, made, qwen_folder):
+def test_image_to_image(edit_here, made, qwen_folder):
     folder, _ = made
-    ran = edit(
+    ran = edit_here(
         "generate", "a cat", "--image", "a-cat-1.png", "--strength", "0.5", "--steps", "8", "--json", "-q",
         "-m", qwen_folder, "-o", "varied.png", cwd=folder,
     )  # fmt: skip
@@ -170,19 +172,21 @@ def test_image_to_image(edit, made, qwen_folder):
     assert metadata.read(folder / "varied.png")["strength"] == 0.5
 
 
-def test_flux(edit, tmp_path, flux_folder):
-    ran = edit("generate", "a cat", "-b", "0.7", "--steps", "6", "--json", "-m", flux_folder, cwd=tmp_path)
+def test_flux(edit_here, tmp_path, flux_folder):
+    ran = edit_here(
+        "generate", "a cat", "-b", "0.7", "--steps", "6", "--json", "-m", flux_folder, cwd=tmp_path
+    )
     assert ran.code == 0, ran.err
     # 6 steps, one branch (guidance is distilled), 2 double and 3 single blocks
     decisions = ran.json["decisions"]
     assert decisions["skip"] + decisions["reuse"] + sum(decisions["compute"].values()) == 6 * 5
     assert ran.json["spent"][0] < 0.9
-    refused = edit("generate", "a cat", "--negative-prompt", "dog", "-m", flux_folder, cwd=tmp_path)
+    refused = edit_here("generate", "a cat", "--negative-prompt", "dog", "-m", flux_folder, cwd=tmp_path)
     assert refused.code == 2
     assert "FLUX.1 takes no --negative-prompt" in refused.err
 
 
-def test_lora_changes_the_picture_and_scale_zero_does_not(edit, made, qwen_folder):
+def test_lora_changes_the_picture_and_scale_zero_does_not(edit_here, made, qwen_folder):
     import torch
     from safetensors.torch import save_file
 
@@ -194,7 +198,7 @@ def test_lora_changes_the_picture_and_scale_zero_does_not(edit, made, qwen_folde
     save_file({"unrelated.weight": torch.zeros(1)}, folder / "foreign.safetensors")
 
     def run(name: str, *options: str):
-        return edit(
+        return edit_here(
             "generate", "a cat", "-q", "--steps", "4", *options, "-m", qwen_folder, "-o", name, cwd=folder
         )
 
@@ -214,7 +218,7 @@ def test_lora_changes_the_picture_and_scale_zero_does_not(edit, made, qwen_folde
     assert not (folder / "x.png").exists()
 
 
-def test_the_papers_release_runs_in_exact_mode(edit, tmp_path, qwen_folder):
+def test_the_papers_release_runs_in_exact_mode(edit_here, tmp_path, qwen_folder):
     import torch
     from diffusers import QwenImageTransformer2DModel
     from safetensors.torch import save_file
@@ -230,7 +234,7 @@ def test_the_papers_release_runs_in_exact_mode(edit, tmp_path, qwen_folder):
         torch.nn.init.constant_(router.out[2].bias, 3.0 if i % 2 else -3.0)
         tensors |= {f"gate_mlps.{i}.{name}": value for name, value in router.state_dict().items()}
     save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "model.safetensors")
-    ran = edit(
+    ran = edit_here(
         "generate",
         "a cat",
         "--routers",
@@ -246,7 +250,7 @@ def test_the_papers_release_runs_in_exact_mode(edit, tmp_path, qwen_folder):
     assert "the MLP activation was switched to x * sigmoid(1.702 x)" in ran.err
     assert ran.json["budget"] is None
     assert ran.json["decisions"]["skip"] == 2 * 4 * 2  # two blocks, four steps, two branches
-    refused = edit(
+    refused = edit_here(
         "generate", "a cat", "--routers", "model.safetensors", "-b", "0.6", "-m", qwen_folder, cwd=tmp_path
     )
     assert refused.code == 2
@@ -254,8 +258,8 @@ def test_the_papers_release_runs_in_exact_mode(edit, tmp_path, qwen_folder):
 
 
 @pytest.mark.parametrize(("model", "dense"), [("qwen-image", 6.82e15), ("flux-dev", 2.08e15)])
-def test_dry_run_of_a_model_that_is_not_here(edit, tmp_path, model, dense):
-    ran = edit("generate", "a cat", "--dry-run", "-b", "0.6", "--json", "-m", model, cwd=tmp_path)
+def test_dry_run_of_a_model_that_is_not_here(edit_here, tmp_path, model, dense):
+    ran = edit_here("generate", "a cat", "--dry-run", "-b", "0.6", "--json", "-m", model, cwd=tmp_path)
     assert ran.code == 0, ran.err
     found = ran.json
     assert found["flops"]["dense"] == pytest.approx(dense, rel=0.02)
@@ -265,22 +269,22 @@ def test_dry_run_of_a_model_that_is_not_here(edit, tmp_path, model, dense):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_flops_are_those_of_the_run(edit, tmp_path, qwen_folder):
+def test_dry_run_flops_are_those_of_the_run(edit_here, tmp_path, qwen_folder):
     arguments = ["generate", "a cat", "-b", "0.5", "--json", "-q", "-m", qwen_folder]
-    planned = edit(*arguments, "--dry-run", cwd=tmp_path).json
+    planned = edit_here(*arguments, "--dry-run", cwd=tmp_path).json
     assert list(tmp_path.iterdir()) == []
-    ran = edit(*arguments, cwd=tmp_path).json
+    ran = edit_here(*arguments, cwd=tmp_path).json
     assert planned["outputs"] == ran["outputs"]
     # the number of text tokens is an estimate before the prompt is tokenised
     assert planned["flops"]["dense"] == pytest.approx(ran["flops"]["dense"], rel=0.15)
 
 
-def test_models_lists_the_registry(edit, tmp_path):
-    ran = edit("models", cwd=tmp_path)
+def test_models_lists_the_registry(edit_here, tmp_path):
+    ran = edit_here("models", cwd=tmp_path)
     assert ran.code == 0
     for words in ("qwen-image", "flux-dev", "flux-schnell", "28.8 B", "GiB", "FLUX.1 [dev]"):
         assert words in ran.out
-    rows = edit("models", "--json", cwd=tmp_path).json["models"]
+    rows = edit_here("models", "--json", cwd=tmp_path).json["models"]
     assert {"name", "family", "parameters", "licence", "memory_gib", "packaged"} <= set(rows[0])
 
 
