@@ -38,8 +38,8 @@ def generate(
 ) -> None:
     """Generate pictures, spending only a share of the model's compute.
 
-    The budget is a share of the dense transformer's FLOPs. Options marked * can also stand in a JSON line of
-    --prompts, for that picture alone.
+    The budget is a share of the dense transformer's FLOPs, routers included.
+    Options marked * may also stand in a JSON line of --prompts.
 
     [dim]edit generate "a cat" --budget 0.6
     edit generate "a cat" "a dog" -n 4 -o out/
