@@ -42,20 +42,33 @@ def forced_mix(family: str, call: CallInfo, budget: float, steps: int) -> Action
     return _lower(FAMILIES[family], call, budget, steps, first, seed=0)
 
 
-def mixed_rows(call: CallInfo, budget: float, steps: int, rows: int) -> Actions:
-    """A plan [T, R, N]: every row decides on its own; a dense first step, then reuse, widths and skips."""
-    plans = [_row_mix(call, budget, steps, seed) for seed in range(rows)]
+def mixed_rows(call: CallInfo, budget: float, steps: int, rows: int, deviation: float) -> Actions:
+    """A plan [T, R, N]: each row decides for itself; a dense first step, then reuse, widths and skips.
+
+    deviation: how far rows stray from a common order of cells, 0 (all alike) to 1 (independent).
+    """
+    shape = steps - 1, len(call.costs)
+    common, plans = np.random.default_rng(rows), []
+    order, kind = common.random(shape), common.integers(len(KINDS), size=shape)
+    for row in range(rows):
+        own = np.random.default_rng(row)
+        mixed = (1 - deviation) * order + deviation * own.random(shape)
+        kinds = np.where(own.random(shape) < deviation, own.integers(len(KINDS), size=shape), kind)
+        plans.append(_row_mix(call, budget, mixed, np.asarray(KINDS)[kinds]))
     return np.stack(plans, axis=1)
 
 
-def _row_mix(call: CallInfo, budget: float, steps: int, seed: int) -> Actions:
-    """One row: of 10 cheap cells 7 reuse, 2 narrow, 1 skips."""
-    order = _spread(steps, len(call.costs), 1, seed)
-    plan = np.full((steps, len(call.costs)), FULL, np.int8)
-    for i, cell in enumerate(order):
+KINDS = (REUSE, REUSE, REUSE, REUSE, REUSE, REUSE, REUSE, SKIP, 1, 0)
+"""What cheap cells of a row mix do, each as likely."""
+
+
+def _row_mix(call: CallInfo, budget: float, order: NDArray[np.float64], codes: Actions) -> Actions:
+    """One row [T, N]: cells of steps 1.. take their `codes` in rising `order` until the budget is met."""
+    plan = np.full((order.shape[0] + 1, order.shape[1]), FULL, np.int8)
+    for cell in order.ravel().argsort():
         if plan_cost(plan, call) <= budget:
             break
-        plan[cell] = (REUSE, REUSE, REUSE, 1, REUSE, REUSE, SKIP, REUSE, REUSE, 0)[i % 10]
+        plan[1:].flat[cell] = codes.flat[cell]
     return plan
 
 

@@ -36,11 +36,14 @@ def test_forced_mix_spends_its_budget(call, family, budget):
         assert (plan[0] == FULL).all()
 
 
-def test_mixed_rows_differ_and_start_dense(call):
-    plan = mixed_rows(call, 0.6, steps=20, rows=4)
+@pytest.mark.parametrize("deviation", [0.2, 1.0])
+def test_mixed_rows_differ_and_start_dense(call, deviation):
+    plan = mixed_rows(call, 0.6, steps=20, rows=4, deviation=deviation)
     assert (plan[0] == FULL).all()
     assert (plan == REUSE).any()
     assert all((plan[:, 0] != plan[:, row]).any() for row in range(1, 4))
+    agreeing = (plan[:, :1] == plan[:, 1:]).mean()
+    assert (agreeing > 0.75) == (deviation == 0.2), agreeing
     for row in range(4):
         assert plan_cost(plan[:, row], call) == pytest.approx(0.6, abs=0.02)
 
