@@ -329,10 +329,11 @@ class Elastic:
     def _follow(self, time: Tensor, name: str) -> tuple[Run, str]:
         """The run of a pipeline that was called without a scope, told from the order of its timesteps.
 
-        A run ends when a branch's time stops moving the way it has moved, which costs one host read a
-        call. An unnamed second call at the same time is another CFG branch of the same step.
+        A run ends when a branch's time stops moving the way it has moved. The time is read in one copy
+        with the routers' logits. An unnamed second call at the same time is another CFG branch of the step.
         """
-        now, run, first = float(time[0]), self._implicit, name
+        run, first = self._implicit, name
+        now = float(time[0]) if run is None else run.read_time(time, name)
         if run is not None and name == "main":
             twin = 1
             while run.clocks[name].last == now:
@@ -343,7 +344,7 @@ class Elastic:
             self._implicit = run = self._new_run(self.make_policy(), self.budget, self.num_steps, None)
             self.trace = run.trace
             run.clocks[name].tick(now)
-        run.trace.host_syncs += 1
+            run.trace.host_syncs = 1
         branch = run.branches.get(name)
         if branch is not None and branch.step == 1 and self.times is not None:
             run.set_num_steps(steps_from_time(self.times, now))

@@ -74,6 +74,7 @@ class Branch:
     cache: ResidualCache
     step: int = 0
     logits: list[Tensor | None] = field(default_factory=list)
+    fetched: NDArray[np.float32] | None = None
     spent: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     dense: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     shape: tuple[int, ...] = ()
@@ -247,12 +248,31 @@ class Run:
         cache = branch.cache
         return np.array([[cache.available(b, r) for b in range(blocks)] for r in range(branch.rows)])
 
+    def read_time(self, time_: Tensor, name: str) -> float:
+        """The sampler's time `[R]` on the host, and in the same copy the logits this branch decides from."""
+        self.trace.host_syncs += 1
+        branch = self.branches.get(name)
+        logits = None if branch is None else self._pending(branch)
+        if branch is None or logits is None:
+            return float(time_[0])
+        values = torch.cat([time_[:1], logits.flatten()]).cpu().numpy()
+        branch.fetched = values[1:].reshape(logits.shape)
+        return float(values[0])
+
     def _read(self, branch: Branch) -> NDArray[np.float32] | None:
-        """The branch's last logits [R, N, 5], in one device-to-host copy."""
+        """The branch's last logits [R, N, 5], in one device-to-host copy unless they are here already."""
+        fetched, branch.fetched = branch.fetched, None
+        logits = self._pending(branch)
+        if fetched is not None or logits is None:
+            return fetched
+        self.trace.host_syncs += 1
+        host: NDArray[np.float32] = logits.cpu().numpy()
+        return host
+
+    def _pending(self, branch: Branch) -> Tensor | None:
         if not self.policy.reads_routers or any(x is None for x in branch.logits):
             return None
-        self.trace.host_syncs += 1
-        return torch.stack([x for x in branch.logits if x is not None], dim=1).float().cpu().numpy()
+        return torch.stack([x for x in branch.logits if x is not None], dim=1).float()
 
     @staticmethod
     def _feasible(actions: Actions, available: NDArray[np.int64]) -> Actions:

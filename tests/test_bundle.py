@@ -60,6 +60,7 @@ def test_the_three_line_api(model: torch.nn.Module, tmp_path: Path) -> None:
         QWEN.run(model, t=t)
     assert "budget asked 0.6, spent 0." in elastic.summary()
     assert elastic.trace.spent == pytest.approx([0.6, 0.6], abs=0.015)
+    assert elastic.trace.host_syncs <= elastic.trace.num_calls, "at most one host read per transformer call"
     elastic.detach()
     assert torch.equal(dense, QWEN.run(model))
 
