@@ -1,0 +1,132 @@
+"""Step `export`: write the package folder in the published layout, in half precision.
+
+    python -m backbones.tiny.recipes.shapes.export [--out FOLDER]
+
+`config.yaml` and `model.fp16.safetensors` with the components' prefixes, read by
+`backbones.hunyuan3d.checkpoints.load_pipeline` like any published folder. The statistics of the latents are
+folded into the decoder's first layer, so the DiT's latents are the decoder's and `scale_factor` is 1. The
+encoder is left out, as in the published 2.0 checkpoints. Fails when a weight does not fit fp16, when the
+reloaded pipeline disagrees with the training model, or when the folder reaches 30 MB.
+"""
+
+import argparse
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones.hunyuan3d.checkpoints import load_pipeline, save_checkpoint
+from backbones.hunyuan3d.shape_vae import ShapeVAE
+from backbones.tiny.recipes.export import MAX_BYTES, check_half
+from backbones.tiny.recipes.shapes.dataset import IMAGE_SIDE, PROCESSOR_SIDE
+from backbones.tiny.recipes.shapes.inflate import BORDER
+from backbones.tiny.recipes.shapes.model import DIT_PARAMS, ENCODER, ShapeModel, load_model
+from backbones.tiny.recipes.shapes.vae import Stats, load_vae
+
+MAX_DIFFERENCE = 2e-2  # of fp16 weights computed in fp32, on outputs of order one
+
+
+def package_config(vae_params: dict[str, Any]) -> dict[str, Any]:
+    """The sections of config.yaml, with the published class names."""
+    return {
+        "model": {"target": "Hunyuan3DDiT", "params": dict(DIT_PARAMS)},
+        "vae": {"target": "ShapeVAE", "params": {**vae_params, "scale_factor": 1.0}},
+        "conditioner": {"target": "SingleImageEncoder", "params": {"main_image_encoder": ENCODER}},
+        "scheduler": {
+            "target": "FlowMatchEulerDiscreteScheduler",
+            "params": {"num_train_timesteps": 1000},
+        },
+        "image_processor": {
+            "target": "ImageProcessorV2",
+            "params": {"size": PROCESSOR_SIDE, "border_ratio": BORDER},
+        },
+        "pipeline": {"target": "Hunyuan3DDiTFlowMatchingPipeline"},
+    }
+
+
+def decoder_of_normalised(vae: ShapeVAE, stats: Stats, params: dict[str, Any]) -> ShapeVAE:
+    """The decoder half for latents x with z = x * std + mean: W z + b = (W std) x + (W mean + b)."""
+    mean, std = stats
+    decoder = ShapeVAE(**params, with_encoder=False)
+    state = {
+        key: tensor.clone()
+        for key, tensor in vae.state_dict().items()
+        if not key.startswith(("encoder.", "pre_kl."))
+    }
+    state["post_kl.bias"] += state["post_kl.weight"] @ mean
+    state["post_kl.weight"] *= std
+    decoder.load_state_dict(state)
+    return decoder.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def largest_difference(folder: Path, model: ShapeModel, vae: ShapeVAE, stats: Stats) -> dict[str, float]:
+    """Largest absolute difference of the reloaded folder's outputs to the training model's, in fp32."""
+    pipe = load_pipeline(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *pipe.vae.latent_shape, generator=generator)
+    image = torch.rand(2, 3, IMAGE_SIDE, IMAGE_SIDE, generator=generator) * 2 - 1
+    t, points = torch.tensor([0.2, 0.7]), torch.rand(500, 3, generator=generator) * 2 - 1
+
+    def gap(a: Tensor, b: Tensor) -> float:
+        return (a - b).abs().max().item()
+
+    context = model.conditioner(image)
+    return {
+        "conditioner": gap(pipe.conditioner(image)["main"], context["main"]),
+        "model": gap(pipe.transformer(x, t, context), model.dit(x, t, context)),
+        "vae": gap(
+            pipe.vae.field(pipe.vae(pipe.vae.unscale(x))[0])(points),
+            vae.field(vae(x * stats[1] + stats[0])[0])(points),
+        ),
+    }
+
+
+def write_folder(folder: Path, model: ShapeModel, vae: ShapeVAE, stats: Stats, params: dict[str, Any]) -> int:
+    """Write the folder whole, in fp16; returns its bytes. Raises ValueError when a weight does not fit."""
+    parts = {
+        "model": model.dit,
+        "vae": decoder_of_normalised(vae, stats, params),
+        "conditioner": model.conditioner,
+    }
+    for name, part in parts.items():
+        check_half(name, part)
+    partial = folder.with_name(folder.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    halves = {name: copy.deepcopy(part).half() for name, part in parts.items()}
+    save_checkpoint(partial, package_config(params), halves)
+    (partial / "model.safetensors").rename(partial / "model.fp16.safetensors")
+    size = sum(file.stat().st_size for file in partial.iterdir())
+    if size >= MAX_BYTES:
+        raise ValueError(f"{partial} is {size} bytes, the limit is {MAX_BYTES}: make the model smaller")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return size
+
+
+def main() -> None:
+    """Parse the command line, write, check."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--vae", type=Path, default=Path("runs/shapes/vae/model.pt"))
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs/shapes/dit/last.pt"))
+    default = Path(__file__).parents[2] / "hunyuan3d_tiny"
+    parser.add_argument("--out", type=Path, default=default)
+    args = parser.parse_args()
+    vae, stats, _ = load_vae(args.vae)
+    params = torch.load(args.vae, weights_only=True)["params"]
+    model = load_model(args.checkpoint)
+    size = write_folder(args.out, model, vae, stats, params)
+    differences = largest_difference(args.out, model, vae, stats)
+    print("export: half precision differs from the training model by", differences)
+    if max(differences.values()) > MAX_DIFFERENCE:
+        raise ValueError(f"the package in {args.out} and the training model disagree: {differences}")
+    print(f"export: {size / 1e6:.1f} MB -> {args.out}")
+
+
+if __name__ == "__main__":
+    main()
