@@ -1,0 +1,40 @@
+"""Step `grid`: pictures of a checkpoint, to look at.
+
+python -m backbones.tiny.recipes.flux.grid [--checkpoint runs/flux/guided/last.pt] ["a cat" ...] --out g.png
+"""
+
+import argparse
+from pathlib import Path
+
+from backbones.tiny.recipes.captions import common_prompts
+from backbones.tiny.recipes.flux.sampling import GUIDANCE, SHIFT, STEPS, FluxSampler
+from backbones.tiny.recipes.flux.training import RUNS
+from backbones.tiny.recipes.grid import WORDS
+from backbones.tiny.recipes.sampling import contact_sheet
+
+
+def main() -> None:
+    """Parse the command line and write a contact sheet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prompts", nargs="*", help="default: the 100 common prompts and the trial words")
+    parser.add_argument("--checkpoint", type=Path, default=RUNS / "guided" / "last.pt")
+    parser.add_argument("--vae", type=Path, default=RUNS / "vae" / "model")
+    parser.add_argument("--tokenizer", type=Path, default=RUNS / "tokenizers")
+    parser.add_argument("--out", type=Path, default=RUNS / "grid.png")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--shift", type=float, default=SHIFT)
+    args = parser.parse_args()
+    prompts = args.prompts or [prompt for prompt, _ in common_prompts()] + WORDS
+    sampler = FluxSampler.load(args.checkpoint, args.vae, args.tokenizer)
+    options = {"steps": args.steps, "guidance": args.guidance, "shift": args.shift}
+    pictures = sampler.pictures(prompts, args.seed, **options)
+    contact_sheet(pictures, prompts, args.out, columns=min(len(prompts), 13))
+    print(f"grid: {len(prompts)} pictures -> {args.out}")
+
+
+if __name__ == "__main__":
+    main()

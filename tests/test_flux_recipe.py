@@ -1,0 +1,367 @@
+"""The flux-tiny recipe at micro sizes: forwards agree with the real classes; every step runs and resumes."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from backbones.tiny.recipes.flux import dit, elastic, export, fast_dit, grid, guidance, picture_vae, text, vae
+from backbones.tiny.recipes.flux import latents as latents_step
+from backbones.tiny.recipes.flux.sampling import FluxSampler
+from backbones.tiny.recipes.flux.training import Loop, Step, optimizers_for
+from routers.width import MlpSlicer
+
+CONCEPTS = [
+    {"name": "cat", "emoji": "🐱", "synonyms": ["kitty"], "keywords": ["meow"]},
+    {"name": "apple", "emoji": "🍎", "synonyms": [], "keywords": []},
+    {"name": "fire engine", "emoji": "🚒", "synonyms": ["fire truck"], "keywords": []},
+]
+ROWS = [[c, s, colour, 0] for c in range(3) for s in range(2) for colour in (None, "red")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Pictures, their index, and both tokenizers, as steps `data` and `text` leave them."""
+    folder = tmp_path_factory.mktemp("flux-runs")
+    rng = np.random.default_rng(0)
+    (folder / "data").mkdir()
+    np.save(folder / "data" / "pictures.npy", rng.integers(0, 256, (len(ROWS), 128, 128, 3), np.uint8))
+    index = {"concepts": CONCEPTS, "styles": ["a", "b", "c"], "rows": ROWS}
+    (folder / "data" / "pictures.json").write_text(json.dumps(index))
+    lines = text.captions_text(index)
+    text.train_clip_tokenizer(lines, folder / "tokenizers" / "clip")
+    text.train_t5_tokenizer(lines, folder / "tokenizers" / "t5")
+    z = rng.standard_normal((len(ROWS), picture_vae.LATENTS, 16, 16)).astype(np.float16)
+    labels = np.array([[c, s, -1 if colour is None else 0] for c, s, colour, _ in ROWS])
+    np.savez(folder / "latents.npz", z128=z, z64=z[:, :, ::2, ::2], row=np.arange(len(ROWS)),
+             concept=labels[:, 0], style=labels[:, 1], colour=labels[:, 2])  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def prompts(runs) -> text.Prompts:
+    return text.Prompts.load(runs / "tokenizers")
+
+
+@pytest.fixture
+def micro(monkeypatch) -> None:
+    """One head of 32 in every block; the block counts stay, for the probes name blocks."""
+    monkeypatch.setitem(fast_dit.DIT_CONFIG, "num_attention_heads", 1)
+
+
+def wake(module: torch.nn.Module, seed: int = 0) -> None:
+    """Move zero-initialised weights away from zero, or every comparison would compare zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.data.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+
+
+def wake_checkpoint(path) -> None:
+    """Stand in for training: weights that two steps left near zero are lost in half precision."""
+    state = torch.load(path, weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    silent = () if state["extra"]["guided"] else ("guidance_embedder",)
+    for weights in (state["model"], state["ema"]):
+        for name, value in weights.items():
+            if value.is_floating_point() and value.abs().mean() < 1e-3 and not any(s in name for s in silent):
+                value.add_(torch.randn(value.shape, generator=generator), alpha=0.05)
+    torch.save(state, path)
+
+
+@pytest.fixture
+def awake_dit(micro):
+    model = fast_dit.build_dit().eval().requires_grad_(False)
+    wake(model)
+    return model
+
+
+def inputs(model, size: int = 2) -> tuple:
+    generator = torch.Generator().manual_seed(1)
+    config = model.config
+    pooled = torch.randn(size, config.pooled_projection_dim, generator=generator)
+    states = torch.randn(size, text.T5_TOKENS, config.joint_attention_dim, generator=generator)
+    latents = torch.randn(size, 64, config.in_channels, generator=generator)
+    return latents, torch.rand(size, generator=generator), (pooled, states)
+
+
+def run_step(monkeypatch, module, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["step", *map(str, arguments)])
+    module.main()
+
+
+# Text
+
+
+def test_tokenizers_load_with_the_pipelines_classes_and_ignore_case(prompts):
+    assert type(prompts.clip).__name__ == "CLIPTokenizer"
+    assert type(prompts.t5).__name__ == "T5Tokenizer"
+    lower, upper = prompts.batch(["a red cat"]), prompts.batch(["A RED Cat"])
+    assert torch.equal(lower[0], upper[0])
+    assert torch.equal(lower[1], upper[1])
+    assert lower[0].shape == (1, text.CLIP_TOKENS)
+    assert lower[1].shape == (1, text.T5_TOKENS)
+
+
+def test_caption_words_are_single_t5_pieces_and_unknown_words_are_spelt(prompts):
+    assert prompts.t5.tokenize("a kitty, apple") == ["▁a", "▁kitty", ",", "▁apple"]
+    assert prompts.t5.tokenize("catapple")[0] == "▁cat"
+    assert prompts.t5.unk_token_id not in prompts.ids("zxqw blorp")
+    assert prompts.t5.unk_token_id in prompts.ids("a 日本 cat")
+
+
+def test_missing_tokenizers_name_the_step_that_makes_them(tmp_path):
+    with pytest.raises(ValueError, match=r"recipes\.flux\.text"):
+        text.Prompts.load(tmp_path / "tokenizers")
+
+
+def test_long_and_empty_prompts_fill_exactly_the_sequence(prompts):
+    clip, t5 = prompts.batch(["cat " * 50, ""])
+    assert clip.shape == (2, text.CLIP_TOKENS)
+    assert clip[0, -1] == prompts.clip.eos_token_id
+    assert t5[0, -1] == prompts.t5.eos_token_id
+    assert t5[1].tolist() == [prompts.t5.eos_token_id] + [prompts.t5.pad_token_id] * (text.T5_TOKENS - 1)
+
+
+# Picture VAE
+
+
+def test_folded_statistics_normalise_latents_and_keep_pictures():
+    torch.manual_seed(0)
+    model = picture_vae.build_vae().eval().requires_grad_(False)
+    x = torch.rand(4, 3, 32, 32) * 2 - 1
+    before, _ = picture_vae.encode_moments(model, x)
+    picture = picture_vae.decode(model, before)
+    spread = before.std((0, 2, 3))
+    picture_vae.fold_statistics(model, before.mean((0, 2, 3)), spread)
+    latents = model.encode(x).latent_dist
+    assert torch.allclose(latents.mean.mean((0, 2, 3)), torch.zeros(picture_vae.LATENTS), atol=1e-4)
+    assert torch.allclose(latents.mean.std((0, 2, 3)), torch.ones(picture_vae.LATENTS), atol=1e-3)
+    assert torch.allclose(model.decode(latents.mean).sample, picture, atol=1e-4)
+    with pytest.raises(ValueError, match="must vary"):
+        picture_vae.fold_statistics(model, spread, torch.zeros_like(spread))
+
+
+# Transformer
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_training_forward_is_the_real_class(awake_dit, guided):
+    model = awake_dit if guided else export.without_guidance(awake_dit)
+    assert fast_dit.largest_difference(model, guided) < 1e-4
+
+
+def test_guidance_changes_the_output(awake_dit):
+    latents, sigma, words = inputs(awake_dit)
+    low, high = (
+        fast_dit.dit_forward(
+            awake_dit, latents, sigma, words, fast_dit.rope(awake_dit), torch.full((2,), scale)
+        )
+        for scale in (1.0, 6.0)
+    )
+    assert (low - high).abs().max() > 1e-3
+
+
+def test_a_fresh_model_ignores_guidance(micro):
+    model = fast_dit.build_dit()
+    sigma, pooled = torch.rand(2), torch.randn(2, model.config.pooled_projection_dim)
+    told = fast_dit.time_text(model, sigma, pooled, torch.tensor([1.0, 6.0]))
+    assert torch.equal(told, fast_dit.time_text(model, sigma, pooled, None))
+
+
+def test_half_resolution_tokens_sit_at_the_centres_of_groups(awake_dit):
+    full, half = (fast_dit.rope(awake_dit, 0, grid) for grid in (8, 4))
+    angle = torch.atan2(full.sin, full.cos).unflatten(0, (8, 8))[:2, :2, 4:10]
+    expected = angle[:, 0, :].mean(0)[:1]  # fastest row frequency, rows 0 and 1
+    assert torch.allclose(torch.atan2(half.sin, half.cos)[0, 4:5], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("index", [0, 5])
+def test_skipped_blocks_are_the_identity_for_their_sample_only(awake_dit, index):
+    latents, sigma, words = inputs(awake_dit)
+    angles, scales = fast_dit.rope(awake_dit), torch.tensor([3.5, 3.5])
+    units = elastic.hidden_units(awake_dit)
+    keep, masks = torch.ones(12, 2, 1, 1), torch.ones(12, 2, 1, units)
+    keep[index, 1] = 0
+    mixed = fast_dit.dit_forward(awake_dit, latents, sigma, words, angles, scales, None, keep, masks)
+    dense = fast_dit.dit_forward(awake_dit, latents, sigma, words, angles, scales)
+    assert torch.allclose(mixed[0], dense[0], atol=1e-5)
+    blocks = awake_dit.transformer_blocks if index < 4 else awake_dit.single_transformer_blocks
+    del blocks[index % 4]  # 4 double blocks, so index 5 is the single block 1
+    without = fast_dit.dit_forward(awake_dit, latents, sigma, words, angles, scales)
+    assert torch.allclose(mixed[1], without[1], atol=1e-5)
+    assert (mixed[1] - dense[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_width_masks_are_what_the_routers_slice(awake_dit, ratio):
+    latents, sigma, words = inputs(awake_dit)
+    scales = torch.tensor([2.0, 5.0])
+    keep, masks = elastic.fixed_subnetwork(f"width {ratio}", 12, elastic.hidden_units(awake_dit))
+    masked = fast_dit.dit_forward(
+        awake_dit, latents, sigma, words, fast_dit.rope(awake_dit), scales, None, keep, masks
+    )
+    slicers = [MlpSlicer(block, spec) for block, spec in elastic.mlps(awake_dit)]
+    assert len(slicers) == 12
+    for slicer in slicers:
+        slicer.attach()
+        slicer._units = slicer.units(ratio)
+    sliced = fast_dit.class_forward(awake_dit, latents, sigma, words, scales)
+    for slicer in slicers:
+        slicer.detach()
+    dense = fast_dit.class_forward(awake_dit, latents, sigma, words, scales)
+    assert torch.allclose(masked, sliced, atol=1e-4)
+    assert (sliced - dense).abs().max() > 1e-3
+
+
+# Guidance
+
+
+def test_guided_velocity_is_plain_guidance_or_keeps_the_length():
+    cond, uncond = torch.randn(2, 3, 4, 8).unbind(0)
+    scales = torch.tensor([1.0, 2.0, 6.0])
+    plain = guidance.guided_velocity(cond, uncond, scales, keep_norm=0.0)
+    assert torch.allclose(plain[0], cond[0], atol=1e-6)
+    assert torch.allclose(plain[1], 2 * cond[1] - uncond[1], atol=1e-5)
+    kept = guidance.guided_velocity(cond, uncond, scales)
+    assert torch.allclose(kept.norm(dim=-1), cond.norm(dim=-1), rtol=1e-4)
+    assert torch.allclose(torch.cosine_similarity(kept, plain, dim=-1), torch.ones(3, 4), atol=1e-5)
+
+
+def test_scales_cover_the_range_and_include_one():
+    scales = guidance.draw_scales(2000, torch.Generator().manual_seed(0))
+    assert 0.05 < (scales == 1.0).float().mean() < 0.15
+    assert scales.min() == 1.0
+    assert 5.9 < scales.max() < 6.0
+
+
+# The steps
+
+
+def test_muon_takes_the_matrices_inside_blocks_and_nothing_else(prompts, micro):
+    names = [name for name, p in dit.TinyFlux(prompts).named_parameters() if dit.muon_takes(name, p)]
+    count = {part: sum(name.startswith(part) for name in names) for part in ("dit.", "clip.", "t5.")}
+    # Double: 8 attention, 4 MLP; single: 3 attention, 2 MLP; CLIP: 4 attention, 2 MLP in 2 layers.
+    assert count == {"dit.": 4 * 12 + 8 * 5, "clip.": 2 * 6, "t5.": 0}
+
+
+def test_loop_stops_resumes_and_averages(tmp_path):
+    def loop(steps: int) -> Loop:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4)
+        optimizers = optimizers_for(model, 0.01, lambda _, p: p.dim() == 2)
+        return Loop("test", model, optimizers, tmp_path / "last.pt", 1.0, 0.01, 0.9, max_steps=steps)
+
+    first = loop(3)
+    start = first.model.weight.detach().clone()
+    first.run(lambda progress: Step(first.model(torch.ones(2, 4)).square().mean(), 2))
+    assert first.step == 3
+    second = loop(5)
+    assert second.step == 3
+    assert torch.equal(second.model.weight, first.model.weight)
+    second.run(lambda progress: Step(second.model(torch.ones(2, 4)).square().mean(), 2))
+    assert second.step == 5
+    raw = second.model.weight.detach().clone()
+    averaged = second.load_average().weight
+    assert 0 < (averaged - start).norm() < (raw - start).norm()
+
+
+def test_vae_step_trains_and_writes_a_normalised_folder(runs, tmp_path, monkeypatch, capsys):
+    from diffusers import AutoencoderKL
+
+    common = ("--data", runs / "data", "--out", tmp_path, "--batch", 3, "--crop-share", 1)
+    run_step(monkeypatch, vae, *common, "--max-steps", 2)
+    assert "EMA psnr" in capsys.readouterr().out
+    model = AutoencoderKL.from_pretrained(tmp_path / "vae" / "model")
+    assert (model.config.scaling_factor, model.config.shift_factor) == (1.0, 0.0)
+    plain = np.array([row[2] is None for row in ROWS])
+    x = vae.to_tensor(np.load(runs / "data" / "pictures.npy")[plain])
+    with torch.no_grad():
+        z = model.encode(x).latent_dist.mean
+    assert torch.allclose(z.std((0, 2, 3)), torch.ones(picture_vae.LATENTS), atol=1e-2)
+
+
+def test_dit_guidance_elastic_export(runs, tmp_path, micro, monkeypatch, capsys):
+    from diffusers import FluxPipeline
+
+    from backbones import registry
+
+    picture_vae.build_vae().save_pretrained(tmp_path / "vae" / "model")
+    where = ("--vae", tmp_path / "vae" / "model")
+    run_step(monkeypatch, latents_step, *where, "--data", runs / "data", "--out", tmp_path / "latents.npz")
+    with np.load(tmp_path / "latents.npz") as file:
+        assert file["z128"].shape == (len(ROWS), picture_vae.LATENTS, 16, 16)
+        assert file["z64"].shape == (len(ROWS), picture_vae.LATENTS, 8, 8)
+        assert file["colour"].tolist() == [-1 if colour is None else 0 for _, _, colour, _ in ROWS]
+
+    shared = ("--data", runs / "data", "--latents", tmp_path / "latents.npz",
+              "--tokenizer", runs / "tokenizers", "--out", tmp_path, "--batch", 4,
+              "--no-compile")  # fmt: skip
+    run_step(monkeypatch, dit, *shared, "--small-batch", 4, "--max-steps", 2, "--no-guidance-distillation")
+    assert not (tmp_path / "guided").exists()
+    run_step(monkeypatch, dit, *shared, "--small-batch", 4, "--max-steps", 3)
+    out = capsys.readouterr().out
+    assert "resumed at step 2" in out
+    assert "guidance: step 3" in out
+
+    monkeypatch.setattr(elastic, "PROBES", ("dense", "width 0.5"))
+    guided = tmp_path / "guided" / "last.pt"
+    run_step(monkeypatch, elastic, *shared, *where, "--dense", guided, "--order-batches", 1,
+             "--max-steps", 2, "--probe-prompts", 1)  # fmt: skip
+    out = capsys.readouterr().out
+    assert "elastic: after: dense" in out
+
+    run_step(monkeypatch, grid, *where, "--checkpoint", guided, "--tokenizer", runs / "tokenizers",
+             "--steps", 1, "--out", tmp_path / "grid.png", "a cat", "an apple")  # fmt: skip
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+
+    for step in ("elastic", "dit"):
+        wake_checkpoint(tmp_path / step / "last.pt")
+    for checkpoint, is_guided in (
+        (tmp_path / "elastic" / "last.pt", True),
+        (tmp_path / "dit" / "last.pt", False),
+    ):
+        folder = tmp_path / f"exported-{is_guided}"
+        run_step(monkeypatch, export, *where, "--checkpoint", checkpoint, "--tokenizer", runs / "tokenizers",
+                 "--out", folder)  # fmt: skip
+        pipe = FluxPipeline.from_pretrained(folder)
+        assert pipe.transformer.config.guidance_embeds is is_guided
+        assert type(pipe.tokenizer_2).__name__ == "T5Tokenizer"
+        assert pipe.tokenizer_max_length == text.CLIP_TOKENS
+        backbone = registry.resolve(str(folder))
+        assert backbone.defaults.steps == 20
+        assert backbone.defaults.max_sequence_length == text.T5_TOKENS
+        assert backbone.size_multiple == 16
+
+
+def test_ordering_units_changes_nothing_but_their_order(runs, prompts, micro):
+    torch.manual_seed(0)
+    model = dit.TinyFlux(prompts).eval().requires_grad_(False)
+    wake(model.dit)
+    latents, sigma, words = inputs(model.dit)
+    scales = torch.tensor([2.0, 5.0])
+    before = fast_dit.class_forward(model.dit, latents, sigma, words, scales)
+    weights = [block.proj_mlp.weight.clone() for block in model.dit.single_transformer_blocks]
+    index = json.loads((runs / "data" / "pictures.json").read_text())
+    data = dit.FluxTrainingSet(runs / "latents.npz", index, prompts, 0)
+    elastic.order_units(model, data, guided=True, batches=1, size=4)
+    after = fast_dit.class_forward(model.dit, latents, sigma, words, scales)
+    assert torch.allclose(before, after, atol=1e-4)
+    assert not torch.equal(weights[0], model.dit.single_transformer_blocks[0].proj_mlp.weight)
+
+
+def test_plain_sampling_takes_two_calls_a_step_and_distilled_one(prompts, micro):
+    model = dit.TinyFlux(prompts).eval().requires_grad_(False)
+    rows: list[int] = []
+
+    def velocity(x, sigma, words, scales):
+        rows.append(len(x))
+        assert (scales is None) == (len(x) == 4)
+        return torch.zeros_like(x)
+
+    for guided in (False, True):
+        FluxSampler(model, prompts, None, guided).latents(["a cat", "apple"], steps=2, velocity=velocity)
+    assert rows == [4, 4, 2, 2]
