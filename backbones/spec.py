@@ -122,3 +122,63 @@ class Placement:
     offload: str = "none"
     compile: bool = False
     loras: tuple[Lora, ...] = ()
+
+
+@dataclass(frozen=True)
+class MeshDefaults:
+    """What a mesh request uses when the user says nothing.
+
+    steps: denoising steps. guidance: guidance scale. octree_resolution: grid cells per axis.
+    """
+
+    steps: int = 30
+    guidance: float = 5.0
+    octree_resolution: int = 256
+
+
+@dataclass(frozen=True)
+class MeshFamily:
+    """What all image-to-mesh checkpoints with one transformer class share.
+
+    transformer: what `routers` needs to know of the denoiser; its class name, in a checkpoint's
+        `config.yaml`, recognises folders and hub ids.
+    is_distilled, takes_views, defaults: sections of `config.yaml` -> whether guidance is an input of the
+        model, whether it takes named views of one object, defaults for requests.
+    """
+
+    name: str
+    transformer: TransformerSpec
+    is_distilled: Callable[[Config], bool]
+    takes_views: Callable[[Config], bool]
+    defaults: Callable[[Config], MeshDefaults]
+
+
+@dataclass(frozen=True)
+class MeshBackbone:
+    """One model that makes meshes. Fields as in `Backbone`; source: absolute folder, or hub id/subfolder.
+
+    guided: whether guidance doubles the batch (a scale > 1). views: whether it takes named views.
+    """
+
+    name: str
+    family: MeshFamily
+    source: str
+    licence: str
+    parameters: int
+    transformer_parameters: int
+    memory_gib: float
+    defaults: MeshDefaults
+    guided: bool = True
+    views: bool = False
+    packaged: bool = False
+    bundle: Path | None = None
+    summary: str = ""
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint folder if the source is a path, else None (a hub id)."""
+        return Path(self.source) if Path(self.source).is_absolute() else None
+
+    def rows(self, guidance: float) -> int:
+        """Batch rows per mesh: 2 with classifier-free guidance (scale > 1), else 1."""
+        return 2 if self.guided and guidance > 1 else 1

@@ -26,7 +26,7 @@ from .patching import Patch, patch_forward, restore_forward
 from .policy import OpenPolicy, Policy
 from .router import Router, RouterStack
 from .run import Call, Group, Run
-from .spec import WIDTHS, TransformerSpec
+from .spec import WIDTHS, BlockSpec, TransformerSpec
 from .trace import REUSE, SKIP, Trace
 
 
@@ -170,7 +170,7 @@ class Elastic:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         sample: Tensor = inputs[self.spec.sample]
         time = torch.as_tensor(inputs[self.spec.timestep], device=sample.device).float().flatten()
-        key = tuple((name, tuple(v.shape)) for name, v in inputs.items() if isinstance(v, Tensor))
+        key = _shapes(inputs)
         cost = self._costs.get(key) or self._probe(key, original, args, kwargs, sample.shape[0])
         run, name = self._run, self._context or "main"
         if run is None:
@@ -369,10 +369,30 @@ def _find_blocks(
     """The transformer's blocks in execution order, each with its router (None: no routers)."""
     if type(transformer).__name__ != spec.transformer_class:
         raise ValueError(f"this spec is for {spec.transformer_class}, not for {type(transformer).__name__}")
-    found = [(kind, module) for kind in spec.blocks for module in attrgetter(kind.path)(transformer)]
+    found = [
+        (_spec_of(module, [kind for kind in spec.blocks if kind.path == path]), module)
+        for path in dict.fromkeys(kind.path for kind in spec.blocks)
+        for module in attrgetter(path)(transformer)
+    ]
     if routers is not None and len(routers) != len(found):
         raise ValueError(f"{len(routers)} routers for a transformer of {len(found)} blocks")
     return [
         Block(i, kind, module, None if routers is None else routers[i])
         for i, (kind, module) in enumerate(found)
     ]
+
+
+def _spec_of(module: nn.Module, specs: Sequence[BlockSpec]) -> BlockSpec:
+    """Which of the specs that share a path describes this block; `Block` refuses it if none does."""
+    return next((spec for spec in specs if spec.block_class == type(module).__name__), specs[0])
+
+
+def _shapes(inputs: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Names and shapes of the tensors of a call, also of those in a mapping (conditions by name)."""
+    found: list[tuple[str, tuple[int, ...]]] = []
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            found.append((name, tuple(value.shape)))
+        elif isinstance(value, Mapping):
+            found += [(f"{name}.{inner}", shape) for inner, shape in _shapes(value)]
+    return tuple(found)

@@ -37,7 +37,8 @@ class BlockSpec:
 
     kind: short name for reports and bundles, unique within a transformer ("double", "single").
     block_class: the class name expected at `path`; checked before anything is patched.
-    path: dotted path of the `ModuleList` inside the transformer.
+    path: dotted path of the `ModuleList` inside the transformer. Several specs may share a path: each
+        takes the modules of its class, and the blocks stay in the list's order.
     streams: argument names of the residual streams, image stream first.
     returns: position of each stream in the returned tuple; empty if the block returns its only stream bare.
     modulation: argument that carries the timestep embedding `[B, D]`, or None if there is none.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,12 +94,44 @@ def _flux_inputs(rows: int, t: float, seed: int) -> Inputs:
     }
 
 
+def _hunyuan_2(guided: bool) -> nn.Module:
+    from backbones.hunyuan3d import Hunyuan3DDiT
+
+    return Hunyuan3DDiT(
+        in_channels=8, context_in_dim=24, hidden_size=48, num_heads=3, depth=2, depth_single_blocks=3,
+        axes_dim=[16], guidance_embed=guided,
+    )  # fmt: skip
+
+
+def _hunyuan_inputs(rows: int, t: float, seed: int) -> Inputs:
+    return {
+        "x": _rows(rows, seed, 16, 8),
+        "t": torch.full((rows,), t),
+        "contexts": {"main": _rows(rows, seed + 100, 5, 24)},
+        "guidance": torch.full((rows,), 5.0),
+    }
+
+
+def _hunyuan_21() -> nn.Module:
+    """Three plain blocks, then a plain and an expert block with skips."""
+    from backbones.hunyuan3d import HunYuanDiTPlain
+
+    return HunYuanDiTPlain(
+        in_channels=8, hidden_size=48, context_dim=24, depth=5, num_heads=3, qk_norm=True, qkv_bias=False,
+        num_moe_layers=1, num_experts=4,
+    )  # fmt: skip
+
+
 def _cases() -> list[Case]:
     from backbones import flux, qwen_image
+    from backbones.hunyuan3d import family as hunyuan3d
 
     return [
         Case("qwen", qwen_image.TRANSFORMER, _qwen, _qwen_inputs),
         Case("flux", flux.TRANSFORMER, _flux, _flux_inputs),
+        Case("hunyuan3d-2", hunyuan3d.TRANSFORMER_2, partial(_hunyuan_2, False), _hunyuan_inputs),
+        Case("hunyuan3d-2-guided", hunyuan3d.TRANSFORMER_2, partial(_hunyuan_2, True), _hunyuan_inputs),
+        Case("hunyuan3d-2.1", hunyuan3d.TRANSFORMER_21, _hunyuan_21, _hunyuan_inputs),
     ]
 
 

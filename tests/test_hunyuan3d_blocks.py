@@ -245,3 +245,32 @@ def _published_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             key = key.replace(new, old)
         renamed[key] = tensor
     return renamed
+
+
+def test_a_longer_condition_is_counted_anew():
+    """Conditions come in a mapping; the cost of a call depends on their length too."""
+    from backbones.hunyuan3d.family import TRANSFORMER_2
+    from routers.elastic import Elastic
+    from tests.block_kinds import CASES
+
+    case = next(case for case in CASES if case.spec is TRANSFORMER_2)
+    elastic, dense = Elastic(case.transformer(), case.spec), []
+    for tokens in (5, 9):
+        inputs = case.inputs(1, 0.5, 0)
+        inputs["contexts"] = {"main": torch.zeros(1, tokens, 24)}
+        with torch.no_grad(), elastic.scope() as trace:
+            elastic.transformer(**inputs)
+        dense.append(trace.flops["dense"])
+    assert dense[1] > 1.1 * dense[0]
+
+
+def test_each_spec_of_a_shared_list_takes_the_blocks_of_its_class():
+    from backbones.hunyuan3d.family import TRANSFORMER_21
+    from routers.elastic import Elastic
+    from tests.block_kinds import CASES
+
+    case = next(case for case in CASES if case.spec is TRANSFORMER_21)
+    model = case.transformer()
+    elastic = Elastic(model, case.spec)
+    assert [block.spec.kind for block in elastic.blocks] == ["plain"] * 4 + ["experts"]
+    assert [block.module for block in elastic.blocks] == list(model.blocks)

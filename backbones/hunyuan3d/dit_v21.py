@@ -300,12 +300,12 @@ class HunYuanDiTPlain(nn.Module):
     ) -> Tensor:
         """Velocity of x `[B, L, C]` at t `[B]` in [0, 1] (0 is noise). `guidance` is accepted and ignored."""
         token = self.t_embedder(t)
-        h = torch.cat([token, self.x_embedder(x)], dim=1)
+        h, c = torch.cat([token, self.x_embedder(x)], dim=1), token[:, 0]
         middle = len(self.blocks) // 2
         skips: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             skip = skips.pop() if index > middle else None
-            h = block(x=h, c=token[:, 0], cond=contexts["main"], skip=skip)
+            h = block(x=h, c=c, cond=contexts["main"], skip=skip)
             if index < middle:
                 skips.append(h)
         return self.final_layer(h)
