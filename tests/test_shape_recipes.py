@@ -10,9 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from backbones.hunyuan3d.checkpoints import load_pipeline, read_weights
-from backbones.tiny.recipes.shapes import codes, dataset, export, inflate, render, sdf, solids, store
+from backbones.tiny.recipes.shapes import (
+    codes,
+    dataset,
+    export,
+    inflate,
+    render,
+    sdf,
+    silhouettes,
+    solids,
+    store,
+)
 
 rng = np.random.default_rng(0)
 
@@ -112,6 +123,20 @@ def test_holes_are_filled_white_art_counts_and_scattered_art_is_refused():
     assert inflate.inflate(two) is None
 
 
+def test_the_front_view_of_a_puff_is_its_picture():
+    picture = disc()
+    picture[:40, :64] = 0  # not symmetric: up and left is missing
+    puff = inflate.inflate(picture)
+    field = puff.sign_field(dataset.grid_points(40)).reshape(40, 40, 40)
+    made, wanted = silhouettes.front_silhouette(field), silhouettes.wanted_silhouette(picture, 40)
+    assert silhouettes.outline_iou(made, wanted) > 0.93
+    assert silhouettes.outline_iou(made[:, ::-1], wanted) < 0.9
+    on_white = Image.new("RGBA", (128, 128), "white")
+    on_white.alpha_composite(Image.fromarray(picture))
+    cut = silhouettes.with_alpha(on_white.convert("RGB"))
+    assert np.array_equal(cut[..., 3] > 0, picture[..., 3] > 0)
+
+
 def test_puff_distances_have_the_right_sign_and_size():
     puff = inflate.inflate(disc())
     _, points, normal, distance = dataset.puff_samples(puff, 0)
@@ -184,7 +209,7 @@ def test_the_steps_train_resume_evaluate_and_export(data, tmp_path, capsys, monk
     monkeypatch.setitem(vae.VAE_PARAMS, "num_decoder_layers", 1)
     monkeypatch.setitem(vae.VAE_PARAMS, "pc_size", 64)
     monkeypatch.setitem(model.DIT_PARAMS, "depth_single_blocks", 1)
-    vae_options = {"codes": "free", "latents": 8, "encoder_layers": 1}
+    vae_options = {"codes": "free", "latents": 8, "encoder_layers": 0}
     vae.train(options(data, tmp_path / "vae", **vae_options))
     first = torch.load(tmp_path / "vae/last.pt", weights_only=True)["step"]
     vae.train(options(data, tmp_path / "vae", minutes=0.01, **vae_options))
@@ -200,7 +225,7 @@ def test_the_steps_train_resume_evaluate_and_export(data, tmp_path, capsys, monk
     chained = model.load_model(tmp_path / "dit/last.pt")
     folder = tmp_path / "package"
     size = export.write_folder(
-        folder, chained, trained, stats, {**vae.VAE_PARAMS, "num_latents": 8, "num_encoder_layers": 1}
+        folder, chained, trained, stats, {**vae.VAE_PARAMS, "num_latents": 8, "num_encoder_layers": 0}
     )
     assert size < export.MAX_BYTES
     assert sorted(file.name for file in folder.iterdir()) == ["config.yaml", "model.fp16.safetensors"]

@@ -4,6 +4,8 @@
 
 Targets clamp(-distance / 0.1); loss MSE + 0.1 BCE(8 x logit) + 1e-3 KL. Every latent belongs to a place in
 the box (see `codes`): the encoder's query points are those places, and the last latent channels carry them.
+Without self attention in the encoder (3DShape2VecSet, Zhang et al. 2023, has none either) a latent depends on
+the shape and its own place only, not on where the others lie.
 Latents are jittered in training, so that the decoder forgives the diffusion model's small errors.
 Writes runs/shapes/vae/last.pt (to resume) and model.pt: EMA weights, latent statistics, scheme and size.
 
@@ -28,11 +30,12 @@ from backbones.tiny.recipes.shapes.store import KINDS, ShapeBatch, ShapeSet, tar
 from backbones.tiny.recipes.shapes.training import Trainer, arguments, compile_blocks, plain_attention
 
 VAE_PARAMS: dict[str, Any] = {
-    "num_latents": 32, "embed_dim": 16 + CODE_CHANNELS, "width": 128, "heads": 4, "num_decoder_layers": 4,
-    "num_encoder_layers": 2, "pc_size": 512, "pc_sharpedge_size": 0, "point_feats": 3, "downsample_ratio": 16,
+    "num_latents": 32, "embed_dim": 16 + CODE_CHANNELS, "width": 128, "heads": 4, "num_decoder_layers": 6,
+    "num_encoder_layers": 0, "pc_size": 512, "pc_sharpedge_size": 0, "point_feats": 3, "downsample_ratio": 16,
     "num_freqs": 8, "include_pi": False, "qkv_bias": False, "qk_norm": True,
 }  # fmt: skip
 BCE_WEIGHT, BCE_SHARPNESS, KL_WEIGHT = 0.1, 8.0, 1e-3
+QUERY_FREQUENCIES = 4  # of 8: 1, 2, 4 and 8 rad per box unit; tokens lie about 0.6 units apart
 CHECK_EVERY = 7  # grid points left out of quick checks; prime to the grid's side, so that none lines up
 JITTER = 0.15  # largest noise on latents in training, in their own standard deviations
 Stats = tuple[Tensor, Tensor]
@@ -46,8 +49,19 @@ def is_matrix(name: str) -> bool:
 def encode(vae: ShapeVAE, surface: Tensor, codes: Tensor) -> Posterior:
     """Posterior over the content channels, (B, L, E - 3), of surfaces (B, P, 6) read at codes (B, L, 3)."""
     queries = torch.cat([positions(codes), torch.zeros_like(codes)], dim=-1)
-    moments = vae.encode_points(queries, surface)
+    features = vae.features(queries) * smooth_query_mask(vae)
+    moments = Posterior.from_moments(vae.pre_kl(vae.encoder(features, vae.features(surface))))
     return Posterior(moments.mean[..., :-CODE_CHANNELS], moments.logvar[..., :-CODE_CHANNELS])
+
+
+def smooth_query_mask(vae: ShapeVAE) -> Tensor:
+    """Ones and zeros over the encoder's features: of a query's Fourier features only the slow ones count.
+
+    A latent then changes smoothly with its place, which is what a small diffusion model can learn.
+    """
+    count = vae.embedder.num_freqs
+    slow = (torch.arange(count) < QUERY_FREQUENCIES).float().repeat(6)
+    return torch.cat([torch.ones(3), slow, torch.ones(VAE_PARAMS["point_feats"])])
 
 
 def logits(vae: ShapeVAE, content: Tensor, codes: Tensor, points: Tensor) -> Tensor:
