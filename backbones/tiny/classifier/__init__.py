@@ -27,11 +27,11 @@ CHANNELS = (24, 48, 96, 160)
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions with a residual path, then 2x2 max pooling."""
+    """Two convolutions, the second with a residual path, then 2x2 max pooling."""
 
-    def __init__(self, into: int, out: int):
+    def __init__(self, into: int, out: int, stride: int = 1):
         super().__init__()
-        self.first = nn.Conv2d(into, out, 3, padding=1, bias=False)
+        self.first = nn.Conv2d(into, out, 1 + 2 * stride, stride=stride, padding=stride, bias=False)
         self.first_norm = nn.GroupNorm(8, out)
         self.second = nn.Conv2d(out, out, 3, padding=1, bias=False)
         self.second_norm = nn.GroupNorm(8, out)
@@ -50,15 +50,15 @@ class Classifier(nn.Module):
     def __init__(self, labels: Sequence[str]):
         super().__init__()
         self.labels = tuple(labels)
-        self.blocks = nn.Sequential(
-            *(_Block(i, o) for i, o in zip((3, *CHANNELS[:-1]), CHANNELS, strict=False))
-        )
+        sizes = zip((3, *CHANNELS[:-1]), CHANNELS, (2, 1, 1, 1), strict=True)
+        self.blocks = nn.Sequential(*(_Block(into, out, stride) for into, out, stride in sizes))
         self.head = nn.Linear(CHANNELS[-1], len(self.labels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, labels) of pictures x (B, 3, 64, 64) in [-1, 1]."""
         features = self.blocks(x)
-        return self.head(features.amax((2, 3)) + features.mean((2, 3)))
+        logits: Tensor = self.head(features.amax((2, 3)) + features.mean((2, 3)))
+        return logits
 
     @torch.no_grad()
     def top_k(self, images: Sequence[Image.Image | np.ndarray] | Tensor, k: int = 5) -> list[list[str]]:

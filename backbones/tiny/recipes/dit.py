@@ -48,7 +48,7 @@ class Batch:
 class TrainingSet:
     """Seeded batches of latents and fresh captions."""
 
-    def __init__(self, latents: Path, index: dict, tokens: PromptTokens, seed: int):
+    def __init__(self, latents: Path, index: dict, tokens: PromptTokens, seed: int, common_weight: float):
         data = np.load(latents)
         self.packed = {
             8: pack(torch.from_numpy(data["z128"]).float()),
@@ -60,7 +60,7 @@ class TrainingSet:
         self.generator = torch.Generator().manual_seed(seed)
         common = {name for _, name in common_prompts()}
         weight = np.array(
-            [COMMON_WEIGHT if self.concepts[c]["name"] in common else 1.0 for c in self.concept]
+            [common_weight if self.concepts[c]["name"] in common else 1.0 for c in self.concept]
         )
         plain = self.colour < 0
         weight[plain] *= PLAIN_SHARE / weight[plain].sum()
@@ -140,7 +140,9 @@ def schedule(progress: float, step: int, decay_from: float = 0.55) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - decay_from) / (1 - decay_from)))
 
 
-def setup(args: argparse.Namespace) -> tuple[TinyModel, Qwen2Tokenizer, TrainingSet]:
+def setup(
+    args: argparse.Namespace, common_weight: float = COMMON_WEIGHT
+) -> tuple[TinyModel, Qwen2Tokenizer, TrainingSet]:
     """Tokenizer (trained once), model and data."""
     torch.manual_seed(args.seed)
     index = json.loads((args.data / "pictures.json").read_text())
@@ -149,7 +151,7 @@ def setup(args: argparse.Namespace) -> tuple[TinyModel, Qwen2Tokenizer, Training
     return (
         TinyModel(tokenizer),
         tokenizer,
-        TrainingSet(args.latents, index, PromptTokens(tokenizer), args.seed),
+        TrainingSet(args.latents, index, PromptTokens(tokenizer), args.seed, common_weight),
     )
 
 

@@ -1,20 +1,19 @@
-"""Step `elastic`: train skips and nested MLP widths into the dense model, keeping its dense quality.
+"""Step `elastic`: train block skips and nested MLP widths into the model while its training goes on.
 
-    python -m backbones.tiny.recipes.elastic [--minutes 22]
+    python -m backbones.tiny.recipes.elastic [--minutes 30]
 
-The dense EMA model is the frozen teacher. First each block's image-MLP hidden units are reordered by
-mean |activation| x out-column norm, an exact permutation, so that a prefix holds the units that matter
-(arXiv 2602.13993 uses prefixes as they come). Then each sample of a batch gets its own sub-network - some
-blocks skipped, some image MLPs at 1/4, 1/2 or 3/4 width - and a share stays dense; all are matched to the
-teacher's dense velocity. The text encoder is not touched. Writes runs/elastic/last.pt.
+First each block's image-MLP hidden units are reordered by mean |activation| x out-column norm, an exact
+permutation, so that a prefix holds the units that matter (arXiv 2602.13993 uses prefixes as they come).
+Then training continues. Most rows of a batch run the whole model against the data, as in step `dit`; the
+rest repeat some of these rows in random sub-networks - blocks skipped, image MLPs at 1/4, 1/2 or 3/4
+width - matched to what the whole model has just predicted for the same row (in-place distillation, arXiv
+1903.05134). So the dense model keeps improving, at no extra forward pass. Writes runs/elastic/last.pt.
 
 Shapes: B batch, N image tokens, F MLP hidden units.
 """
 
 import argparse
-import copy
 import gc
-import math
 import time
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from backbones.tiny.recipes.dit import (
     draw_times,
     make_optimizers,
     save,
+    schedule,
     setup,
 )
 from backbones.tiny.recipes.fast_dit import GRID, block_forward, dit_forward, rope
@@ -40,7 +40,8 @@ from backbones.tiny.recipes.sampling import Sampler
 from backbones.tiny.recipes.text import encode_text
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
-DENSE_SHARE = 0.35  # samples of a batch that stay dense
+SUB_SHARE = 0.3  # rows of a batch that repeat others in a sub-network
+COMMON_WEIGHT = 4.0  # sampling weight of the quality bar's concepts, twice that of step `dit`
 MAX_SKIPS = 5  # of 12 blocks, in training
 
 
@@ -86,8 +87,6 @@ def draw_subnetworks(
     widths = torch.tensor(WIDTHS)[torch.randint(0, len(WIDTHS), (size, blocks), generator=generator)]
     narrow = torch.rand(size, 1, generator=generator) < 0.6
     widths = torch.where(narrow, widths, torch.ones(()))
-    dense = torch.rand(size, 1, generator=generator) < DENSE_SHARE
-    keep, widths = torch.where(dense, 1.0, keep), torch.where(dense, 1.0, widths)
     masks = (torch.arange(hidden) < (widths * hidden)[..., None]).float()
     return keep.T[..., None, None].contiguous(), masks.transpose(0, 1)[:, :, None].contiguous()
 
@@ -105,7 +104,6 @@ def fixed_subnetwork(name: str, blocks: int, hidden: int) -> tuple[Tensor, Tenso
 
 
 PROBES = (
-    "dense",
     "width 0.75",
     "width 0.5",
     "width 0.25",
@@ -118,27 +116,29 @@ PROBES = (
 )
 
 
-def probe(student: TinyModel, teacher: TinyModel, tokens, vae, prompts: list[str]) -> dict[str, float]:
-    """PSNR (dB) of the student's pictures to the teacher's dense ones, per fixed sub-network."""
-    sampler = Sampler(student, tokens, vae)
-    blocks, hidden = (
-        len(student.dit.transformer_blocks),
-        student.dit.transformer_blocks[0].img_mlp.net[2].in_features,
-    )
-    goal = Sampler(teacher, tokens, vae).pictures(prompts, seed=1).astype(np.float32)
+def probe(model: TinyModel, tokens, vae, prompts: list[str]) -> dict[str, float]:
+    """PSNR (dB) of each fixed sub-network's pictures to the same model's dense ones."""
+    sampler = Sampler(model, tokens, vae)
+    blocks, hidden = dimensions(model)
+    goal = sampler.pictures(prompts, seed=1).astype(np.float32)
     result = {}
     for name in PROBES:
         keep, masks = fixed_subnetwork(name, blocks, hidden)
 
         def velocity(x, sigma, states, mask, step, keep=keep, masks=masks):
-            return dit_forward(
-                student.dit, x, sigma, states, mask, rope(states.shape[1]), keep=keep, width_masks=masks
-            )
+            angles = rope(states.shape[1])
+            return dit_forward(model.dit, x, sigma, states, mask, angles, keep=keep, width_masks=masks)
 
         pictures = sampler.pictures(prompts, seed=1, velocity=velocity).astype(np.float32)
         errors = ((pictures - goal) ** 2).mean((1, 2, 3))
         result[name] = float(np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-2))))
     return result
+
+
+def dimensions(model: TinyModel) -> tuple[int, int]:
+    """Number of blocks, and hidden units of one image MLP."""
+    blocks = model.dit.transformer_blocks
+    return len(blocks), blocks[0].img_mlp.net[2].in_features
 
 
 def show(title: str, psnr: dict[str, float]) -> None:
@@ -149,100 +149,103 @@ def show(title: str, psnr: dict[str, float]) -> None:
     )
 
 
-def load_teacher(args: argparse.Namespace) -> tuple[TinyModel, TrainingSet]:
-    """The dense EMA model with reordered units, and the data it was trained on."""
-    model, _, data = setup(args)
-    state = torch.load(args.dense, weights_only=True)
-    model.load_state_dict(state["model"])
-    model.load_state_dict(state["ema"], strict=False)
-    order_units(model, data)
-    return model.requires_grad_(False).eval(), data
+def elastic_loss(
+    model: TinyModel, data: TrainingSet, size: int, generator, block_fn
+) -> tuple[Tensor, Tensor]:
+    """Mean squared velocity errors: the whole model to the data, the sub-networks to the whole model."""
+    blocks, hidden = dimensions(model)
+    narrow = round(size * SUB_SHARE)
+    whole = size - narrow
+    batch = data.batch(whole, GRID)
+    sigma = draw_times(whole, generator)
+    noise = torch.randn(batch.latents.shape, generator=generator)
+    noisy = torch.lerp(batch.latents, noise, sigma[:, None, None])
+    some_keep, some_masks = draw_subnetworks(narrow, blocks, hidden, generator)
+    keep = torch.cat([torch.ones(blocks, whole, 1, 1), some_keep], dim=1)
+    masks = torch.cat([torch.ones(blocks, whole, 1, hidden), some_masks], dim=1)
+
+    def repeat(rows: Tensor) -> Tensor:
+        return torch.cat([rows, rows[:narrow]])
+
+    with torch.autocast("cpu", torch.bfloat16):
+        states = encode_text(model.text, data.tokens.prefix, batch.ids)
+        velocity = dit_forward(
+            model.dit, repeat(noisy), repeat(sigma), repeat(states), repeat(batch.mask), rope(TEXT_TOKENS),
+            block_fn, keep, masks,
+        ).float()  # fmt: skip
+    dense = (velocity[:whole] - (noise - batch.latents)).square().mean()
+    sub = (velocity[whole:] - velocity[:narrow].detach()).square().mean()
+    return dense, sub
 
 
 def train(args: argparse.Namespace) -> None:
-    """Run or resume the fine-tune until `args.minutes` of training time are used up."""
+    """Run or resume until `args.minutes` of training time are used up."""
     args.out.mkdir(parents=True, exist_ok=True)
-    teacher, data = load_teacher(args)
+    model, _, data = setup(args, COMMON_WEIGHT)
     vae = AutoencoderKLQwenImage.from_pretrained(args.vae)
-    prompts = [prompt for prompt, _ in common_prompts()][:: max(1, 100 // args.probe_prompts)]
-    student = copy.deepcopy(teacher)
-    student.dit.requires_grad_(True)
-    params = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    optimizers = make_optimizers(student, args.lr)
+    prompts = [prompt for prompt, _ in common_prompts()][:: max(1, 100 // max(1, args.probe_prompts))]
+    checkpoint = args.out / "last.pt"
+    resuming = checkpoint.exists()
+    state = torch.load(checkpoint if resuming else args.dense, weights_only=True)
+    model.load_state_dict(state["model"])
+    if not resuming:
+        order_units(model, data)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizers = make_optimizers(model, args.lr)
     ema = {name: p.detach().clone() for name, p in params.items()}
-    step, used, checkpoint = 0, 0.0, args.out / "last.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        student.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=False):
+    step, used = 0, 0.0
+    if resuming:
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         ema, step, used = state["ema"], state["step"], state["used"]
         data.generator.manual_seed(args.seed + step)
     elif args.probe_prompts:
-        show("before", probe(student, teacher, data.tokens, vae, prompts))
-    blocks, hidden = (
-        len(student.dit.transformer_blocks),
-        student.dit.transformer_blocks[0].img_mlp.net[2].in_features,
-    )
+        show("before", probe(model, data.tokens, vae, prompts))
     block_fn = torch.compile(block_forward) if args.compile else block_forward
     generator = torch.Generator().manual_seed(args.seed + 7 + step)
-    total, base, started, angles = args.minutes * 60, used, time.time(), rope(TEXT_TOKENS)
+    total, base, started = args.minutes * 60, used, time.time()
     logged, losses, saved_at = time.time(), [], time.time()
     while used < total:
         used = base + time.time() - started
         progress = min(1.0, used / total)
-        batch = data.batch(args.batch, GRID)
-        sigma = draw_times(args.batch, generator)
-        noisy = torch.lerp(
-            batch.latents, torch.randn(batch.latents.shape, generator=generator), sigma[:, None, None]
-        )
-        keep, masks = draw_subnetworks(args.batch, blocks, hidden, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                states = encode_text(teacher.text, data.tokens.prefix, batch.ids)
-                goal = dit_forward(teacher.dit, noisy, sigma, states, batch.mask, angles, block_fn).float()
-            velocity = dit_forward(
-                student.dit, noisy, sigma, states, batch.mask, angles, block_fn, keep, masks
-            )
-        error = (velocity.float() - goal).square().mean((1, 2))
-        student.zero_grad(set_to_none=True)
-        error.mean().backward()
+        dense, sub = elastic_loss(model, data, args.batch, generator, block_fn)
+        model.zero_grad(set_to_none=True)
+        ((1 - SUB_SHARE) * dense + SUB_SHARE * sub).backward()
         torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
-        lr = args.lr * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        lr = args.lr * schedule(progress, step, decay_from=0.35)
         apply_gradients(optimizers, lr)
         step += 1
         decay = min(args.ema, (1 + step) / (20 + step))
         torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
-        full = (
-            (keep.sum(0) == blocks) & (masks.sum((0, 3), keepdim=False)[..., None] == blocks * hidden)
-        ).flatten()
-        losses.append([error[full].mean().item(), error[~full].mean().item()])
+        losses.append([dense.item(), sub.item()])
         if step % 50 == 0:
-            dense, narrow = np.nanmean(losses, axis=0)
-            print(f"elastic: step {step} {100 * progress:.1f}% dense mse {dense:.5f} "
-                  f"sub-network mse {narrow:.4f} lr {lr:.1e} "
-                  f"{50 * args.batch / (time.time() - logged):.0f}/s", flush=True)  # fmt: skip
+            (whole, narrow), rate = np.mean(losses, axis=0), 50 * args.batch / (time.time() - logged)
+            print(
+                f"elastic: step {step} {100 * progress:.1f}% dense loss {whole:.4f} "
+                f"sub-network mse {narrow:.4f} lr {lr:.1e} {rate:.0f}/s",
+                flush=True,
+            )
             logged, losses = time.time(), []
         if step % 200 == 0:
             gc.collect()
         if time.time() - saved_at > 120 or used >= total:
-            states_ = [optimizer.state_dict() for optimizer in optimizers]
-            save(checkpoint, model=student.state_dict(), optimizers=states_, ema=ema, step=step, used=used)
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            save(checkpoint, model=model.state_dict(), optimizers=states, ema=ema, step=step, used=used)
             saved_at = time.time()
-    student.load_state_dict(ema, strict=False)
+    model.load_state_dict(ema, strict=False)
     if args.probe_prompts:
-        show("after", probe(student, teacher, data.tokens, vae, prompts))
+        show("after", probe(model, data.tokens, vae, prompts))
 
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = arguments(__doc__, "runs/elastic", 22.0)
+    parser = arguments(__doc__, "runs/elastic", 30.0)
     parser.add_argument("--dense", type=Path, default=Path("runs/dit/last.pt"), help="the dense checkpoint")
     parser.add_argument("--vae", type=Path, default=Path("runs/vae/model"))
-    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument(
-        "--probe-prompts", type=int, default=20, help="prompts for the before/after PSNR; 0: none"
+        "--probe-prompts", type=int, default=10, help="prompts for the before/after PSNR; 0: none"
     )
     train(parser.parse_args())
 
