@@ -7,6 +7,7 @@ the unmodified classes disagree with the training forwards, or when the folder r
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from backbones.tiny.recipes.dit import TinyModel
 from backbones.tiny.recipes.sampling import SHIFT
 
 MAX_BYTES = 30_000_000
+DEFAULTS = {"width": 128, "height": 128, "steps": 20, "guidance": 4.0}
+"""What `edit generate` uses when nothing is asked; the family's own are for 1024 px."""
+PROMPTS = Path(__file__).parent.parent / "prompts"
 
 
 def check_half(name: str, module: torch.nn.Module) -> None:
@@ -74,6 +78,8 @@ def main() -> None:
     part = args.out.with_name(args.out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipe.to(dtype=torch.float16).save_pretrained(part)
+    (part / "edit.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n", "utf-8")
+    shutil.copyfile(PROMPTS / "calibration.txt", part / "calibration.txt")
     size = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
     if size >= MAX_BYTES:
         raise ValueError(f"{part} is {size} bytes, the limit is {MAX_BYTES}")
