@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import socket
 import struct
@@ -133,6 +134,10 @@ def resolve(name_or_path: str) -> Backbone:
         )
     if "/" in name_or_path:
         return _from_hub(name_or_path)
+    from backbones import mesh_registry  # it imports this module
+
+    if name_or_path in mesh_registry.rows():
+        raise ModelNotFoundError(f"{name_or_path!r} makes meshes: use `edit generate-3d -m {name_or_path}`")
     near = difflib.get_close_matches(name_or_path.lower(), table, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(table)};"
     raise ModelNotFoundError(
@@ -143,10 +148,10 @@ def resolve(name_or_path: str) -> Backbone:
 def component_config(backbone: Backbone, component: str) -> Config:
     """`config.json` of a component ("transformer", "vae"), without loading weights."""
     if backbone.folder is not None:
-        return _read_json(backbone.folder / component / "config.json")
+        return read_json(backbone.folder / component / "config.json")
     if (PACKAGE_FOLDER / "configs" / f"{backbone.name}.json").is_file():
         return read_packaged_config(backbone.name)[component]
-    return _read_json(_hub_file(backbone.source, f"{component}/config.json"))
+    return read_json(_hub_file(backbone.source, f"{component}/config.json"))
 
 
 def component_parameters(backbone: Backbone) -> dict[str, int]:
@@ -163,8 +168,8 @@ def _from_folder(folder: Path) -> Backbone:
         raise ModelNotFoundError(
             f"{str(folder)!r} is no pipeline folder: it has no model_index.json; see `edit models`"
         )
-    family = _family(_read_json(index), str(folder))
-    transformer, vae = (_read_json(folder / part / "config.json") for part in ("transformer", "vae"))
+    family = _family(read_json(index), str(folder))
+    transformer, vae = (read_json(folder / part / "config.json") for part in ("transformer", "vae"))
     counts = _folder_parameters(folder)
     parameters = sum(counts.values())
     small = 0 < parameters < SMALL_MODEL
@@ -185,9 +190,9 @@ def _from_folder(folder: Path) -> Backbone:
 
 
 def _from_hub(repository: str) -> Backbone:
-    family = _family(_read_json(_hub_file(repository, "model_index.json")), repository)
+    family = _family(read_json(_hub_file(repository, "model_index.json")), repository)
     transformer, vae = (
-        _read_json(_hub_file(repository, f"{part}/config.json")) for part in ("transformer", "vae")
+        read_json(_hub_file(repository, f"{part}/config.json")) for part in ("transformer", "vae")
     )
     return Backbone(
         name=repository,
@@ -206,7 +211,7 @@ def _folder_defaults(folder: Path, base: Defaults) -> Defaults:
     file = folder / "edit.json"
     if not file.is_file():
         return base
-    data = _read_json(file)
+    data = read_json(file)
     unknown = set(data) - {f.name for f in fields(Defaults)}
     if unknown:
         raise ModelNotFoundError(
@@ -265,7 +270,8 @@ def hub_message(repository: str, error: BaseException) -> str:
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of a model folder. Raises ModelNotFoundError."""
     try:
         data = json.loads(file.read_text())
     except FileNotFoundError:
@@ -282,23 +288,24 @@ def _folder_parameters(folder: Path) -> dict[str, int]:
     counts: dict[str, int] = {}
     for file in sorted(folder.glob("*/*.safetensors")):
         if file.parent.name != ROUTERS_FOLDER:
-            counts[file.parent.name] = counts.get(file.parent.name, 0) + _count(file)
+            counts[file.parent.name] = counts.get(file.parent.name, 0) + sum(count_by_prefix(file).values())
     return counts
 
 
-def _count(file: Path) -> int:
-    """Elements in a safetensors file, from its header alone (8 bytes little-endian length, then JSON)."""
+def count_by_prefix(file: Path) -> dict[str, int]:
+    """Elements in a safetensors file by the first part of their names.
+
+    Read from its header alone (8 bytes little-endian length, then JSON). Raises ModelNotFoundError.
+    """
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
     except (OSError, ValueError, struct.error, MemoryError, OverflowError) as error:
         raise ModelNotFoundError(f"{str(file)!r} is no complete safetensors file: {error}") from error
-    total = 0
+    counts: dict[str, int] = {}
     for name, entry in header.items():
         if name != "__metadata__":
-            size = 1
-            for n in entry["shape"]:
-                size *= n
-            total += size
-    return total
+            prefix = name.split(".", 1)[0]
+            counts[prefix] = counts.get(prefix, 0) + math.prod(entry["shape"])
+    return counts

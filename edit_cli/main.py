@@ -14,6 +14,7 @@ from edit_cli.calibrate import calibrate
 from edit_cli.console import print_error
 from edit_cli.errors import BAD_INPUT, FAILED_RUN, OUT_OF_MEMORY, EditError, Interrupted, is_out_of_memory
 from edit_cli.generate import generate
+from edit_cli.generate_3d import generate_3d
 from edit_cli.models import models
 
 app = typer.Typer(
@@ -25,10 +26,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
+app.command("generate-3d")(generate_3d)
 app.command()(calibrate)
 app.command()(models)
 
-MANY_VALUES = {"--seed": re.compile(r"\d+"), "-s": re.compile(r"\d+")}
+MANY_VALUES = {
+    "--seed": re.compile(r"\d+"),
+    "-s": re.compile(r"\d+"),
+    "--views": re.compile("front|left|back|right"),
+}
 """Options that take several values after one name (`--seed 1 2 3`), and what a value looks like."""
 
 

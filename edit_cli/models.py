@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from backbones import registry
-from backbones.spec import Backbone
+from backbones import mesh_registry, registry
+from backbones.spec import Backbone, MeshBackbone
 from edit_cli.console import print_json, stdout
 
 
@@ -17,16 +17,21 @@ def models(
     ] = False,
 ) -> None:
     """List the models known by name; other pipeline folders and hub ids of these families work too."""
-    rows = list(registry.rows().values())
+    rows: list[Backbone | MeshBackbone] = [*registry.rows().values(), *mesh_registry.rows().values()]
     if json_output:
-        print_json({"default": registry.DEFAULT_MODEL, "models": [as_dict(row) for row in rows]})
+        print_json(
+            {
+                "default": registry.DEFAULT_MODEL,
+                "default_3d": mesh_registry.DEFAULT_MESH_MODEL,
+                "models": [as_dict(row) for row in rows],
+            }
+        )
         return
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("name", "family"):
-        table.add_column(name, no_wrap=True)
+    table.add_column("name", no_wrap=True)
     for name in ("parameters", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("weights", "routers"):
@@ -35,7 +40,6 @@ def models(
     for row in rows:
         table.add_row(
             f"[bold]{row.name}[/]",
-            row.family.name,
             readable_count(row.parameters),
             f"{row.memory_gib:g} GiB",
             "[green]packaged[/]" if row.packaged else "hub",
@@ -46,8 +50,13 @@ def models(
     stdout().print("[dim]memory: all weights in bf16 (small models fp32); --offload needs less[/]")
 
 
-def as_dict(row: Backbone) -> dict[str, Any]:
+def as_dict(row: Backbone | MeshBackbone) -> dict[str, Any]:
     """A registry row for scripts."""
+    made: dict[str, Any] = {"makes": "pictures"}
+    if isinstance(row, MeshBackbone):
+        made = {"makes": "meshes", "octree_resolution": row.defaults.octree_resolution, "views": row.views}
+    else:
+        made |= {"width": row.defaults.width, "height": row.defaults.height}
     return {
         "name": row.name,
         "family": row.family.name,
@@ -58,8 +67,7 @@ def as_dict(row: Backbone) -> dict[str, Any]:
         "memory_gib": row.memory_gib,
         "licence": row.licence,
         "routers": row.bundle is not None,
-        "width": row.defaults.width,
-        "height": row.defaults.height,
+        **made,
         "steps": row.defaults.steps,
         "guidance": row.defaults.guidance,
         "summary": row.summary,

@@ -47,10 +47,10 @@ def as_table(result: Result) -> RenderableType:
     asked = one_or_all([job.budget for job in result.jobs])
     summary = {
         "model": _model(result),
-        "budget": f"asked {_asked(asked)}, spent {_spread(result.spent)} of the dense FLOPs",
+        "budget": f"asked {_asked(asked)}, spent {spread(result.spent)} of the dense FLOPs",
         "compute": f"{flops(result.flops['spent'])} of {flops(result.flops['dense'])} dense, "
         f"in {result.calls} transformer calls",
-        "decisions": _decisions(result.decisions),
+        "decisions": decision_line(result.decisions),
         "time": " · ".join(f"{name} {value:.2f} s" for name, value in result.seconds.items()),
     }
     if result.comparison is not None:
@@ -93,14 +93,16 @@ def _asked(asked: Any) -> str:
     return f"{asked:g}"
 
 
-def _spread(spent: Sequence[float]) -> str:
+def spread(spent: Sequence[float]) -> str:
+    """Mean of what was spent, and its range where there is one."""
     mean = f"{fmean(spent):.3f}"
     if len(spent) == 1 or max(spent) - min(spent) < 0.0005:
         return mean
     return f"{mean} (from {min(spent):.3f} to {max(spent):.3f})"
 
 
-def _decisions(decisions: dict[str, Any]) -> str:
+def decision_line(decisions: dict[str, Any]) -> str:
+    """Block runs skipped, reused and computed at each width."""
     compute = decisions["compute"]
     total = decisions["skip"] + decisions["reuse"] + sum(compute.values())
     widths = ", ".join(f"{WIDTH_NAMES.get(w, w)} {n}" for w, n in compute.items() if n)

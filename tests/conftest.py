@@ -127,3 +127,11 @@ def flux_folder(tmp_path_factory) -> Path:
         make_bundle(folder / "routers", folder, flux.TRANSFORMER, steps=2)
 
     return _once(tmp_path_factory, "tiny-flux", build)
+
+
+@pytest.fixture(scope="session")
+def mesh_folder(tmp_path_factory) -> Path:
+    """A random Hunyuan3D 2 folder with its own bundle in `routers/` (recommends 0.8, at least 0.4)."""
+    from tests.hunyuan3d_tiny import save_folder
+
+    return _once(tmp_path_factory, "tiny-mesh", save_folder)

@@ -1,11 +1,18 @@
 """A Hunyuan3D checkpoint small enough for tests: random weights, published layout."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from backbones.hunyuan3d.checkpoints import save_checkpoint
 from backbones.hunyuan3d.config import build
+from backbones.hunyuan3d.family import TRANSFORMER_2
+from routers.bundle import Bundle, architecture, fingerprint
+from routers.plan import ErrorTables
+from routers.router import Router
 
 VAE_PARAMS: dict[str, Any] = {
     "num_latents": 12,
@@ -63,3 +70,37 @@ def components(with_encoder: bool = False) -> dict[str, nn.Module]:
         "vae": build("vae", vae),
         "conditioner": build("conditioner", CONFIG["conditioner"]),
     }
+
+
+def save_folder(folder: Path, **changes: Any) -> Path:
+    """The checkpoint as a folder with a bundle in `routers/` (recommends 0.8, at least 0.4).
+
+    changes: sections of CONFIG to replace.
+    """
+    parts = components()
+    save_checkpoint(folder, {**CONFIG, **changes}, parts)
+    (folder / "edit.json").write_text('{"steps": 4, "octree_resolution": 24}')
+    blocks = [*parts["model"].double_blocks, *parts["model"].single_blocks]
+    rng, shape = np.random.default_rng(0), (1, 4, len(blocks))
+    tables = ErrorTables(
+        branches=("main",),
+        reuse=1e-4 * np.arange(1, 4) ** 2 * rng.uniform(0.5, 2, (*shape, 1)),
+        width=np.array([3e-3, 1e-3, 2e-4]) * rng.uniform(0.5, 2, (*shape, 1)),
+        skip=rng.uniform(0.01, 0.1, shape),
+        gain=np.ones(shape),
+    )
+    dim = DIT_PARAMS["hidden_size"]
+    torch.manual_seed(0)
+    Bundle(
+        spec=TRANSFORMER_2,
+        tables=tables,
+        routers=[Router(dim, dim, 4).state_dict() for _ in blocks],
+        base_model=folder.name,
+        architecture=architecture(parts["model"]),
+        fingerprint=fingerprint(parts["model"]),
+        num_steps=4,
+        guidance=5.0,
+        recommended_budget=0.8,
+        min_budget=0.4,
+    ).save(folder / "routers")
+    return folder

@@ -9,7 +9,7 @@ from operator import attrgetter
 
 import pytest
 
-from backbones import registry
+from backbones import mesh_registry, registry
 from backbones.registry import ModelNotFoundError
 from backbones.spec import PACKAGE_FOLDER
 
@@ -109,3 +109,29 @@ def test_unknown_defaults_are_refused(tmp_path, qwen_folder):
     (folder / "edit.json").write_text(json.dumps({"widht": 64}))
     with pytest.raises(ModelNotFoundError, match=r"unknown keys \['widht'\]; allowed are width, height"):
         registry.resolve(str(folder))
+
+
+@pytest.mark.parametrize("name", [name for name, row in mesh_registry.rows().items() if not row.packaged])
+def test_shipped_mesh_configs_have_the_registered_size(name):
+    import torch
+
+    from backbones.hunyuan3d.config import build
+
+    row = mesh_registry.resolve(name)
+    with torch.device("meta"):
+        transformer = build("model", mesh_registry.model_config(row)["model"])
+    assert sum(p.numel() for p in transformer.parameters()) == row.transformer_parameters
+    assert type(transformer).__name__ == row.family.transformer.transformer_class
+    assert row.guided != bool(transformer.guidance_embed)
+
+
+def test_mesh_models_resolve_by_name_hub_id_and_folder(mesh_folder):
+    assert mesh_registry.resolve("tencent/Hunyuan3D-2mini").name == "hunyuan3d-2mini"
+    assert mesh_registry.resolve("tencent/Hunyuan3D-2/hunyuan3d-dit-v2-0-turbo").name == "hunyuan3d-2-turbo"
+    assert mesh_registry.resolve("tencent/Hunyuan3D-2").name == "hunyuan3d-2"
+    found = mesh_registry.resolve(str(mesh_folder))
+    assert (found.family.name, found.defaults.octree_resolution) == ("Hunyuan3D 2", 24)
+    assert found.bundle == mesh_folder / "routers"
+    assert found.parameters == sum(mesh_registry.component_parameters(found).values()) > 0
+    with pytest.raises(ModelNotFoundError, match=r"makes meshes: use `edit generate-3d -m hunyuan3d-2\.1`"):
+        registry.resolve("hunyuan3d-2.1")

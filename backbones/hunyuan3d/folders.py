@@ -30,6 +30,18 @@ def resolve_folder(model: str | Path, subfolder: str | None = None, variant: str
     return cache if (cache / "config.yaml").is_file() else _download(repo, subfolder, variant)
 
 
+def cached_folder(model: str) -> Path | None:
+    """The folder of a hub id `owner/name/subfolder` if its config is on this machine; never downloads."""
+    from huggingface_hub import try_to_load_from_cache
+
+    owner, name, *rest = model.split("/")
+    cache = Path(os.environ.get("HY3DGEN_MODELS", "~/.cache/hy3dgen")).expanduser() / model
+    if (cache / "config.yaml").is_file():
+        return cache
+    found = try_to_load_from_cache(f"{owner}/{name}", "/".join([*rest, "config.yaml"]))
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def _download(repo: str, subfolder: str | None, variant: str | None) -> Path:
     """Fetch `config.yaml` and the first weight file there is; offline, what the hub's cache holds."""
     from huggingface_hub import hf_hub_download

@@ -177,7 +177,7 @@ class _Sampler:
             )
             logits = self.field(points).float().cpu().numpy()
             if not np.isfinite(logits).all():
-                raise ValueError("the decoder returned NaN or infinite logits; try --dtype float32")
+                raise ValueError("the decoder returned NaN or infinite logits; try --dtype fp32")
             out[start : start + len(part)] = logits
             self.evaluations += len(part)
             if self.progress is not None:

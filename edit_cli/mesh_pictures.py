@@ -1,0 +1,108 @@
+"""Input pictures of `edit generate-3d`: any mode Pillow reads, upright, background removed. Torch-free.
+
+Shapes: H, W rows and columns of the picture in px.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from edit_cli.errors import EditError
+
+TOLERANCE = 24
+"""Largest difference to the background's colour, per channel of 255, that flood fill still takes for it."""
+PLAIN_SHARE = 0.8
+"""A border counts as plain when so many of its pixels are within the tolerance of their median."""
+MIN_SHARE = 1e-4
+"""A foreground of a smaller share of the picture is taken for none."""
+
+Bytes = NDArray[np.uint8]
+
+
+def open_rgba(path: str) -> Image.Image:
+    """The first frame, upright (EXIF), as 8-bit RGBA. Raises EditError for what is no picture."""
+    try:
+        with Image.open(path) as picture:
+            picture.seek(0)
+            picture.load()
+            upright = ImageOps.exif_transpose(picture) or picture
+            return _eight_bit(upright).convert("RGBA")
+    except EditError:
+        raise
+    except Exception as error:  # Pillow plugins raise anything on damaged files
+        raise EditError(f"IMAGE {path!r} is no readable picture; give a PNG, JPEG or WebP file") from error
+
+
+def _eight_bit(picture: Image.Image) -> Image.Image:
+    """16-bit and float grey pictures, which Pillow would clip instead of scaling."""
+    if not picture.mode.startswith("I") and picture.mode != "F":
+        return picture
+    values = np.asarray(picture).astype(np.float64)
+    top = 65535.0 if picture.mode.startswith("I") else max(float(values.max(initial=0)), 1e-9)
+    return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8), "L")
+
+
+def cut_out(picture: Image.Image, how: str, name: str) -> tuple[Image.Image, str]:
+    """The picture with its background transparent, and in a word how that was found.
+
+    how: "no" takes the alpha channel as it is; "auto" removes a background only where there is no alpha;
+    "yes" always. A plain background is flood filled from the border; any other needs rembg.
+    Raises EditError if nothing is left, or if it cannot be done.
+    """
+    rgba = np.asarray(picture).copy()
+    if min(rgba.shape[:2]) < 2:
+        raise EditError(f"IMAGE {name!r} is {picture.width}x{picture.height} px; give at least 2x2 px")
+    if not rgba[..., 3].any():
+        raise EditError(f"IMAGE {name!r} is fully transparent; give a picture with something in it")
+    has_alpha = bool((rgba[..., 3] < 255).any())
+    if how == "no" or (how == "auto" and has_alpha):
+        done, found = rgba, "alpha" if has_alpha else "kept"
+    else:
+        plain = flood_background(rgba)
+        if plain is not None:
+            rgba[..., 3] = np.where(plain, 0, rgba[..., 3])
+            done, found = rgba, "plain colour"
+        else:
+            done, found = _rembg(picture, how, name)
+    _check_foreground(done, name)
+    return Image.fromarray(done, "RGBA"), found
+
+
+def flood_background(rgba_HW4: Bytes) -> NDArray[np.bool_] | None:
+    """Pixels of a plain-coloured background that touch the border [H, W]; None if the border is not plain."""
+    from scipy import ndimage
+
+    rgb = rgba_HW4[..., :3].astype(np.int16)
+    border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
+    colour = np.median(border, axis=0)
+    if (np.abs(border - colour).max(axis=1) <= TOLERANCE).mean() < PLAIN_SHARE:
+        return None
+    labels, _ = ndimage.label(np.abs(rgb - colour).max(axis=2) <= TOLERANCE)
+    edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    mask: NDArray[np.bool_] = np.isin(labels, np.setdiff1d(edge, 0))
+    return mask
+
+
+def _rembg(picture: Image.Image, how: str, name: str) -> tuple[Bytes, str]:
+    try:
+        import rembg  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        keep = " or keep it with --remove-background no" if how == "auto" else ""
+        raise EditError(
+            f"IMAGE {name!r} has a background of several colours, which needs rembg to be removed: "
+            f'pip install "elastic-dit[rembg]"; or give a picture with alpha,{keep}'.rstrip(",")
+        ) from None
+    return np.asarray(rembg.remove(picture).convert("RGBA")).copy(), "rembg"
+
+
+def _check_foreground(rgba_HW4: Bytes, name: str) -> None:
+    """The conditioner crops to the foreground's bounding box, so that must have two sides."""
+    opaque = rgba_HW4[..., 3] > 0
+    rows, columns = np.nonzero(opaque)
+    if opaque.mean() < MIN_SHARE or len(set(rows.tolist())) < 2 or len(set(columns.tolist())) < 2:
+        raise EditError(
+            f"IMAGE {name!r} has no foreground: nothing but background was found; give a picture of one "
+            "object, or keep everything with --remove-background no"
+        )
