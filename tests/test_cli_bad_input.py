@@ -194,6 +194,8 @@ def test_interrupt_keeps_finished_pictures(tmp_path, qwen_folder):
     process = subprocess.Popen(
         [str(EDIT), *arguments, "-o", "cat-{seed}.png"],
         cwd=tmp_path, env=edit_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a shell's background job ignores Ctrl-C, and would pass that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + TIMEOUT
     while not (tmp_path / "cat-0.png").exists() and time.monotonic() < deadline and process.poll() is None:

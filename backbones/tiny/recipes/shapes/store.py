@@ -95,8 +95,8 @@ class ShapeSet:
         ink = (1 - image) / 2
         batch = len(image)
         mix = np.repeat(np.eye(3)[None], batch, axis=0)
-        swapped = self.rng.random(batch) < 0.4
-        mix[swapped] = [np.eye(3)[self.rng.permutation(3)] for _ in range(int(swapped.sum()))]
+        for row in np.flatnonzero(self.rng.random(batch) < 0.4):
+            mix[row] = np.eye(3)[self.rng.permutation(3)]
         mix = mix * self.rng.uniform(0.75, 1.2, (batch, 1, 1)) + 0.08 * self.rng.standard_normal(
             (batch, 3, 3)
         )
