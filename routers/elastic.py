@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from .block import Block
 from .cost import BlockCost, block_cost, count_linears, router_flops
 from .patching import Patch, patch_forward, restore_forward
-from .policy import OpenPolicy, Policy
+from .policy import OpenPolicy, Policy, Units
 from .router import Router, RouterStack
 from .run import Call, Group, Run
 from .spec import WIDTHS, BlockSpec, TransformerSpec
+from .timing import Timeline
 from .trace import REUSE, SKIP, Trace
+
+_UNTIMED = nullcontext()
 
 
 class Computed(NamedTuple):
@@ -63,7 +66,9 @@ class Elastic:
         self.trace: Trace | None = None
         self.make_policy = policy
         self.observer: Callable[[Computed], None] | None = None
+        self.timer: Timeline | None = None
         self.blocks = _find_blocks(transformer, spec, routers)
+        self.segments = _segments(self.blocks)
         self._stackable = RouterStack.fits([block.router for block in self.blocks])
         self.names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._costs: dict[Any, tuple[list[BlockCost], float, float]] = {}
@@ -106,7 +111,7 @@ class Elastic:
 
     def _new_run(self, policy: Policy, budget: float | None, num_steps: int, samples: int | None) -> Run:
         kinds, ragged = [b.spec.kind for b in self.blocks], [b.ragged for b in self.blocks]
-        return Run(policy, budget, num_steps, kinds, samples, ragged)
+        return Run(policy, budget, num_steps, kinds, samples, ragged, self.segments)
 
     def summary(self) -> str:
         """One paragraph on the last run: budget asked and spent, decisions, cache, notes."""
@@ -126,6 +131,22 @@ class Elastic:
             *trace.notes,
         ]
         return "\n".join(lines)
+
+    # -- for observers -------------------------------------------------------------------------
+
+    @property
+    def call(self) -> Call | None:
+        """The transformer call that is being made, None outside of one."""
+        return self._call
+
+    def dense_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The transformer's own forward between two calls of a run: every block in full, nothing booked."""
+        assert self._call is None, "a call is being made"
+        return self._patches[0][1].original(*args, **kwargs)
+
+    def _timed(self, part: str, block: int = -1) -> AbstractContextManager[Any]:
+        """A span of the timer, if there is one."""
+        return _UNTIMED if self.timer is None else self.timer.span(part, block)
 
     # -- patches -------------------------------------------------------------------------------
 
@@ -176,14 +197,20 @@ class Elastic:
         if run is None:
             run, name = self._follow(time, name)
         branch = run.branch(name, tuple(sample.shape))
-        self._call = run.begin(branch, time.expand(sample.shape[0]), *cost, key)
-        try:
-            output = original(*args, **kwargs)
-            if self._call.pooled:
-                run.read_routers(self._call, self._stack(run, sample.device))
-            run.end(self._call)
-        finally:
-            self._call = None
+        with self._timed("call"):
+            with self._timed("decide"):
+                self._call = run.begin(branch, time.expand(sample.shape[0]), *cost, key)
+            try:
+                output = original(*args, **kwargs)
+                if self._call.pooled:
+                    with self._timed("router"):
+                        run.read_routers(self._call, self._stack(run, sample.device))
+                run.end(self._call)
+                info = self._call.info
+            finally:
+                self._call = None
+        if self.timer is not None:
+            self.timer.calls.append(info)
         return output
 
     def _probe(
@@ -222,19 +249,26 @@ class Elastic:
                 return original(*args, **kwargs)
             self._probing.append((block, args, kwargs))
             return block.pack(block.streams(block.bind(args, kwargs)))
-        inputs = block.bind(args, kwargs)
+        with self._timed("block", block.index):
+            return self._decided(block, call, original, block.bind(args, kwargs))
+
+    def _decided(self, block: Block, call: Call, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """A block in a call: every group of rows does what was decided for it."""
         before = block.streams(inputs)
+        call.enter(block.index, before)
         groups = call.groups[block.index]
         if groups is None:
-            gate, widths = self._route(block, inputs, before)
+            with self._timed("router", block.index):
+                gate, widths = self._route(block, inputs, before)
             groups = self._require_run().decide_block(call, block.index, gate, widths)
         elif self._reads_stack() and any(group.code >= 0 for group in groups):
             modulation = inputs.get(block.spec.modulation) if block.spec.modulation else None
-            call.pooled[block.index] = before[0].mean(dim=1), modulation
+            with self._timed("router", block.index):
+                call.pooled[block.index] = before[0].mean(dim=1), modulation
         if groups[0].index is None:
-            after = self._act(block, call, groups[0], original, inputs, before)
-            return block.pack(after)
-        total = tuple(stream.clone() for stream in before)
+            call.left = self._act(block, call, groups[0], original, inputs, before)
+            return block.pack(call.left)
+        call.left = total = tuple(stream.clone() for stream in before)
         for group in groups:
             if group.code == SKIP:
                 continue
@@ -267,15 +301,20 @@ class Elastic:
         time = call.time if index is None else call.time.index_select(0, index)
         policy = self._require_run().policy
         if group.code == REUSE:
-            delta = group.cache.delta(block.index, group.last, group.rows, time, policy.order, index)
-            return tuple(x + d for x, d in zip(before, delta, strict=True))
+            with self._timed("cache", block.index):
+                delta = group.cache.delta(
+                    group.unit, group.last, group.rows, time, policy.order, index, group.weights
+                )
+                return tuple(x + d for x, d in zip(before, delta, strict=True))
         if policy.reads_routers and block.router is not None and not self._stackable:
-            self._remember_logits(block, call, index, inputs, before)
+            with self._timed("router", block.index):
+                self._remember_logits(block, call, index, inputs, before)
         with block.narrowed(WIDTHS[group.code], group.parts):
             after = block.unpack(original(**inputs))
         if self.observer is not None:
             self.observer(Computed(block, call, original, inputs, before, after))
-        group.cache.store(block.index, group.rows, time, before, after, index)
+        with self._timed("cache", block.index):
+            call.remember(block.index, group, time, before, after)
         return after
 
     def _reads_stack(self) -> bool:
@@ -396,3 +435,9 @@ def _shapes(inputs: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]], ...
         elif isinstance(value, Mapping):
             found += [(f"{name}.{inner}", shape) for inner, shape in _shapes(value)]
     return tuple(found)
+
+
+def _segments(blocks: Sequence[Block]) -> Units:
+    """Stretches of blocks on the same residual streams: (first, last) block of each."""
+    starts = [i for i, b in enumerate(blocks) if i == 0 or b.spec.streams != blocks[i - 1].spec.streams]
+    return tuple(zip(starts, [*(s - 1 for s in starts[1:]), len(blocks) - 1], strict=True))
