@@ -37,7 +37,7 @@ def calibrate(
     evaluate: Evaluate = None,
     budgets: Budgets = "0.35:1.0",
     samples: Samples = "32",
-    probes: Probes = "320",
+    probes: Probes = "80",
     steps: o.Steps = None,
     guidance: o.Guidance = None,
     seed: o.Seed = None,
@@ -49,8 +49,8 @@ def calibrate(
 ) -> None:
     """Fit a bundle to a model in minutes. The model's weights are not changed.
 
-    Runs the dense model on calibration prompts, measures what every cheaper action costs in each block
-    and step, and fits small routers that tell samples apart.
+    Runs the dense model on calibration prompts, measures how well each step's work is predicted from the
+    steps before and what an error at it does to the result, and fits small routers that tell samples apart.
 
     [dim]edit calibrate -m qwen-image-tiny -o bundle
     edit generate "a cat" --routers bundle --budget 0.5[/dim]

@@ -15,12 +15,12 @@ from rich.table import Table
 
 import routers
 from backbones import loading, registry
-from backbones.spec import PACKAGE_FOLDER, Backbone, Placement
+from backbones.spec import Backbone, Placement
 from backbones.workload import PipelineWorkload
 from edit_cli import __version__
 from edit_cli.errors import EditError
-from edit_cli.prompts import read_prompts
-from routers.calibrate.evaluate import Quality, as_metadata, evaluate, recommend
+from edit_cli.prompts import default_prompts, read_prompts
+from routers.calibrate.evaluate import Quality, as_metadata, evaluate, prefers_routers, recommend
 from routers.calibrate.fit import FitSettings, fit
 
 HELD_OUT = 8
@@ -68,6 +68,8 @@ class Calibration:
             self.train.guidance, self.settings, _reporter(bars),
         )  # fmt: skip
         bundle.min_budget = low
+        report = _reporter(bars)
+        prefers_routers(self.pipe.transformer, bundle, self.train, lambda d, t: report("per sample?", d, t))
         self.seconds["fit"] = time.perf_counter() - start
         return bundle
 
@@ -107,19 +109,13 @@ class Calibration:
             ) from error
 
 
-def default_prompts(backbone: Backbone) -> Path:
-    """A model's own calibration prompts (`calibration.txt` in its folder), else the packaged general ones."""
-    own = backbone.folder / "calibration.txt" if backbone.folder is not None else None
-    return own if own is not None and own.is_file() else PACKAGE_FOLDER / "configs" / "calibration.txt"
-
-
 def as_json(bundle: routers.Bundle, rows: Sequence[Quality], folder: Path) -> dict[str, Any]:
     """The object that `--json` prints."""
     return {
         "bundle": str(folder),
         "model": bundle.base_model,
         "recommended_budget": recommend(rows),
-        "order": bundle.order,
+        "per_sample": bundle.per_sample,
         "router_correlation": bundle.metadata.get("router_correlation"),
         "quality": as_metadata(rows),
     }

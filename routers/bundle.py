@@ -1,6 +1,6 @@
 """A bundle: what `calibrate` learned about one model, as a folder of safetensors and JSON.
 
-    routers.safetensors   router weights ("routers.<i>.<key>") and error tables ("tables.<name>")
+    routers.safetensors   router weights ("routers.<i>.<key>") and moments ("moments.<name>")
     bundle.json           block map, base model and its fingerprint, what it was fitted for, measured quality
 
 One bundle serves every budget from its minimum to 1: the plan for a budget is solved when a run starts.
@@ -24,23 +24,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .elastic import Elastic
-from .plan import ErrorTables
+from .plan import Moments, Planner
 from .planned import PlannedPolicy
 from .policy import OpenPolicy
 from .router import Router
 from .spec import TransformerSpec
 
-FORMAT = 1
-TABLES = ("reuse", "width", "skip", "gain")
+FORMAT = 2
+MOMENTS = ("gram", "gain", "mixing")
 FINGERPRINT_TENSORS, FINGERPRINT_VALUES = 32, 8
 
 
 @dataclass
 class Bundle:
-    """Routers, error tables and where they belong. `metadata` is JSON data for people and reports."""
+    """Routers, moments and where they belong. `metadata` is JSON data for people and reports."""
 
     spec: TransformerSpec
-    tables: ErrorTables
+    moments: Moments
     routers: list[dict[str, Tensor]]
     base_model: str
     architecture: str
@@ -48,18 +48,19 @@ class Bundle:
     num_steps: int
     guidance: float
     times: list[float] = field(default_factory=list)
-    order: int = 1
-    per_sample: bool = True
+    per_sample: bool = False
     min_budget: float = 0.35
     recommended_budget: float = 1.0
     metadata: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
     path: str = ""
+    planners: dict[tuple[int, int], Planner] = field(default_factory=dict, repr=False)
+    """Plans solved so far, by number of steps and cache depth."""
 
     def policy(self, *, per_sample: bool | None = None, batch_mean: bool = False) -> PlannedPolicy:
-        """A budget policy on these tables. per_sample None: as calibration found better."""
+        """A budget policy on these moments. per_sample None: as calibration found better."""
         use_routers = self.per_sample if per_sample is None else per_sample
-        return PlannedPolicy(self.tables, self.order, per_sample=use_routers, batch_mean=batch_mean)
+        return PlannedPolicy(self.moments, self.planners, per_sample=use_routers, batch_mean=batch_mean)
 
     def check_budget(self, budget: float) -> None:
         """Raises ValueError for a budget this bundle was not fitted for."""
@@ -76,8 +77,8 @@ class Bundle:
         tensors = {
             f"routers.{i}.{k}": v.contiguous() for i, r in enumerate(self.routers) for k, v in r.items()
         }
-        for name in TABLES:
-            tensors[f"tables.{name}"] = torch.from_numpy(getattr(self.tables, name)).float()
+        for name in MOMENTS:
+            tensors[f"moments.{name}"] = torch.from_numpy(getattr(self.moments, name))
         _replace(folder / "routers.safetensors", lambda path: save_file(tensors, path))
         description = {
             "format": FORMAT,
@@ -85,11 +86,10 @@ class Bundle:
             "architecture": self.architecture,
             "fingerprint": self.fingerprint,
             "spec": self.spec.to_dict(),
-            "branches": list(self.tables.branches),
+            "branches": list(self.moments.branches),
             "num_steps": self.num_steps,
             "guidance": self.guidance,
             "times": self.times,
-            "order": self.order,
             "per_sample": self.per_sample,
             "min_budget": self.min_budget,
             "recommended_budget": self.recommended_budget,
@@ -112,7 +112,7 @@ def load_bundle(path: str | Path) -> Bundle:
             raise ValueError(f"format {data.get('format')!r}, this version reads {FORMAT}")
         with safe_open(weights_file, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        tables = {name: tensors[f"tables.{name}"].double().numpy() for name in TABLES}
+        moments = {name: tensors[f"moments.{name}"].double().numpy() for name in MOMENTS}
         routers: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("routers."):
@@ -121,7 +121,7 @@ def load_bundle(path: str | Path) -> Bundle:
         digest = hashlib.sha256(description_file.read_bytes() + weights_file.read_bytes()).hexdigest()
         return Bundle(
             spec=TransformerSpec.from_dict(data["spec"]),
-            tables=ErrorTables(tuple(data["branches"]), **tables),
+            moments=Moments(tuple(data["branches"]), **moments),
             routers=[routers[i] for i in range(len(routers))],
             digest=digest,
             path=str(folder),
@@ -138,7 +138,6 @@ _PLAIN_FIELDS = (
     "num_steps",
     "guidance",
     "times",
-    "order",
     "per_sample",
     "min_budget",
     "recommended_budget",

@@ -1,14 +1,16 @@
-"""Feature cache: what each block added when it was last computed, per sample, and its extrapolation in time.
+"""Feature cache: what blocks added when they were last computed, per sample, and what they will add next.
 
-While all rows of a batch compute a block together, its pass is remembered as references to the residual
-streams before and after it: nothing is copied while a model runs densely, a block's `after` is the next
-block's `before`, and the difference is taken only when a reuse asks for it, once for a whole stretch of
-consecutive reused blocks. Once rows go separate ways, their deltas are kept in one table per block.
+Blocks are cached in *units* of consecutive blocks; by default each is a unit of its own. While all rows of
+a batch compute a unit together, its pass is remembered as references to the residual streams before and
+after it: nothing is copied while a model runs densely, a unit's `after` is the next one's `before`, and
+the difference is taken only when a reuse asks for it, once for a whole stretch of consecutive reused
+units. Once rows go separate ways, their deltas are kept in one table per unit.
 
-Order 0 adds the last residual delta again (the E-DiT release); order 1 continues its change linearly
-in the sampler's time (first-order Taylor, as in TaylorSeer, arXiv 2503.06923), from the last two passes.
+A policy may give the weights with which the remembered deltas are added up (routers/plan.py). Else order 0
+adds the last residual delta again (the E-DiT release), and order 1 continues its change linearly in the
+sampler's time (first-order Taylor, as in TaylorSeer, arXiv 2503.06923), from the last two passes.
 
-Shapes: R rows (samples, or cond/uncond rows of a batched call), R' some of them, L tokens, D dim.
+Shapes: R rows (samples, or cond/uncond rows of a batched call), R' some of them, L tokens, D dim, P passes.
 """
 
 from __future__ import annotations
@@ -22,24 +24,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Streams = tuple[Tensor, ...]
+Weights = tuple[float, ...] | Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One computed pass of one block for every row: streams `[R, L, D]` before and after, at time `[R]`."""
+    """One computed pass of one unit for every row: streams `[R, L, D]` before and after, at time `[R]`."""
 
     time: Tensor
     before: Streams
     after: Streams
 
     def delta(self, end: Pass) -> Streams:
-        """What was added from this block's input to the output of `end`."""
+        """What was added from this unit's input to the output of `end`."""
         return tuple(a - b for a, b in zip(end.after, self.before, strict=True))
 
 
 @dataclass(eq=False)
 class RowTable:
-    """Deltas of one block whose rows were computed at different steps, newest first: per depth, per stream.
+    """Deltas of one unit whose rows were computed at different steps, newest first: per depth, per stream.
 
     A row with fewer passes than the depth repeats its oldest one, a unit of time apart, so that an
     extrapolation from equal deltas gives just these. count [R]: passes each row really has.
@@ -78,17 +81,17 @@ def _write(streams: Streams, index: Tensor, values: Streams) -> None:
 
 
 class ResidualCache:
-    """The last `depth` passes of every block for every row of one CFG branch. Depth 0 stores nothing."""
+    """The last `depth` passes of every unit for every row of one CFG branch. Depth 0 stores nothing."""
 
-    def __init__(self, num_blocks: int, num_rows: int, depth: int) -> None:
+    def __init__(self, num_units: int, num_rows: int, depth: int) -> None:
         self.num_rows = num_rows
         self.depth = depth
-        self._passes: list[list[Pass]] = [[] for _ in range(num_blocks)]  # of all rows, most recent first
-        self._tables: list[RowTable | None] = [None] * num_blocks
+        self._passes: list[list[Pass]] = [[] for _ in range(num_units)]  # of all rows, most recent first
+        self._tables: list[RowTable | None] = [None] * num_units
 
     def store(
         self,
-        block: int,
+        unit: int,
         rows: Sequence[int] | None,
         time: Tensor,
         before: Streams,
@@ -102,24 +105,24 @@ class ResidualCache:
         if self.depth == 0:
             return
         if rows is None:
-            self._passes[block] = [Pass(time, before, after), *self._passes[block]][: self.depth]
-            if len(self._passes[block]) == self.depth:
-                self._tables[block] = None
-            if self._tables[block] is None:
+            self._passes[unit] = [Pass(time, before, after), *self._passes[unit]][: self.depth]
+            if len(self._passes[unit]) == self.depth:
+                self._tables[unit] = None
+            if self._tables[unit] is None:
                 return
             rows = range(self.num_rows)
         else:
-            self._table(block, before)
-            self._passes[block] = []
+            self._table(unit, before)
+            self._passes[unit] = []
         index = torch.tensor(list(rows), device=time.device) if index is None else index
         delta = tuple(a - b for a, b in zip(after, before, strict=True))
-        self._table(block, before).put(rows, index, time, delta)
+        self._table(unit, before).put(rows, index, time, delta)
 
-    def _table(self, block: int, like: Streams) -> RowTable:
-        """The block's row table, made from the passes so far. like: streams of any rows, for their shapes."""
-        table = self._tables[block]
+    def _table(self, unit: int, like: Streams) -> RowTable:
+        """The unit's row table, made from the passes so far. like: streams of any rows, for their shapes."""
+        table = self._tables[unit]
         if table is None:
-            passes, rows = self._passes[block], self.num_rows
+            passes, rows = self._passes[unit], self.num_rows
             deltas = [tuple(d.detach() for d in p.delta(p)) for p in passes]
             times = [p.time.clone() for p in passes]
             if not passes:
@@ -128,24 +131,24 @@ class ResidualCache:
             while len(deltas) < self.depth:
                 deltas.append(tuple(d.clone() for d in deltas[-1]))
                 times.append(times[-1] + 1)
-            table = self._tables[block] = RowTable(deltas, times, np.full(rows, len(passes)))
+            table = self._tables[unit] = RowTable(deltas, times, np.full(rows, len(passes)))
         return table
 
-    def available(self, block: int, row: int) -> int:
-        """How many passes of `block` are remembered for `row`, at most `depth`."""
-        table = self._tables[block]
-        return len(self._passes[block]) if table is None else int(table.count[row])
+    def available(self, unit: int, row: int) -> int:
+        """How many passes of `unit` are remembered for `row`, at most `depth`."""
+        table = self._tables[unit]
+        return len(self._passes[unit]) if table is None else int(table.count[row])
 
     def chained(self, first: int, last: int) -> bool:
-        """Whether blocks first..last fed each other directly in the remembered passes.
+        """Whether units first..last fed each other directly in the remembered passes.
 
-        False as soon as something was added between two blocks (ControlNet), or passes of different
-        steps would be mixed: their deltas must then be added block by block.
+        False as soon as something was added between two units (ControlNet), or passes of different
+        steps would be mixed: their deltas must then be added unit by unit.
         """
         if any(table is not None for table in self._tables[first : last + 1]):
             return False
-        for block in range(first, last):
-            here, after = self._passes[block], self._passes[block + 1]
+        for unit in range(first, last):
+            here, after = self._passes[unit], self._passes[unit + 1]
             if len(here) != len(after):
                 return False
             for a, b in zip(here, after, strict=True):
@@ -163,27 +166,29 @@ class ResidualCache:
         time: Tensor,
         order: int,
         index: Tensor | None = None,
+        weights: Weights | None = None,
     ) -> Streams:
-        """What blocks first..last together add for `rows` (None: all) at `time [R']`: streams `[R', L, D]`.
+        """What units first..last together add for `rows` (None: all) at `time [R']`: streams `[R', L, D]`.
 
-        The blocks must be chained. Uses as high an order as the remembered passes allow. index: `rows` on
+        The units must be chained. weights: of the passes, newest first, for all rows alike or `[R', P]`;
+        None extrapolates in time, with as high an order as the remembered passes allow. index: `rows` on
         the device, made from them if not given.
         """
         if not all(self.available(first, row) for row in (range(self.num_rows) if rows is None else rows)):
-            raise RuntimeError(f"block {first} has nothing cached for rows {rows}")
-        passes = self._passes[first]
+            raise RuntimeError(f"unit {first} has nothing cached for rows {rows}")
+        passes, keep = self._passes[first], order + 1 if weights is None else self.depth
         if rows is not None or self._tables[first] is not None:
             table = self._table(first, passes[0].before if passes else ())
             if rows is not None and index is None:
                 index = torch.tensor(list(rows), device=time.device)
             pick = (lambda x: x) if index is None else (lambda x: x.index_select(0, index))
-            deltas = [tuple(pick(d) for d in streams) for streams in table.deltas[: order + 1]]
-            times = [pick(t) for t in table.times[: order + 1]]
+            deltas = [tuple(pick(d) for d in streams) for streams in table.deltas[:keep]]
+            times = [pick(t) for t in table.times[:keep]]
         else:
             ends = self._passes[last]
-            deltas = [start.delta(end) for start, end in zip(passes[: order + 1], ends, strict=False)]
-            times = [start.time for start in passes[: order + 1]]
-        return _extrapolate(deltas, times, time)
+            deltas = [start.delta(end) for start, end in zip(passes[:keep], ends, strict=False)]
+            times = [start.time for start in passes[:keep]]
+        return _extrapolate(deltas, times, time) if weights is None else _weighted(deltas, weights)
 
     def nbytes(self) -> int:
         """Bytes held alive by the remembered passes, shared tensors counted once."""
@@ -199,3 +204,23 @@ def _extrapolate(deltas: list[Streams], times: list[Tensor], time: Tensor) -> St
     weight = ((time - times[1]) / (times[0] - times[1])).reshape(-1, 1, 1)
     # older + weight * (newest - older): weight 1 repeats the newest, beyond 1 extrapolates.
     return tuple(torch.lerp(o, n, weight.to(n.dtype)) for n, o in zip(*deltas, strict=True))
+
+
+def _weighted(deltas: list[Streams], weights: Weights) -> Streams:
+    """The weighted sum of deltas, newest first; weights of passes that are not there must be 0."""
+    if isinstance(weights, Tensor):
+        factors = [w.reshape(-1, 1, 1).to(deltas[0][0].dtype) for w in weights[:, : len(deltas)].unbind(1)]
+        streams_P = zip(*deltas, strict=True)
+        return tuple(_sum([d * w for d, w in zip(stream_P, factors, strict=True)]) for stream_P in streams_P)
+    known = [(streams, w) for streams, w in zip(deltas, weights, strict=False) if w]
+    totals = [d * known[0][1] for d in known[0][0]]
+    for streams, w in known[1:]:
+        totals = [total.add_(d, alpha=w) for total, d in zip(totals, streams, strict=True)]
+    return tuple(totals)
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total

@@ -1,198 +1,236 @@
-"""From measured errors to a plan: which block to compute at which step, at least error for a budget.
+"""From calibration's second moments to a plan: at which steps to compute the blocks, and how to stand in.
 
-Calibration measures two things on the dense model: the *local* squared error of every cheaper action
-(reuse of a delta k steps old, a narrower MLP, a skip) per branch, step and block, and the *gain* with
-which a local error at that place reaches the final latents. Their product is taken as the cost of an
-action; errors of different places are taken to add. Under that model the best plan for a price
-`lam` of FLOPs is found exactly, block by block, by dynamic programming over steps with the age of the
-block's cached delta as the state; the price is searched so that the plan lands on the budget.
+Reusing single blocks does not pay: a fresh block fed by stale ones answers an input it would never have
+seen, and the errors of neighbouring blocks point the same way (docs/notes/reuse-granularity.md). So a plan
+decides for the whole stack of blocks: at a step it is computed, or what it adds is *predicted* from its
+last passes. The prediction is the linear one of least squared error (kriging): with the Gram matrix of
+the stack's residual deltas over the steps of a run, known from calibration, its weights are the solution
+of a small linear system for whichever steps were computed last. Extrapolating in time (Taylor) is the
+special case of weights that do not look at the data; these do, and are several dB closer.
 
-Shapes: G CFG branches, S calibrated steps, T steps of a run, N blocks, K ages, P prices.
+The same Gram matrix gives the squared error of the final latents for any choice of computed steps in
+closed form, errors that add up or cancel between steps and CFG branches included. The best choice is
+searched by removing steps one at a time, the best few choices kept, and then exchanging steps while that
+helps.
+
+Shapes: G CFG branches, S calibrated steps, T steps of a run, P passes a prediction is made from.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .trace import FULL, REUSE, SKIP, Actions
-
 Array = NDArray[np.float64]
-MAX_AGE = 8
-"""Oldest delta, in steps of the run, that a plan may reuse."""
+Mask = NDArray[np.bool_]
+Found = tuple[Mask, float]
+"""Computed steps [T], and the squared error that computing only these leaves."""
+DEPTH = 3
+"""Passes a prediction is made from. A fourth gained nothing at 35 and 50 % of the steps of
+qwen-image-tiny and half a dB at 70 %, for a third more memory (docs/notes/planning.md)."""
+RIDGE = 1e-6
+"""Added to the diagonal of a linear system, relative to it: noise that no calibration set averages out."""
+BEAM = 12
+"""Choices of steps that the search keeps while it removes steps one at a time."""
+REACH = 4
+"""Steps a computed step is moved at most in one exchange of the search."""
 
 
 @dataclass(frozen=True)
-class ErrorTables:
-    """What calibration measured, on the S steps it ran. All values are mean squared errors, > 0.
+class Moments:
+    """What calibration measured, on the S steps it ran.
 
-    reuse [G, S, N, K]: local error of reusing a delta 1..K calibrated steps old, at the bundle's order.
-    width [G, S, N, 3]: local error of MLP widths 1/4, 1/2, 3/4. skip [G, S, N]: of adding nothing.
-    gain [G, S, N]: squared error of the final latents per unit of local squared error.
+    branches: names of the CFG branches. gram [G * S, G * S]: mean product of the stack's residual deltas of
+    two (branch, step)s, branch-major. gain [S]: squared error of the final latents per unit of squared
+    error of the mixed deltas at that step. mixing [G]: how the sampler combines the branches' outputs,
+    (g, 1 - g) for classifier-free guidance of scale g.
     """
 
     branches: tuple[str, ...]
-    reuse: Array
-    width: Array
-    skip: Array
+    gram: Array
     gain: Array
+    mixing: Array
 
-    def at(self, branch: str, num_steps: int, max_age: int = MAX_AGE) -> BranchErrors:
-        """The tables of one branch for a run of `num_steps`, interpolated in step and (log-log) in age.
+    @property
+    def num_steps(self) -> int:
+        """S."""
+        return len(self.gain)
 
-        An unknown branch name is served by the first branch's tables.
+    def at(self, num_steps: int) -> Moments:
+        """The moments of a run of another number of steps, interpolated over the share of it that is over.
+
+        Interpolating the deltas themselves and not their products keeps the Gram matrix one. A step of
+        a run of T steps is S / T as long as a calibrated one, and so is what an error at it adds.
         """
-        g = self.branches.index(branch) if branch in self.branches else 0
-        steps, ages = self.reuse.shape[1], self.reuse.shape[3]
-        x = np.linspace(0, steps - 1, num_steps) if num_steps > 1 else np.zeros(1)
-        low = np.minimum(x.astype(int), steps - 1)
-        high, part = np.minimum(low + 1, steps - 1), x - low
+        if num_steps == self.num_steps:
+            return self
+        resize_TS = cubic_interpolation(self.num_steps, num_steps)
+        resize = np.kron(np.eye(len(self.branches)), resize_TS)
+        at = np.linspace(0, self.num_steps - 1, num_steps) if num_steps > 1 else np.zeros(1)
+        gain = np.exp(np.interp(at, np.arange(self.num_steps), np.log(self.gain)))
+        scale = (self.num_steps / num_steps) ** 2
+        return Moments(self.branches, resize @ self.gram @ resize.T, gain * scale, self.mixing)
 
-        def resample(table: Array) -> Array:
-            weight = part.reshape(-1, *[1] * (table.ndim - 1))
-            mixed: Array = np.exp((1 - weight) * np.log(table[low]) + weight * np.log(table[high]))
-            return mixed
-
-        reuse = np.log(resample(self.reuse[g]))  # [T, N, ages]
-        wanted = np.log(np.arange(1, max_age + 1) * steps / num_steps)
-        known = np.log(np.arange(1, ages + 1))
-        at = np.clip(np.searchsorted(known, wanted) - 1, 0, max(ages - 2, 0))
-        if ages > 1:  # beyond the measured ages the last slope goes on
-            slope = (reuse[..., at + 1] - reuse[..., at]) / (known[at + 1] - known[at])
-        else:
-            slope = np.full((*reuse.shape[:2], max_age), 2.0)
-        aged = np.exp(reuse[..., at] + np.maximum(slope, 0.0) * (wanted - known[at]))
-        gain = resample(self.gain[g])[..., None]
-        width, skip = resample(self.width[g]), resample(self.skip[g])
-        return BranchErrors(gain * aged, gain * width, gain[..., 0] * skip)
+    def index(self, branch: str) -> int:
+        """A branch's number; an unknown name is served by the first branch's moments."""
+        return self.branches.index(branch) if branch in self.branches else 0
 
 
-@dataclass(frozen=True)
-class BranchErrors:
-    """Final squared error of each action: reuse [T, N, K] by age, width [T, N, 3], skip [T, N]."""
-
-    reuse: Array
-    width: Array
-    skip: Array
+def cubic_interpolation(known: int, wanted: int) -> Array:
+    """Matrix [wanted, known] of piecewise cubic (four-point Lagrange) interpolation at equal spacings."""
+    if known < 4:
+        eye = np.eye(known)
+        at = np.linspace(0, known - 1, wanted) if wanted > 1 else np.zeros(1)
+        return np.stack([np.interp(at, np.arange(known), row) for row in eye], axis=1)
+    matrix = np.zeros((wanted, known))
+    for row, x in enumerate(np.linspace(0, known - 1, wanted) if wanted > 1 else np.zeros(1)):
+        start = min(max(int(x) - 1, 0), known - 4)
+        nodes = np.arange(start, start + 4)
+        for node in nodes:
+            others = nodes[nodes != node]
+            matrix[row, node] = np.prod((x - others) / (node - others))
+    return matrix
 
 
 @dataclass(frozen=True)
-class BranchPlan:
-    """The solved plan of one branch.
-
-    value [T + 1, N, K + 1]: least error plus price of FLOPs from step t on, for a delta of age k at the
-    step before (0: just computed). codes [T, N]: the actions of the plan. cumulative [T]: FLOPs of a
-    row up to and including each step, what surrounds the blocks included. lam: price per FLOP.
+class StepPlan:
+    """fresh [T]: steps at which the whole stack is computed; the first always is. partial: the one further
+    step at which only the last blocks are, for a budget between two whole steps, or None. fraction: which
+    share of the stack's FLOPs it has. error: predicted squared error of the final latents.
     """
 
-    errors: BranchErrors
-    value: Array
-    codes: Actions
-    cumulative: Array
-    lam: float
+    fresh: Mask
+    partial: int | None
+    fraction: float
+    error: float
 
 
-@dataclass(frozen=True)
-class BranchCosts:
-    """FLOPs of one row of a branch's calls: `blocks` [N, 4] at each width, routers included, `outside` around
-    the blocks, and `dense`: the whole call without routers, what a budget is a ratio of.
-    """
+@dataclass
+class Planner:
+    """Plans for runs of one number of steps."""
 
-    blocks: Array
-    outside: float
-    dense: float
+    moments: Moments
+    depth: int = DEPTH
+    _weights: dict[tuple[int, int, tuple[int, ...]], Array] = field(default_factory=dict)
+    _errors: dict[tuple[int, tuple[int, ...]], Array] = field(default_factory=dict)
+    _beams: dict[int, list[Found]] = field(default_factory=dict)
+    _best: dict[int, Found] = field(default_factory=dict)
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return self.moments.num_steps
+
+    @cached_property
+    def _root(self) -> Array:
+        """[G * T, G * T]: products of its rows are the Gram matrix, so that energies are sums of squares."""
+        values, vectors = np.linalg.eigh(self.moments.gram)
+        root: Array = vectors * np.sqrt(np.maximum(values, 0.0))
+        return root
+
+    def weights(self, branch: int, step: int, passes: tuple[int, ...]) -> Array:
+        """[P]: the weights of the passes at these steps, newest first, that predict the delta at `step`."""
+        key = branch, step, passes
+        if key not in self._weights:
+            base = branch * self.num_steps
+            known = base + np.array(passes, int)
+            gram = self.moments.gram[np.ix_(known, known)]
+            ridge = RIDGE * np.trace(gram) / len(known) * np.eye(len(known))
+            self._weights[key] = np.linalg.solve(gram + ridge, self.moments.gram[known, base + step])
+        return self._weights[key]
+
+    def _step_error(self, step: int, passes: tuple[int, ...]) -> Array:
+        """[G * T]: what predicting a step from these passes adds to the final latents, in `_root`'s basis."""
+        key = step, passes
+        if key not in self._errors:
+            total = np.zeros(len(self.moments.gram))
+            for branch, mix in enumerate(self.moments.mixing):
+                base, weights = branch * self.num_steps, self.weights(branch, step, passes)
+                total += mix * (weights @ self._root[base + np.array(passes)] - self._root[base + step])
+            self._errors[key] = total * np.sqrt(self.moments.gain[step])
+        return self._errors[key]
+
+    def error(self, fresh: Mask) -> float:
+        """Squared error of the final latents if just these steps are computed. fresh [T], the first one True."""
+        computed: list[int] = []
+        total = np.zeros(len(self.moments.gram))
+        for step, is_fresh in enumerate(fresh.tolist()):
+            if is_fresh:
+                computed.insert(0, step)
+            else:
+                total += self._step_error(step, tuple(computed[: self.depth]))
+        return float(total @ total)
+
+    def best(self, count: int) -> Found:
+        """The `count` steps whose computation leaves the least error, and that error."""
+        if count not in self._best:
+            self._best[count] = self._exchange(self._beam(count)[0])
+        return self._best[count]
+
+    def _beam(self, count: int) -> list[Found]:
+        """The best few choices of `count` steps that come of removing steps one at a time, best first."""
+        for level in range(self.num_steps, count - 1, -1):
+            if level in self._beams:
+                continue
+            if level == self.num_steps:
+                self._beams[level] = [(np.ones(level, bool), 0.0)]
+                continue
+            wider = self._beams[level + 1]
+            removed = {
+                mask.tobytes(): mask
+                for fresh, _ in wider
+                for mask in (_flipped(fresh, step) for step in np.flatnonzero(fresh)[1:])
+            }
+            ranked = sorted(((m, self.error(m)) for m in removed.values()), key=lambda pair: pair[1])
+            self._beams[level] = ranked[:BEAM]
+        return self._beams[count]
+
+    def _exchange(self, found: Found) -> Found:
+        """Move computed steps, one at a time and to the best place near by, while that lowers the error."""
+        fresh, error = found
+        improved = True
+        while improved:
+            improved = False
+            for step in np.flatnonzero(fresh)[1:]:
+                places = range(max(1, step - REACH), min(self.num_steps, step + REACH + 1))
+                moved = [_flipped(fresh, step, place) for place in places if not fresh[place]]
+                if not moved:
+                    continue
+                best = min(((m, self.error(m)) for m in moved), key=lambda pair: pair[1])
+                if best[1] < error * (1 - 1e-9):
+                    (fresh, error), improved = best, True
+                    break
+        return fresh, error
+
+    def plan(self, computed: float) -> StepPlan:
+        """The best plan that computes the stack `computed` times, a fraction included; at least once."""
+        computed = min(max(computed, 1.0), float(self.num_steps))
+        count = int(computed + 1e-9)
+        fraction = computed - count
+        fresh, error = self.best(count)
+        if fraction < 1e-6:
+            return StepPlan(fresh, None, 0.0, error)
+        # Either the plan with a step less and somewhere a partial one, or the one with a step more,
+        # one of its steps partial. What a partial step repairs is taken as its share of the FLOPs.
+        candidates = [(fresh, error, int(s)) for s in np.flatnonzero(~fresh)]
+        larger, _ = self.best(count + 1)
+        for step in np.flatnonzero(larger)[1:]:
+            without = _flipped(larger, step)
+            candidates.append((without, self.error(without), int(step)))
+
+        def expected(candidate: tuple[Mask, float, int]) -> float:
+            base, least, step = candidate
+            return (1 - fraction) * least + fraction * self.error(_flipped(base, step))
+
+        chosen = min(candidates, key=expected)
+        return StepPlan(chosen[0], chosen[2], fraction, expected(chosen))
 
 
-def solve(
-    errors: dict[str, BranchErrors], costs: dict[str, BranchCosts], budget: float, first_dense: bool
-) -> dict[str, BranchPlan]:
-    """The best plan of every branch at one common price such that together they spend `budget`.
-
-    budget: ratio of dense FLOPs. first_dense: step 0 has been computed in full. The cumulative targets
-    are stretched so that the last ones add up to the budget exactly.
-    """
-    steps = next(iter(errors.values())).skip.shape[0]
-    target = budget * steps * sum(costs[name].dense for name in errors)
-    low, high = -80.0, 20.0  # log price relative to error per FLOP; outside any real table
-    scale = float(np.median([np.median(e.reuse[..., 0]) / costs[n].dense for n, e in errors.items()]))
-    for _ in range(3):
-        grid = np.linspace(low, high, 17)
-        prices = scale * np.exp(grid)
-        spends = np.zeros(len(grid))
-        for name, branch in errors.items():
-            value = _value(branch, costs[name].blocks, prices)
-            codes = _codes(branch, value, costs[name].blocks, prices, first_dense)
-            spends += _spent(codes, costs[name]).sum(axis=0)
-        under = np.flatnonzero(spends <= target)
-        pick = int(under[0]) if len(under) else len(grid) - 1
-        low, high = grid[max(pick - 1, 0)], grid[pick]
-    return _finish(errors, costs, target, scale * float(np.exp(high)), first_dense)
-
-
-def _value(errors: BranchErrors, costs: Array, lam: Array) -> Array:
-    """Backward pass for all prices at once: [P, T + 1, N, K + 1]."""
-    steps, blocks, ages = errors.reuse.shape
-    value = np.zeros((len(lam), steps + 1, blocks, ages + 1))
-    width = np.concatenate([errors.width, np.zeros((steps, blocks, 1))], axis=2)
-    for t in range(steps - 1, -1, -1):
-        after = value[:, t + 1]
-        compute = (lam[:, None, None] * costs + width[t]).min(axis=2) + after[:, :, 0]
-        older = np.concatenate([after[:, :, 1:], after[:, :, -1:]], axis=2)  # the age saturates
-        aged = np.concatenate([errors.reuse[t], errors.reuse[t][:, -1:]], axis=1)
-        cheap = np.minimum(aged, errors.skip[t][:, None]) + older
-        value[:, t] = np.minimum(compute[:, :, None], cheap)
-    return value
-
-
-def _codes(errors: BranchErrors, value: Array, costs: Array, lam: Array, first_dense: bool) -> Actions:
-    """Forward pass: action codes [P, T, N] from the values."""
-    steps, blocks, ages = errors.reuse.shape
-    prices, columns = np.arange(len(lam))[:, None], np.arange(blocks)[None]
-    codes = np.full((len(lam), steps, blocks), FULL, np.int8)
-    age = np.zeros((len(lam), blocks), int)
-    width = np.concatenate([errors.width, np.zeros((steps, blocks, 1))], axis=2)
-    for t in range(1 if first_dense else 0, steps):
-        priced = lam[:, None, None] * costs + width[t]
-        best = priced.argmin(axis=2)
-        compute = priced.min(axis=2) + value[:, t + 1, :, 0]
-        older = value[prices, t + 1, columns, np.minimum(age + 1, ages)]
-        reuse = errors.reuse[t][columns, np.minimum(age, ages - 1)] + older
-        skip = np.broadcast_to(errors.skip[t] + older, reuse.shape)
-        if t == 0:
-            reuse = np.full_like(reuse, np.inf)
-        choice = np.where(compute <= np.minimum(reuse, skip), best, np.where(reuse <= skip, REUSE, SKIP))
-        codes[:, t] = choice
-        age = np.where(choice >= 0, 0, age + 1)
-    return codes
-
-
-def _spent(codes: Actions, costs: BranchCosts) -> Array:
-    """FLOPs per step of plans [P, T, N] -> [T, P]."""
-    blocks = np.arange(costs.blocks.shape[0])
-    cost = np.where(codes >= 0, costs.blocks[blocks, np.maximum(codes, 0)], 0.0)
-    per_step: Array = cost.sum(axis=2).T + costs.outside
-    return per_step
-
-
-def _finish(
-    errors: dict[str, BranchErrors],
-    costs: dict[str, BranchCosts],
-    target: float,
-    lam: float,
-    first_dense: bool,
-) -> dict[str, BranchPlan]:
-    price = np.array([lam])
-    values = {n: _value(branch, costs[n].blocks, price) for n, branch in errors.items()}
-    codes = {n: _codes(e, values[n], costs[n].blocks, price, first_dense) for n, e in errors.items()}
-    spent = {n: _spent(c, costs[n])[:, 0] for n, c in codes.items()}
-    room = {n: costs[n].dense - s for n, s in spent.items()}
-    total_room = sum(r.sum() for r in room.values())
-    slack = target - sum(s.sum() for s in spent.values())
-    # Prices are discrete: what the plan leaves over is spread where there is room to compute.
-    share = slack / total_room if slack > 0 and total_room > 0 else 0.0
-    return {
-        n: BranchPlan(errors[n], values[n][0], codes[n][0], np.cumsum(spent[n] + share * room[n]), lam)
-        for n in errors
-    }
+def _flipped(fresh: Mask, *steps: int) -> Mask:
+    """A copy with these steps changed over."""
+    changed = fresh.copy()
+    changed[list(steps)] ^= True
+    return changed

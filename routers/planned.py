@@ -1,76 +1,97 @@
 """The budget policy: follows a solved plan, bends it per sample, and lands each sample on its budget.
 
-Per row it asks for every block whether computing is worth its price: the plan's error of the cheaper
-action, scaled by what the router says of this sample (the gate logit is the log of this sample's error
-over the average), against the price of the FLOPs. What a row may spend at a step is bounded around the
-plan's own spending, closer and closer towards the last step, so that every row ends on its budget.
+A step of the plan computes the whole stack of blocks or predicts what it adds from its last passes; at one
+step of a run, for budgets between two whole steps, only the last blocks are computed. Where the routers
+see that a sample's error is unusually large or small just now, it exchanges a computed step with the
+next predicted one, which leaves what it spends unchanged.
 
-Shapes: R rows, N blocks.
+Shapes: R rows, N blocks, U units of blocks that are computed and cached together, T steps, P passes.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .plan import BranchCosts, BranchPlan, ErrorTables, solve
-from .policy import CallInfo, RunInfo
-from .spec import WIDTHS
-from .trace import FULL, REUSE, SKIP, Actions
+from .plan import DEPTH, Moments, Planner, StepPlan
+from .policy import CallInfo, RunInfo, Units
+from .trace import FULL, REUSE, Actions
 
-FREEDOM = 0.04
-"""How far a row may run ahead of or behind the plan's cumulative spending, ratio of its dense run."""
-MAX_LOG_RATIO = 2.0
-"""Routers may scale an error by e^-2..e^2 at most, so that one outlier cannot empty a budget."""
+Mask = NDArray[np.bool_]
+SWAP_LOG_RATIO = 0.7
+"""How much larger (or smaller) than so far, as a log, a sample's error must be to exchange two steps."""
+
+
+@dataclass
+class _Rows:
+    """What the rows of a run do: fresh [R, T]; typical [R]: mean of the gate logits so far; calls: how many."""
+
+    fresh: Mask
+    typical: NDArray[np.float64]
+    calls: int = 0
+    step: int = 0
 
 
 class PlannedPolicy:
-    """Decisions for one budget from a bundle's error tables.
+    """Decisions for one budget from a bundle's moments.
 
-    order: extrapolation order of reuses, 0 or 1. per_sample: False ignores the routers (and reads nothing
-    from the device). batch_mean: every row follows the batch's mean logits (the paper's way; for comparison).
+    planners: by number of steps, shared between runs. depth: passes a prediction is made from.
+    per_sample: False ignores the routers (and reads nothing from the device). batch_mean: every row
+    follows the batch's mean logits (the paper's way; for comparison).
     """
 
     immediate = False
+    order = 1
     stores: NDArray[np.int8] | None = None
 
     def __init__(
-        self, tables: ErrorTables, order: int = 1, *, per_sample: bool = True, batch_mean: bool = False
+        self,
+        moments: Moments,
+        planners: dict[tuple[int, int], Planner] | None = None,
+        *,
+        depth: int = DEPTH,
+        per_sample: bool = True,
+        batch_mean: bool = False,
     ) -> None:
-        self.tables, self.order = tables, order
+        self.moments, self.planners, self.depth = moments, {} if planners is None else planners, depth
         self.per_sample, self.batch_mean = per_sample, batch_mean
-        self.cache_depth, self.reads_routers = order + 1, per_sample
+        self.cache_depth, self.reads_routers = depth, per_sample
+        self.units: Units | None = None
+        self.weights: NDArray[np.float32] | None = None
         self._run = RunInfo(0, 1, 1.0)
-        self._plans: dict[str, BranchPlan] = {}
-        self._costs: dict[str, BranchCosts] = {}
-        self._ages: dict[str, NDArray[np.int64]] = {}
+        self._plan: StepPlan | None = None
+        self._rows: _Rows | None = None
+        self._done: dict[str, Mask] = {}
 
     def start(self, run: RunInfo) -> None:
-        """Forget the last run's plan and ages."""
-        self._run, self._plans, self._ages, self._costs = run, {}, {}, {}
+        """Forget the last run's plan and passes."""
+        self._run, self._plan, self._rows, self._done = run, None, None, {}
+        self.units = self.weights = None
         elastic = run.budget < 1.0  # a dense run pays for no cache and no router
-        self.cache_depth = self.order + 1 if elastic else 0
+        self.cache_depth = self.depth if elastic else 0
         self.reads_routers = elastic and self.per_sample
 
     def set_num_steps(self, num_steps: int) -> None:
-        """The run turned out to have another number of steps; nothing was planned yet."""
-        self._run, self._plans = replace(self._run, num_steps=num_steps), {}
+        """The run turned out to have another number of steps: plan anew."""
+        self._run, self._plan, self._rows = replace(self._run, num_steps=num_steps), None, None
 
     def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
         """Action codes int8 [R, N] for a call; logits [R, N, 5] of the branch's previous call, or None."""
-        blocks, run = len(call.costs), self._run
-        self._costs[call.branch] = self._branch_costs(call)
-        dense_first = run.budget * run.num_steps >= 1.5
-        if run.budget >= 1.0 or call.step >= run.num_steps or (call.step == 0 and dense_first):
-            codes = np.full((call.rows, blocks), FULL, np.int8)
-        else:
-            codes = self._choose(call, self._plan(call, dense_first), logits)
-        ages = self._ages.setdefault(call.branch, np.zeros((call.rows, blocks), np.int64))
-        if ages.shape[0] != call.rows:
-            ages = np.zeros((call.rows, blocks), np.int64)
-        self._ages[call.branch] = np.where(codes >= 0, 0, ages + 1)
+        blocks, self.weights = len(call.costs), None
+        if self._run.budget >= 1.0:
+            return np.full((call.rows, blocks), FULL, np.int8)
+        if self._plan is None:
+            self._plan, self.units = self._solve(call)
+        assert self.units is not None
+        codes = np.full((call.rows, blocks), FULL, np.int8)
+        if call.step < self._run.num_steps:
+            fresh = self._fresh_rows(call, logits)
+            first, last = (0, blocks - 1) if self._plan.partial != call.step else self.units[0]
+            codes[~fresh, first : last + 1] = REUSE
+            codes[(codes == REUSE) & (call.available == 0)] = FULL
+        self.weights = self._weights(call, codes)
         return codes
 
     def decide_block(
@@ -79,74 +100,81 @@ class PlannedPolicy:
         """Not an immediate policy."""
         raise AssertionError("PlannedPolicy decides before the blocks run")
 
-    def _branch_costs(self, call: CallInfo) -> BranchCosts:
-        blocks = np.array([[cost.at(w) + call.overhead for w in WIDTHS] for cost in call.costs])
-        dense = call.outside + sum(cost.dense for cost in call.costs)
-        return BranchCosts(blocks, call.outside, dense)
+    # -- the plan ------------------------------------------------------------------------------
 
-    def _plan(self, call: CallInfo, dense_first: bool) -> BranchPlan:
-        """Solved once per run, when step 0 has shown which CFG branches there are and what they cost."""
-        if call.branch not in self._plans:
-            names = call.branches if dense_first and not self._plans else (call.branch,)
-            errors = {name: self.tables.at(name, self._run.num_steps) for name in names}
-            self._plans |= solve(errors, self._costs, self._run.budget, dense_first)
-        return self._plans[call.branch]
+    def planner(self, num_steps: int) -> Planner:
+        """The planner for runs of `num_steps`, made once."""
+        key = num_steps, self.depth
+        if key not in self.planners:
+            self.planners[key] = Planner(self.moments.at(num_steps), self.depth)
+        return self.planners[key]
 
-    def _choose(self, call: CallInfo, plan: BranchPlan, logits: NDArray[np.float32] | None) -> Actions:
-        t, rows, blocks = call.step, call.rows, len(call.costs)
-        ages = self._ages.get(call.branch)
-        if ages is None or ages.shape[0] != rows:
-            ages = np.zeros((rows, blocks), np.int64)
-        ratio = self._ratios(logits, rows, blocks)
-        costs = self._costs[call.branch].blocks
-        errors, columns, oldest = plan.errors, np.arange(blocks)[None], plan.errors.reuse.shape[2]
-        width = np.concatenate([errors.width[t], np.zeros((blocks, 1))], axis=1)
-        priced = plan.lam * costs + ratio[:, :, 1:] * width
-        code = priced.argmin(axis=2)
-        compute = priced.min(axis=2) + plan.value[t + 1, :, 0]
-        later = plan.value[t + 1][columns, np.minimum(ages + 1, oldest)]
-        reuse = ratio[:, :, 0] * errors.reuse[t][columns, np.minimum(ages, oldest - 1)]
-        reuse = np.where(call.available > 0, reuse, np.inf)
-        skip = np.broadcast_to(errors.skip[t], reuse.shape)
-        worth = np.minimum(reuse, skip) + later - compute
-        cheap = np.where(reuse <= skip, REUSE, SKIP)
-        spend = costs[columns, code]
-        chosen = self._within_budget(call, plan, worth, spend)
-        return np.where(chosen, code, cheap).astype(np.int8)
+    def _solve(self, call: CallInfo) -> tuple[StepPlan, Units]:
+        """The plan for this run's budget at this call's costs, and the units of blocks it needs."""
+        steps, blocks = self._run.num_steps, len(call.costs)
+        costs = np.array([cost.dense for cost in call.costs])
+        stack = costs.sum() + blocks * call.overhead
+        dense = call.outside + costs.sum()
+        computed = steps * (self._run.budget * dense - call.outside) / stack
+        count = min(max(int(computed + 1e-9), 1), steps)
+        # A partial step computes the last blocks: as many as come nearest to the budget.
+        suffix = np.concatenate([[0.0], np.cumsum(costs[::-1])])
+        price = np.where(suffix > 0, suffix + blocks * call.overhead, 0.0)
+        last = int(np.abs(price - (computed - count) * stack).argmin())
+        planner = self.planner(steps)
+        if last in (0, blocks):
+            return planner.plan(count + (last == blocks)), ((0, blocks - 1),)
+        plan = planner.plan(count + float(suffix[last] / costs.sum()))
+        return plan, ((0, blocks - last - 1), (blocks - last, blocks - 1))
 
-    def _ratios(self, logits: NDArray[np.float32] | None, rows: int, blocks: int) -> NDArray[np.float64]:
-        """This sample's errors over the average ones, [R, N, 5]: of a reuse (gate), of the four widths."""
-        if logits is None:
-            return np.ones((rows, blocks, 1 + len(WIDTHS)))
-        bounded = np.clip(logits.astype(np.float64), -MAX_LOG_RATIO, MAX_LOG_RATIO)
-        if self.batch_mean:
-            bounded = np.broadcast_to(bounded.mean(axis=0, keepdims=True), bounded.shape)
-        return np.exp(bounded)
+    # -- per sample ----------------------------------------------------------------------------
 
-    def _within_budget(
-        self, call: CallInfo, plan: BranchPlan, worth: NDArray[np.float64], spend: NDArray[np.float64]
-    ) -> NDArray[np.bool_]:
-        """Which blocks each row computes: the worthiest per FLOP, as many as its allowance lets it."""
-        steps = len(plan.cumulative)
-        dense = self._costs[call.branch].dense
-        remaining = steps - 1 - call.step
-        planned = plan.cumulative[-1] - plan.cumulative[call.step] - remaining * call.outside
-        room = remaining * (dense - call.outside) - planned
-        freedom = FREEDOM * steps * dense if self.reads_routers else 0.0
-        # Only what the remaining steps can still save (or spend) may be borrowed (or left) now.
-        ahead, behind = min(freedom, planned / 2), min(freedom, room / 2)
-        allowance = plan.cumulative[call.step] - call.spent - call.outside
-        order = np.argsort(-worth / spend, axis=1, kind="stable")
-        sorted_worth = np.take_along_axis(worth, order, axis=1)
-        cumulative = np.concatenate(
-            [np.zeros((call.rows, 1)), np.cumsum(np.take_along_axis(spend, order, axis=1), axis=1)], axis=1
-        )
-        wanted = (sorted_worth > 0).sum(axis=1)
-        half = spend.mean(axis=1) / 2  # counts are whole blocks: round to the nearest
-        most = (cumulative <= (allowance + ahead + half)[:, None]).sum(axis=1) - 1
-        least = (cumulative < (allowance - behind - half)[:, None]).sum(axis=1)
-        count = np.minimum(np.maximum(wanted, least), np.maximum(most, 0))
-        chosen = np.zeros_like(worth, dtype=bool)
-        rank = np.arange(worth.shape[1])[None] < count[:, None]
-        np.put_along_axis(chosen, order, rank, axis=1)
+    def _fresh_rows(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Mask:
+        """[R]: which rows compute the stack in this step; the CFG branches of a row do the same."""
+        assert self._plan is not None
+        rows = self._rows
+        if rows is None or rows.fresh.shape[0] != call.rows:
+            fresh = np.broadcast_to(self._plan.fresh, (call.rows, self._run.num_steps)).copy()
+            rows = self._rows = _Rows(fresh, np.zeros(call.rows))
+        if logits is not None and (call.step > rows.step or rows.calls == 0):
+            self._exchange(rows, call.step, logits[:, :, 0].astype(np.float64).mean(axis=1))
+        rows.step = call.step
+        chosen: Mask = rows.fresh[:, call.step]
         return chosen
+
+    def _exchange(self, rows: _Rows, step: int, gate: NDArray[np.float64]) -> None:
+        """Let rows whose error is out of the ordinary take the next step's decision now, gate [R] its log."""
+        assert self._plan is not None
+        if self.batch_mean:
+            gate = np.full_like(gate, gate.mean())
+        unusual = gate - rows.typical if rows.calls else np.zeros_like(gate)
+        after = step + 1
+        if after < rows.fresh.shape[1] and self._plan.partial not in (step, after):
+            now, then = rows.fresh[:, step], rows.fresh[:, after]
+            swap = (then & ~now & (unusual > SWAP_LOG_RATIO)) | (now & ~then & (unusual < -SWAP_LOG_RATIO))
+            rows.fresh[swap, step], rows.fresh[swap, after] = then[swap], now[swap]
+        rows.typical = (rows.typical * rows.calls + gate) / (rows.calls + 1)
+        rows.calls += 1
+
+    # -- what reuses are predicted from --------------------------------------------------------
+
+    def _weights(self, call: CallInfo, codes: Actions) -> NDArray[np.float32]:
+        """[R, U, P]: weights of the cached passes, newest first, for every unit that a row predicts."""
+        assert self.units is not None
+        steps = self._run.num_steps
+        done = self._done.get(call.branch)
+        if done is None or done.shape[0] != call.rows:
+            done = self._done[call.branch] = np.zeros((call.rows, len(self.units), max(steps, 1)), bool)
+        planner = self.planner(steps)
+        branch = self.moments.index(call.branch)
+        weights = np.zeros((call.rows, len(self.units), self.depth), np.float32)
+        for unit, (first, last) in enumerate(self.units):
+            for row in range(call.rows):
+                if codes[row, first] != REUSE:
+                    continue
+                past = np.flatnonzero(done[row, unit, : call.step])[::-1]
+                passes = tuple(past[: min(self.depth, int(call.available[row, first]))].tolist())
+                weights[row, unit, : len(passes)] = planner.weights(branch, call.step, passes)
+            if call.step < steps:
+                done[:, unit, call.step] = (codes[:, first : last + 1] >= 0).all(axis=1)
+        return weights

@@ -4,7 +4,7 @@ A policy answers once per transformer call, before its first block, for every ro
 device data it sees are the logits that the routers gave in the branch's *previous* call, so that no
 block waits for the host.
 
-Shapes: R rows, N blocks.
+Shapes: R rows, N blocks, U units of blocks, P cached passes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from .cost import BlockCost
 from .trace import FULL, SKIP, Actions
 
 
+Units = tuple[tuple[int, int], ...]
+"""(first, last) block of each unit, in order, together all blocks."""
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """What a policy knows when a run starts."""
@@ -26,6 +30,8 @@ class RunInfo:
     num_blocks: int
     num_steps: int
     budget: float
+    segments: Units = ()
+    """Stretches of blocks that work on the same residual streams; a unit lies within one."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,12 @@ class Policy(Protocol):
     """For immediate policies: number of the store that keeps each row's passes [R] after `decide_block`, if
     not its own CFG branch's cache (None). A store never mixes calls of different shapes."""
 
+    units: Units | None
+    """Blocks that are cached together, fixed once `decide` has answered the first call; None: each alone."""
+    weights: NDArray[np.float32] | None
+    """[R, U, P] after `decide`: weights of the cached passes, newest first, for each row's reuse of each unit.
+    None: reuses extrapolate in time with `order`."""
+
     def start(self, run: RunInfo) -> None:
         """A new run begins: forget everything."""
 
@@ -85,6 +97,8 @@ class OpenPolicy:
 
     cache_depth, order, reads_routers, immediate = 0, 0, False, False
     stores: NDArray[np.int8] | None = None
+    units: Units | None = None
+    weights: NDArray[np.float32] | None = None
 
     def start(self, run: RunInfo) -> None:
         """Nothing to forget."""

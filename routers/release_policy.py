@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .policy import CallInfo, RunInfo
+from .policy import CallInfo, RunInfo, Units
 from .trace import REUSE, SKIP, Actions
 
 STORES = 2
@@ -101,6 +101,8 @@ class ReleasePolicy:
     """
 
     cache_depth, order, reads_routers, immediate = 1, 0, False, True
+    units: Units | None = None
+    weights: NDArray[np.float32] | None = None
 
     def __init__(self, settings: ReleaseSettings | None = None, dtype: torch.dtype = torch.float32) -> None:
         self.settings = settings or ReleaseSettings()

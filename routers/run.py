@@ -3,7 +3,7 @@
 A run lives as long as its scope. Nothing of it is stored in the model, so an exception or Ctrl-C
 leaves nothing behind, and the next run starts empty.
 
-Shapes: R rows, N blocks.
+Shapes: R rows, N blocks, U units of blocks, P cached passes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .cache import ResidualCache
+from .cache import ResidualCache, Streams, Weights
 from .cost import BlockCost
-from .policy import CallInfo, Policy, RunInfo
+from .policy import CallInfo, Policy, RunInfo, Units
 from .router import RouterStack
 from .spec import WIDTHS
 from .trace import FULL, REUSE, Actions, CallRecord, Trace
@@ -33,18 +33,20 @@ _Key = TypeVar("_Key", bound=Hashable)
 class Group:
     """Rows of a call that do the same in a block. rows None: all of them.
 
-    code: an action code. last: for a reuse, the last block of a chained stretch added in one go;
-    -1 marks a block whose delta an earlier block of the stretch has already added. cache: where the
-    rows' passes are kept. parts: (width, rows) for consecutive rows that compute together at different
-    widths. index: `rows` on the device.
+    code: an action code. unit, last: for a reuse, the first and last unit of a chained stretch added in one
+    go; last -1 marks a block whose delta an earlier block of the stretch has already added. weights: of the
+    passes, as the policy gave them. cache: where the rows' passes are kept. parts: (width, rows) for
+    consecutive rows that compute together at different widths. index: `rows` on the device.
     """
 
     code: int
     rows: list[int] | None
     last: int
     cache: ResidualCache
+    unit: int = 0
     parts: list[tuple[float, int]] = field(default_factory=list)
     index: Tensor | None = None
+    weights: Weights | None = None
 
 
 @dataclass
@@ -67,11 +69,16 @@ class Clock:
 
 @dataclass
 class Branch:
-    """One CFG branch of a run ("cond", "uncond", or the only one)."""
+    """One CFG branch of a run ("cond", "uncond", or the only one).
+
+    units: what the cache keeps together. starts: their first blocks.
+    """
 
     name: str
     rows: int
     cache: ResidualCache
+    units: Units = ()
+    starts: frozenset[int] = frozenset()
     step: int = 0
     logits: list[Tensor | None] = field(default_factory=list)
     fetched: NDArray[np.float32] | None = None
@@ -91,9 +98,46 @@ class Call:
     groups: list[list[Group] | None]
     started: float
     dense: float
+    immediate: bool = False
     gate: NDArray[np.float32] | None = None
     pooled: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     """Per computed block: its input pooled over tokens `[R, D]`, and its modulation, for the routers."""
+    entry: Streams = ()
+    """Streams of all rows at the start of the unit that is being run, plus what was added between its blocks
+    from outside (ControlNet): a unit's delta is what its own blocks add."""
+    left: Streams = ()
+    """Streams of all rows as the last block left them."""
+
+    def enter(self, block: int, before: Streams) -> None:
+        """A block starts, with these streams of all rows."""
+        if block in self.branch.starts:
+            self.entry = before
+        elif any(now is not then for now, then in zip(before, self.left, strict=True)):
+            moved = zip(self.entry, before, self.left, strict=True)
+            self.entry = tuple(entry + (now - then) for entry, now, then in moved)
+
+    def remember(self, block: int, group: Group, time: Tensor, before: Streams, after: Streams) -> None:
+        """A block ends that `group` computed, given its rows' streams: keep the unit's pass if it ends here.
+
+        Only for rows that computed every block of the unit.
+        """
+        first, last = (block, block) if self.immediate else self.branch.units[group.unit]
+        if block != last:
+            return
+        rows, index = group.rows, group.index
+        if first < last:
+            before = self.entry if index is None else tuple(x.index_select(0, index) for x in self.entry)
+            asked = np.arange(self.info.rows) if rows is None else np.array(rows)
+            whole = (self.actions[asked, first : last + 1] >= 0).all(axis=1)
+            if not whole.any():
+                return
+            if not whole.all():
+                some = torch.from_numpy(np.flatnonzero(whole)).to(time.device)
+                before = tuple(x.index_select(0, some) for x in before)
+                after = tuple(x.index_select(0, some) for x in after)
+                time, rows = time.index_select(0, some), asked[whole].tolist()
+                index = some if index is None else index.index_select(0, some)
+        group.cache.store(block if self.immediate else group.unit, rows, time, before, after, index)
 
 
 class Run:
@@ -107,8 +151,12 @@ class Run:
         kinds: list[str],
         samples: int | None,
         ragged: Sequence[bool] = (),
+        segments: Units = (),
     ) -> None:
-        """ragged: per block, whether rows of different widths can run in one call of it."""
+        """ragged: per block, whether rows of different widths can run in one call of it.
+
+        segments: stretches of blocks with the same residual streams.
+        """
         self.policy = policy
         self.ragged = ragged or [False] * len(kinds)
         self.routers: RouterStack | None = None
@@ -118,7 +166,8 @@ class Run:
         self.clocks: defaultdict[str, Clock] = defaultdict(Clock)
         self.stores: dict[Hashable, ResidualCache] = {}
         self.trace = Trace(requested=budget, num_steps=num_steps, kinds=kinds)
-        policy.start(RunInfo(len(kinds), num_steps, 1.0 if budget is None else budget))
+        segments = segments or ((0, len(kinds) - 1),)
+        policy.start(RunInfo(len(kinds), num_steps, 1.0 if budget is None else budget, segments))
 
     def set_num_steps(self, num_steps: int) -> None:
         """Correct the number of steps before the first decision depends on it (after step 0 at latest)."""
@@ -132,7 +181,7 @@ class Run:
         branch = self.branches.get(name)
         if branch is None or branch.shape != shape:
             rows, blocks = shape[0], len(self.trace.kinds)
-            cache = ResidualCache(blocks, rows, self.policy.cache_depth)
+            cache = ResidualCache(0, rows, 0)  # made when the policy's first answer has set the units
             branch = Branch(name, rows, cache, logits=[None] * blocks, shape=shape)
             branch.spent, branch.dense = np.zeros(rows), np.zeros(rows)
             self.branches[name] = branch
@@ -169,15 +218,17 @@ class Run:
             groups: list[list[Group] | None] = [None] * blocks
         else:
             actions = self._feasible(self.policy.decide(info, self._read(branch)), info.available)
-            planned = plan_groups(actions, branch.cache, self.ragged)
+            self._keep_units(branch, blocks)
+            planned = plan_groups(actions, branch.cache, self.ragged, branch.units, self.policy.weights)
             place([group for block in planned for group in block], time_.device)
             groups = [*planned]
-        return Call(info, branch, time_, actions, groups, started, dense)
+        return Call(info, branch, time_, actions, groups, started, dense, self.policy.immediate)
 
     def decide_block(self, call: Call, block: int, gate: Tensor, widths: Tensor) -> list[Group]:
         """Ask an immediate policy for one block, from its own logits: gate [R], widths [R, 4]."""
         self.trace.host_syncs += 1
         logits = torch.cat([gate[:, None], widths], dim=1).float().cpu().numpy()
+        self._keep_units(call.branch, len(call.groups))
         codes = self.policy.decide_block(call.info, block, logits[:, 0], logits[:, 1:])
         caches = [call.branch.cache] * len(codes)
         if self.policy.stores is not None:
@@ -188,9 +239,17 @@ class Run:
             call.gate = np.full(call.actions.shape, np.nan, np.float32)
         call.gate[:, block] = logits[:, 0]
         split = _split([*zip(codes.tolist(), caches, strict=True)])
-        groups = call.groups[block] = [Group(code, rows, block, cache) for (code, cache), rows in split]
+        groups = [Group(code, rows, block, cache, block) for (code, cache), rows in split]
+        call.groups[block] = groups
         place(groups, gate.device)
         return groups
+
+    def _keep_units(self, branch: Branch, blocks: int) -> None:
+        """Give the branch a cache of the policy's units, unless it has one."""
+        units = self.policy.units or tuple((block, block) for block in range(blocks))
+        if branch.units != units:
+            branch.units, branch.starts = units, frozenset(first for first, _ in units)
+            branch.cache = ResidualCache(len(units), branch.rows, self.policy.cache_depth)
 
     def _store(self, store: int, info: CallInfo) -> ResidualCache:
         """The cache of a policy's numbered store, one for each set of shapes it is used with."""
@@ -243,10 +302,12 @@ class Run:
         )
 
     def _available(self, branch: Branch, blocks: int) -> NDArray[np.int64]:
-        if self.policy.cache_depth == 0:
-            return np.zeros((branch.rows, blocks), np.int64)
-        cache = branch.cache
-        return np.array([[cache.available(b, r) for b in range(blocks)] for r in range(branch.rows)])
+        available = np.zeros((branch.rows, blocks), np.int64)
+        if self.policy.cache_depth:
+            for unit, (first, last) in enumerate(branch.units):
+                passes = [branch.cache.available(unit, row) for row in range(branch.rows)]
+                available[:, first : last + 1] = np.array(passes)[:, None]
+        return available
 
     def read_time(self, time_: Tensor, name: str) -> float:
         """The sampler's time `[R]` on the host, and in the same copy the logits this branch decides from."""
@@ -280,30 +341,64 @@ class Run:
         return np.where((actions == REUSE) & (available == 0), FULL, actions).astype(np.int8)
 
 
-def plan_groups(actions: Actions, cache: ResidualCache, ragged: Sequence[bool]) -> list[list[Group]]:
-    """Per block, the rows that act alike; chained blocks that every row reuses become one stretch.
+def plan_groups(
+    actions: Actions,
+    cache: ResidualCache,
+    ragged: Sequence[bool],
+    units: Units,
+    weights: NDArray[np.float32] | None = None,
+) -> list[list[Group]]:
+    """Per block, the rows that act alike; chained units that every row reuses become one stretch.
 
-    In ragged blocks all rows that compute are one group, ordered by width.
+    In ragged blocks all rows that compute are one group, ordered by width. A unit's first block adds its
+    whole delta. weights [R, U, P]: see `Policy.weights`.
     """
-    groups = [
-        _merge_widths([Group(code, rows, block, cache) for code, rows in _split(actions[:, block].tolist())])
-        if ragged[block]
-        else [Group(code, rows, block, cache) for code, rows in _split(actions[:, block].tolist())]
-        for block in range(actions.shape[1])
-    ]
-    block = 0
-    while block < len(groups):
-        if not _all_reuse(groups[block]):
-            block += 1
-            continue
-        last = block
-        while last + 1 < len(groups) and _all_reuse(groups[last + 1]) and cache.chained(last, last + 1):
-            last += 1
-        groups[block][0].last = last
-        for inner in range(block + 1, last + 1):
-            groups[inner][0].last = -1
-        block = last + 1
+    groups: list[list[Group]] = []
+    for unit, (first, last) in enumerate(units):
+        for block in range(first, last + 1):
+            found = [
+                Group(code, rows, -1 if code == REUSE and block > first else unit, cache, unit)
+                for code, rows in _split(actions[:, block].tolist())
+            ]
+            for group in found:
+                if group.code == REUSE and weights is not None and block == first:
+                    group.weights = _shared_weights(weights[:, unit], group.rows)
+            groups.append(_merge_widths(found) if ragged[block] else found)
+    _fuse(groups, cache, units)
     return groups
+
+
+def _shared_weights(weights: NDArray[np.float32], rows: list[int] | None) -> Weights:
+    """One set of numbers if all rows [R, P] share it, else one per row."""
+    chosen = weights if rows is None else weights[rows]
+    if (chosen == chosen[:1]).all():
+        return tuple(float(w) for w in chosen[0])
+    return torch.from_numpy(chosen.copy())
+
+
+def _fuse(groups: list[list[Group]], cache: ResidualCache, units: Units) -> None:
+    """Let chained units that all rows reuse with the same weights be added in one go."""
+    unit = 0
+    while unit < len(units):
+        start = groups[units[unit][0]]
+        if not _all_reuse(start):
+            unit += 1
+            continue
+        last = unit
+        while last + 1 < len(units):
+            following = groups[units[last + 1][0]]
+            same = _all_reuse(following) and _equal(start[0].weights, following[0].weights)
+            if not same or not cache.chained(last, last + 1):
+                break
+            last += 1
+        start[0].last = last
+        for inner in range(unit + 1, last + 1):
+            groups[units[inner][0]][0].last = -1
+        unit = last + 1
+
+
+def _equal(a: Weights | None, b: Weights | None) -> bool:
+    return a == b if not isinstance(a, Tensor) and not isinstance(b, Tensor) else False
 
 
 def _merge_widths(groups: list[Group]) -> list[Group]:
@@ -325,6 +420,10 @@ def place(groups: Sequence[Group], device: torch.device) -> None:
     pieces = rows.to(device).split([len(group.rows or ()) for group in split]) if split else ()
     for group, piece in zip(split, pieces, strict=True):
         group.index = piece
+    for group in groups:
+        if isinstance(group.weights, Tensor):
+            weights = group.weights.pin_memory() if device.type == "cuda" else group.weights
+            group.weights = weights.to(device, non_blocking=True)
 
 
 def _all_reuse(groups: list[Group]) -> bool:

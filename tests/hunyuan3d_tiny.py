@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -11,8 +10,8 @@ from backbones.hunyuan3d.checkpoints import save_checkpoint
 from backbones.hunyuan3d.config import build
 from backbones.hunyuan3d.family import TRANSFORMER_2
 from routers.bundle import Bundle, architecture, fingerprint
-from routers.plan import ErrorTables
 from routers.router import Router
+from tests.tiny_pipelines import make_moments
 
 VAE_PARAMS: dict[str, Any] = {
     "num_latents": 12,
@@ -81,19 +80,11 @@ def save_folder(folder: Path, **changes: Any) -> Path:
     save_checkpoint(folder, {**CONFIG, **changes}, parts)
     (folder / "edit.json").write_text('{"steps": 4, "octree_resolution": 24}')
     blocks = [*parts["model"].double_blocks, *parts["model"].single_blocks]
-    rng, shape = np.random.default_rng(0), (1, 4, len(blocks))
-    tables = ErrorTables(
-        branches=("main",),
-        reuse=1e-4 * np.arange(1, 4) ** 2 * rng.uniform(0.5, 2, (*shape, 1)),
-        width=np.array([3e-3, 1e-3, 2e-4]) * rng.uniform(0.5, 2, (*shape, 1)),
-        skip=rng.uniform(0.01, 0.1, shape),
-        gain=np.ones(shape),
-    )
     dim = DIT_PARAMS["hidden_size"]
     torch.manual_seed(0)
     Bundle(
         spec=TRANSFORMER_2,
-        tables=tables,
+        moments=make_moments(("main",), 4),
         routers=[Router(dim, dim, 4).state_dict() for _ in blocks],
         base_model=folder.name,
         architecture=architecture(parts["model"]),

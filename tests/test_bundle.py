@@ -13,7 +13,7 @@ from routers.bundle import Bundle, architecture, fingerprint
 from routers.elastic import steps_from_time
 from routers.router import Router
 from tests.block_kinds import CASES
-from tests.test_plan import tables
+from tests.tiny_pipelines import make_moments
 
 QWEN = CASES[0]
 
@@ -22,7 +22,7 @@ def make_bundle(model: torch.nn.Module) -> Bundle:
     torch.manual_seed(0)
     return Bundle(
         spec=QWEN.spec,
-        tables=tables(blocks=4),
+        moments=make_moments(("cond", "uncond"), 20),
         routers=[Router(48, 48, 8).state_dict() for _ in range(4)],
         base_model="qwen-test",
         architecture=architecture(model),
@@ -47,7 +47,7 @@ def test_round_trip(model: torch.nn.Module, tmp_path: Path) -> None:
     assert all(
         torch.equal(a[k], b[k]) for a, b in zip(loaded.routers, bundle.routers, strict=True) for k in b
     )
-    assert loaded.tables.gain == pytest.approx(bundle.tables.gain, rel=1e-6)
+    assert (loaded.moments.gram == bundle.moments.gram).all()
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["bundle.json", "routers.safetensors"]
 
 
@@ -94,7 +94,7 @@ def test_half_precision_is_the_same_model(model: torch.nn.Module) -> None:
         (lambda f: (f / "routers.safetensors").write_bytes(b"\x10"), "no readable bundle: SafetensorError"),
         (lambda f: (f / "routers.safetensors").unlink(), "routers.safetensors is missing"),
         (lambda f: (f / "bundle.json").write_text("{"), "no readable bundle: JSONDecodeError"),
-        (lambda f: (f / "bundle.json").write_text('{"format": 99}'), "format 99, this version reads 1"),
+        (lambda f: (f / "bundle.json").write_text('{"format": 99}'), "format 99, this version reads 2"),
         (lambda f: _drop(f / "bundle.json", "spec"), "no readable bundle: KeyError: 'spec'"),
     ],
 )

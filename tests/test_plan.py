@@ -1,4 +1,4 @@
-"""The budget: plans are optimal under their own model, and every row lands on what was asked."""
+"""Plans: predictions are the best linear ones, errors are what happens, and every row lands on its budget."""
 
 from __future__ import annotations
 
@@ -8,158 +8,176 @@ import numpy as np
 import pytest
 
 from routers.cost import BlockCost
-from routers.plan import BranchCosts, BranchErrors, ErrorTables, solve
+from routers.plan import Moments, Planner, cubic_interpolation
 from routers.planned import PlannedPolicy
 from routers.policy import CallInfo, RunInfo
-from routers.spec import WIDTHS
-from routers.trace import FULL, REUSE, SKIP
+from routers.trace import FULL, REUSE
+from tests.tiny_pipelines import make_moments
 
 BLOCKS = 12
 COSTS = [BlockCost(dense=100.0 + n, mlp=40.0) for n in range(BLOCKS)]
+OUTSIDE = 20.0
+DENSE = OUTSIDE + sum(cost.dense for cost in COSTS)
+BRANCHES = ("cond", "uncond")
 
 
-def tables(steps: int = 20, blocks: int = BLOCKS, seed: int = 0) -> ErrorTables:
-    """Errors that look like a diffusion transformer's: early steps matter more, older deltas are worse."""
-    random = np.random.default_rng(seed)
-    shape = (2, steps, blocks)
-    gain = np.exp(-0.3 * np.arange(steps))[None, :, None] * random.uniform(0.5, 2, shape)
-    age = np.arange(1, 5.0) ** 2
-    reuse = random.uniform(0.5, 2, shape)[..., None] * age * 1e-3
-    width = random.uniform(0.5, 2, shape)[..., None] * np.array([0.3, 0.1, 0.03])
-    return ErrorTables(("cond", "uncond"), reuse, width, random.uniform(5, 20, shape), gain)
-
-
-def branch_costs() -> BranchCosts:
-    blocks = np.array([[cost.at(w) for w in WIDTHS] for cost in COSTS])
-    return BranchCosts(blocks, outside=20.0, dense=20.0 + blocks[:, FULL].sum())
+def samples(moments: Moments, count: int = 4000) -> np.ndarray:
+    """Deltas [count, G * S] that have these second moments."""
+    root = np.linalg.cholesky(moments.gram + 1e-12 * np.eye(len(moments.gram)))
+    return np.random.default_rng(0).normal(size=(count, len(root))) @ root.T
 
 
 def drive(
     policy: PlannedPolicy, steps: int, budget: float, logits: np.ndarray | None = None, rows: int = 3
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run a policy on a model that exists only as costs: spent ratio per row, and codes [T, G, R, N]."""
-    policy.start(RunInfo(BLOCKS, steps, budget))
-    costs, names = branch_costs(), ("cond", "uncond")
-    spent = {name: np.zeros(rows) for name in names}
-    passes = {name: np.zeros((rows, BLOCKS), int) for name in names}
+    policy.start(RunInfo(BLOCKS, steps, budget, ((0, BLOCKS - 1),)))
+    spent = {name: np.zeros(rows) for name in BRANCHES}
+    passes = {name: np.zeros((rows, BLOCKS), int) for name in BRANCHES}
     codes = np.zeros((steps, 2, rows, BLOCKS), np.int8)
-    for step, (g, name) in itertools.product(range(steps), enumerate(names)):
-        seen = names[: g + 1] if step == 0 else names
+    costs = np.array([cost.dense for cost in COSTS])
+    for step, (g, name) in itertools.product(range(steps), enumerate(BRANCHES)):
         call = CallInfo(
-            step, name, seen, rows, COSTS, costs.outside, 0.0, np.minimum(passes[name], 2),
-            spent[name].copy(), np.full(rows, step * costs.dense),
+            step, name, BRANCHES[: g + 1] if step == 0 else BRANCHES, rows, COSTS, OUTSIDE, 0.0,
+            np.minimum(passes[name], 3), spent[name].copy(), np.full(rows, step * DENSE),
         )  # fmt: skip
         chosen = policy.decide(call, None if logits is None or step == 0 else logits[step, g])
         codes[step, g] = chosen
-        price = np.where(chosen >= 0, costs.blocks[np.arange(BLOCKS), np.maximum(chosen, 0)], 0.0)
-        spent[name] += price.sum(axis=1) + costs.outside
-        passes[name] += chosen >= 0
-    return (spent["cond"] + spent["uncond"]) / (2 * steps * costs.dense), codes
+        spent[name] += np.where(chosen >= 0, costs, 0.0).sum(axis=1) + OUTSIDE
+        assert policy.units is None or policy.weights is not None
+        for first, last in policy.units or ():
+            passes[name][:, first : last + 1] += (chosen[:, first : last + 1] >= 0).all(axis=1)[:, None]
+    return (spent["cond"] + spent["uncond"]) / (2 * steps * DENSE), codes
 
 
-def test_plan_is_optimal_under_its_own_model() -> None:
-    """Against every sequence of actions of one block: nothing has less error plus price."""
-    random = np.random.default_rng(3)
-    steps, ages = 5, 8
-    errors = BranchErrors(
-        np.sort(random.uniform(0.1, 1, (steps, 1, ages)), axis=2),
-        np.sort(random.uniform(0.05, 0.5, (steps, 1, 3)), axis=2)[..., ::-1].copy(),
-        random.uniform(0.5, 2, (steps, 1)),
-    )
-    costs = BranchCosts(np.array([[40.0, 60.0, 80.0, 100.0]]), outside=0.0, dense=100.0)
-    for budget in (0.4, 0.6, 0.8):
-        plan = solve({"main": errors}, {"main": costs}, budget, first_dense=True)["main"]
-
-        def objective(codes: tuple[int, ...], lam: float = plan.lam) -> float:
-            total, age = 0.0, 0
-            for t, code in enumerate(codes):
-                if code >= 0:
-                    total += lam * costs.blocks[0, code] + (errors.width[t, 0, code] if code < FULL else 0.0)
-                    age = 0
-                else:
-                    total += errors.reuse[t, 0, min(age, ages - 1)] if code == REUSE else errors.skip[t, 0]
-                    age += 1
-            return total
-
-        every = itertools.product(range(SKIP, FULL + 1), repeat=steps - 1)
-        best = min(objective((FULL, *rest)) for rest in every)
-        assert objective(tuple(int(c) for c in plan.codes[:, 0])) == pytest.approx(best, rel=1e-9)
+def test_weights_give_the_least_squared_error() -> None:
+    """Against least squares on samples with the same moments."""
+    moments = make_moments(BRANCHES, 12)
+    planner, deltas = Planner(moments), samples(moments)
+    for branch, step, passes in [(0, 5, (4, 3, 2)), (1, 9, (6, 5, 2)), (0, 1, (0,))]:
+        known, target = deltas[:, [branch * 12 + p for p in passes]], deltas[:, branch * 12 + step]
+        fitted = np.linalg.lstsq(known, target, rcond=None)[0]
+        error = np.mean((known @ planner.weights(branch, step, passes) - target) ** 2)
+        assert error == pytest.approx(np.mean((known @ fitted - target) ** 2), rel=0.02)
 
 
-@pytest.mark.parametrize("steps", [4, 10, 20, 50])
-@pytest.mark.parametrize("budget", [0.35, 0.5, 0.6, 0.85])
-def test_targets_add_up_to_the_budget(budget: float, steps: int) -> None:
-    found = tables()
-    errors = {name: found.at(name, steps) for name in found.branches}
-    costs = dict.fromkeys(errors, branch_costs())
-    plans = solve(errors, costs, budget, first_dense=True)
-    total = sum(plan.cumulative[-1] for plan in plans.values()) / (2 * steps * branch_costs().dense)
-    assert total == pytest.approx(budget, abs=1e-6)
+def test_predicted_error_is_the_error_of_predicting() -> None:
+    """Carry a plan out on samples with the planner's moments: the mixed, weighted errors are what it said."""
+    moments = make_moments(BRANCHES, 10)
+    planner, deltas = Planner(moments), samples(moments)
+    fresh = np.array([1, 1, 0, 1, 0, 0, 1, 0, 1, 0], bool)
+    total, computed = np.zeros(len(deltas)), [0]
+    for step in range(1, 10):
+        if fresh[step]:
+            computed.insert(0, step)
+            continue
+        passes = tuple(computed[:3])
+        for branch in range(2):
+            weights = planner.weights(branch, step, passes)
+            guess = sum(w * deltas[:, branch * 10 + p] for w, p in zip(weights, passes, strict=True))
+            off = guess - deltas[:, branch * 10 + step]
+            total += moments.mixing[branch] * np.sqrt(moments.gain[step]) * off
+    assert planner.error(fresh) == pytest.approx(float(np.mean(total**2)), rel=0.1)
 
 
-def test_more_budget_never_means_more_predicted_error() -> None:
-    found = tables()
-    errors = {name: found.at(name, 20) for name in found.branches}
-    costs = dict.fromkeys(errors, branch_costs())
-    predicted = []
-    for budget in np.linspace(0.3, 0.95, 14):
-        plans = solve(errors, costs, float(budget), first_dense=True)
-        blocks = costs["cond"].blocks
-        total = 0.0
-        for plan in plans.values():
-            price = np.where(plan.codes >= 0, blocks[np.arange(BLOCKS), np.maximum(plan.codes, 0)], 0.0)
-            total += plan.value[1, :, 0].sum() - plan.lam * price[1:].sum()
-        predicted.append(total)
-    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(predicted))
-    assert predicted[-1] < 0.1 * predicted[0]
+@pytest.mark.parametrize("count", range(2, 8))
+def test_search_finds_nearly_the_best_choice_of_steps(count: int) -> None:
+    """Against every choice of `count` out of 8 steps."""
+    planner = Planner(make_moments(BRANCHES, 8))
+    fresh, error = planner.best(count)
+    assert fresh[0] and fresh.sum() == count and error == pytest.approx(planner.error(fresh))
+    every = []
+    for rest in itertools.combinations(range(1, 8), count - 1):
+        mask = np.zeros(8, bool)
+        mask[[0, *rest]] = True
+        every.append(planner.error(mask))
+    assert error <= 1.25 * min(every)
 
 
-@pytest.mark.parametrize("steps", [10, 20, 40])
-@pytest.mark.parametrize("budget", [0.35, 0.5, 0.6, 0.85, 0.97])
+def test_more_steps_never_leave_more_error() -> None:
+    planner = Planner(make_moments(BRANCHES, 20))
+    errors = [planner.plan(k).error for k in np.arange(1, 20.01, 0.25)]
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("budget", [0.35, 0.4, 0.47, 0.5, 0.61, 0.7, 0.83, 0.9, 0.99])
+@pytest.mark.parametrize("steps", [10, 20, 33, 50])
 @pytest.mark.parametrize("routed", [False, True])
 def test_every_row_lands_on_its_budget(budget: float, steps: int, routed: bool) -> None:
-    logits = np.random.default_rng(1).normal(0, 1.5, (steps, 2, 3, BLOCKS, 5)).astype(np.float32)
-    policy = PlannedPolicy(tables(), per_sample=routed)
-    spent, codes = drive(policy, steps, budget, logits if routed else None)
+    random = np.random.default_rng(int(1000 * budget) + steps)
+    logits = random.normal(0, 1.5, (steps, 2, 3, 1, 5)) + np.zeros((1, 1, 1, BLOCKS, 1))
+    policy = PlannedPolicy(make_moments(BRANCHES, 20), per_sample=routed)
+    spent, _ = drive(policy, steps, budget, logits.astype(np.float32) if routed else None)
+    assert np.abs(spent - budget).max() <= 0.51 * (100 + BLOCKS) / (steps * DENSE) + 1e-9
     assert np.abs(spent - budget).max() <= 0.01
-    if routed:
-        assert (codes[:, :, 0] != codes[:, :, 1]).any(), "different samples must decide differently"
 
 
-def test_rows_decide_for_themselves() -> None:
-    logits = np.random.default_rng(2).normal(0, 1, (20, 2, 3, BLOCKS, 5)).astype(np.float32)
-    _, together = drive(PlannedPolicy(tables()), 20, 0.5, logits)
+def test_rows_decide_as_they_would_alone() -> None:
+    random = np.random.default_rng(5)
+    logits = np.repeat(random.normal(0, 1.5, (20, 2, 3, 1, 5)), BLOCKS, axis=3).astype(np.float32)
+    moments = make_moments(BRANCHES, 20)
+    _, together = drive(PlannedPolicy(moments), 20, 0.5, logits)
+    assert (together[:, :, 0] != together[:, :, 1]).any(), "these rows must differ for the test to mean much"
     for row in range(3):
-        _, alone = drive(PlannedPolicy(tables()), 20, 0.5, logits[:, :, row : row + 1], rows=1)
+        _, alone = drive(PlannedPolicy(moments), 20, 0.5, logits[:, :, row : row + 1], rows=1)
         assert (alone[:, :, 0] == together[:, :, row]).all()
 
 
-def test_a_router_that_sees_more_error_gets_more_compute() -> None:
+def test_branches_of_a_row_do_the_same() -> None:
+    logits = np.random.default_rng(2).normal(0, 1.5, (20, 2, 3, BLOCKS, 5)).astype(np.float32)
+    _, codes = drive(PlannedPolicy(make_moments(BRANCHES, 20)), 20, 0.6, 3 * logits)
+    assert (codes[:, 0] == codes[:, 1]).all()
+
+
+def test_a_row_whose_error_rises_computes_earlier() -> None:
+    """A jump of one row's gate before a predicted step: it takes the next computed step's place."""
+    moments = make_moments(BRANCHES, 20)
+    _, plain = drive(PlannedPolicy(moments), 20, 0.5)
+    fresh = (plain[:, 0, 0] >= 0).all(axis=1)
+    step = next(s for s in range(3, 19) if not fresh[s] and fresh[s + 1])
     logits = np.zeros((20, 2, 3, BLOCKS, 5), np.float32)
-    logits[:, :, 0, :6, 0], logits[:, :, 0, 6:, 0] = 2.0, -2.0
-    _, codes = drive(PlannedPolicy(tables()), 20, 0.5, logits)
-    computed = (codes >= 0).sum(axis=(0, 1))
-    assert computed[0, :6].sum() > 1.2 * computed[1, :6].sum()
-    assert computed[0, 6:].sum() < 0.8 * computed[1, 6:].sum()
+    logits[step, :, 0, :, 0] = 3.0
+    _, codes = drive(PlannedPolicy(moments), 20, 0.5, logits)
+    bent = (codes[:, 0] >= 0).all(axis=2)
+    assert bent[step, 0] and not bent[step + 1, 0]
+    assert (bent[:, 1] == fresh).all() and bent[:, 0].sum() == fresh.sum()
 
 
 def test_batch_mean_gives_every_row_the_same_decisions() -> None:
-    logits = np.random.default_rng(4).normal(0, 1.5, (20, 2, 3, BLOCKS, 5)).astype(np.float32)
-    _, codes = drive(PlannedPolicy(tables(), batch_mean=True), 20, 0.5, logits)
+    logits = np.random.default_rng(4).normal(0, 3, (20, 2, 3, 1, 5)) + np.zeros((1, 1, 1, BLOCKS, 1))
+    policy = PlannedPolicy(make_moments(BRANCHES, 20), batch_mean=True)
+    _, codes = drive(policy, 20, 0.5, logits.astype(np.float32))
     assert (codes == codes[:, :, :1]).all()
 
 
+def test_a_partial_step_computes_the_last_blocks_and_keeps_two_units() -> None:
+    policy = PlannedPolicy(make_moments(BRANCHES, 20))
+    _, codes = drive(policy, 20, 0.52)
+    partial = [c for c in codes[:, 0, 0] if (c == REUSE).any() and (c == FULL).any()]
+    assert len(partial) == 1 and policy.units is not None and len(policy.units) == 2
+    first, last = policy.units[1]
+    assert (partial[0][first : last + 1] == FULL).all() and (partial[0][:first] == REUSE).all()
+
+
 def test_full_budget_computes_everything_and_reads_nothing() -> None:
-    policy = PlannedPolicy(tables())
+    policy = PlannedPolicy(make_moments(BRANCHES, 20))
     spent, codes = drive(policy, 20, 1.0)
     assert (codes == FULL).all() and spent == pytest.approx(1.0)
     assert not policy.reads_routers and policy.cache_depth == 0
 
 
-def test_tables_are_interpolated_to_other_step_counts() -> None:
-    found = tables(steps=20)
-    same, double = found.at("cond", 20), found.at("cond", 40)
-    assert same.skip == pytest.approx(found.skip[0] * found.gain[0])
-    # with twice the steps a delta two steps old is as old as one step was
-    assert double.reuse[0, :, 1] == pytest.approx(same.reuse[0, :, 0])
-    assert (np.diff(double.reuse, axis=2) >= 0).all()
+def test_moments_are_interpolated_to_other_step_counts() -> None:
+    moments = make_moments(BRANCHES, 20)
+    assert moments.at(20) is moments
+    double = moments.at(39)  # every second step is a calibrated one
+    assert double.gram[np.ix_(range(0, 39, 2), range(0, 39, 2))] == pytest.approx(moments.gram[:20, :20])
+    assert np.linalg.eigvalsh(double.gram).min() > -1e-9
+    assert double.gain[0] == pytest.approx(moments.gain[0] * (20 / 39) ** 2)
+
+
+@pytest.mark.parametrize(("known", "degree"), [(3, 1), (4, 3), (9, 3)])
+def test_interpolation_is_exact_for_polynomials(known: int, degree: int) -> None:
+    at = np.linspace(0, 1, known)
+    fine = np.linspace(0, 1, 3 * known + 1)
+    for power in range(degree + 1):
+        assert cubic_interpolation(known, len(fine)) @ at**power == pytest.approx(fine**power)

@@ -128,33 +128,34 @@ def write_defaults(folder: Path, **defaults: float) -> None:
     (folder / "edit.json").write_text(json.dumps(defaults))
 
 
-def make_bundle(folder: Path, pipeline: Path, spec, *, steps: int = 4) -> Path:
-    """Save a bundle with made-up tables and untrained routers for a pipeline folder's transformer."""
-    import diffusers
+def make_moments(branches: tuple[str, ...], steps: int):
+    """Moments as of a smooth process: deltas of near steps and of the CFG branches resemble each other."""
     import numpy as np
 
+    from routers.plan import Moments
+
+    at = np.linspace(0, 1, steps)
+    over_time = np.exp(-0.5 * ((at[:, None] - at) / 0.3) ** 2) + 1e-4 * np.eye(steps)
+    over_branches = 0.05 * np.eye(len(branches)) + 0.95
+    mixing = np.array([4.0, -3.0]) if len(branches) == 2 else np.ones(1)
+    return Moments(branches, np.kron(over_branches, over_time), np.exp(-3 * at), mixing)
+
+
+def make_bundle(folder: Path, pipeline: Path, spec, *, steps: int = 4) -> Path:
+    """Save a bundle with made-up moments and untrained routers for a pipeline folder's transformer."""
+    import diffusers
+
     from routers.bundle import Bundle, architecture, fingerprint
-    from routers.plan import ErrorTables
     from routers.router import Router
 
     transformer_class = getattr(diffusers, spec.transformer_class)
     transformer = transformer_class.from_pretrained(pipeline, subfolder="transformer")
     blocks = sum(len(transformer.get_submodule(block.path)) for block in spec.blocks)
-    rng = np.random.default_rng(0)
-    shape = (2, steps, blocks)
-    age = np.arange(1, 4) ** 2
-    tables = ErrorTables(
-        branches=("cond", "uncond"),
-        reuse=1e-4 * age * rng.uniform(0.5, 2, (*shape, 1)),
-        width=np.array([3e-3, 1e-3, 2e-4]) * rng.uniform(0.5, 2, (*shape, 1)),
-        skip=rng.uniform(0.01, 0.1, shape),
-        gain=np.ones(shape),
-    )
     torch.manual_seed(0)
     dim = transformer.inner_dim
     Bundle(
         spec=spec,
-        tables=tables,
+        moments=make_moments(("cond", "uncond"), steps),
         routers=[Router(dim, dim, 4).state_dict() for _ in range(blocks)],
         base_model=folder.name,
         architecture=architecture(transformer),

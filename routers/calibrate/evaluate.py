@@ -16,11 +16,16 @@ import torch
 from torch import Tensor
 
 from ..bundle import Bundle, attach
+from ..trace import Trace
 from .workload import Workload
 
 RECOMMENDED_DB = 30.0
 """Latent SNR from which a budget is recommended: a thousandth of the signal's energy, below what the eye
 finds in pictures of the packaged models (docs/quality.md)."""
+BENT = (0.5, 0.7)
+"""Budgets at which plans are tried with and without the routers."""
+MARGIN = 0.1
+"""dB that the routers must gain on average to be used."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,7 @@ def evaluate(
         dense, taken = _timed(workload, batch)
         seconds[1.0].append(taken)
         for budget in budgets:
-            elastic = attach(transformer, bundle, budget=budget, force=True)
-            try:
-                with torch.no_grad(), elastic.scope(num_steps=workload.num_steps) as trace:
-                    latents, taken = _timed(workload, batch)
-            finally:
-                elastic.detach()
+            latents, taken, trace = _elastic(transformer, bundle, workload, batch, budget)
             if budget != 1.0:
                 seconds[budget].append(taken)
             found[budget] += list(zip(trace.spent, _snr(latents, dense), strict=True))
@@ -86,9 +86,47 @@ def recommend(rows: Sequence[Quality], threshold: float = RECOMMENDED_DB) -> flo
     return best
 
 
+def prefers_routers(
+    transformer: torch.nn.Module,
+    bundle: Bundle,
+    workload: Workload,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Decide by measuring whether the bundle's routers may bend its plans per sample; noted in its metadata.
+
+    They may if samples come nearer to the dense ones with them than without, by MARGIN dB on average over
+    BENT budgets.
+    """
+    settings = [(budget, routed) for budget in BENT for routed in (False, True)]
+    means: dict[tuple[float, bool], list[float]] = {setting: [] for setting in settings}
+    for batch in range(workload.num_batches):
+        dense, _ = _timed(workload, batch)
+        for budget, routed in settings:
+            bundle.per_sample = routed
+            latents, _, _ = _elastic(transformer, bundle, workload, batch, budget)
+            means[budget, routed] += _snr(latents, dense)
+        report(batch + 1, workload.num_batches)
+    gains = [float(np.mean(means[b, True]) - np.mean(means[b, False])) for b in BENT]
+    bundle.per_sample = float(np.mean(gains)) > MARGIN
+    bundle.metadata["router_gain_db"] = {f"{b:g}": round(g, 3) for b, g in zip(BENT, gains, strict=True)}
+
+
 def as_metadata(rows: Sequence[Quality]) -> list[dict[str, Any]]:
     """JSON data for `bundle.json`."""
     return [{k: round(v, 4) for k, v in asdict(row).items()} for row in rows]
+
+
+def _elastic(
+    transformer: torch.nn.Module, bundle: Bundle, workload: Workload, batch: int, budget: float
+) -> tuple[Tensor, float, Trace]:
+    """Latents, seconds and trace of a batch at a budget."""
+    elastic = attach(transformer, bundle, budget=budget, force=True)
+    try:
+        with torch.no_grad(), elastic.scope(num_steps=workload.num_steps) as trace:
+            latents, taken = _timed(workload, batch)
+    finally:
+        elastic.detach()
+    return latents, taken, trace
 
 
 def _timed(workload: Workload, batch: int) -> tuple[Tensor, float]:

@@ -1,12 +1,10 @@
-"""Watch the dense model: what every block adds, and how wrong each cheaper way to get it would have been.
+"""Watch the dense model: what its blocks add together at every step, and what the routers see.
 
-Shapes: R rows, L tokens (a fixed sample of them), D dim, E time embedding dim, K ages, N blocks, S steps,
-G branches.
+Shapes: R rows, L tokens (a fixed sample of them), D dim, E time embedding dim, N blocks, S steps, G branches.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,30 +15,23 @@ from torch import Tensor
 
 from ..elastic import Computed, Elastic
 from ..policy import OpenPolicy
-from ..spec import WIDTHS
 from .workload import Workload
 
-AGES = 4
-"""Oldest reuse measured, in steps."""
-TOKENS = 64
-"""Tokens per row whose deltas are compared; errors are means, so a sample of tokens estimates them."""
-WIDTH_EVERY = 4
-"""Widths are measured on every fourth step and interpolated between them."""
+TOKENS = 256
+"""Tokens per row whose deltas are compared; products are means, so a sample of tokens estimates them."""
 
 
 @dataclass
 class Record:
-    """Local mean squared errors of one workload, and the routers' inputs.
+    """Second moments of one workload, and the routers' inputs.
 
-    reuse [R, G, S, N, K, 2]: by age 1..K and order 0/1, NaN before the first pass of that age.
-    skip [R, G, S, N]. width [R, G, S, N, 3], NaN on steps that were not measured.
-    pooled [G, S, N]: per entry `[R, D]` float16. modulation [G, S]: per entry `[R, E]` float16.
-    latents: `[R, ...]` final latents of the dense runs. times [S]: the sampler's times.
+    gram [R, G * S, G * S]: per row, mean product of the residual deltas that all blocks together add to the
+    first stream at two (branch, step)s, branch-major. pooled [G, S, N]: per entry `[R, D]` float16.
+    modulation [G, S]: per entry `[R, E]` float16. latents: `[R, ...]` final latents of the dense runs.
+    times [S]: the sampler's times.
     """
 
-    reuse: NDArray[np.float32]
-    skip: NDArray[np.float32]
-    width: NDArray[np.float32]
+    gram: NDArray[np.float64]
     pooled: list[list[list[Tensor]]]
     modulation: list[list[Tensor | None]]
     latents: Tensor
@@ -48,63 +39,56 @@ class Record:
 
 
 class Recorder:
-    """Observer of one dense batch. Keeps 2 x AGES deltas per block of a sample of tokens, nothing more."""
+    """Observer of one dense batch: keeps the stack's deltas of a sample of tokens, nothing more."""
 
-    def __init__(self, workload: Workload, blocks: int, measure_widths: bool) -> None:
-        shape = (workload.rows, len(workload.branches), workload.num_steps, blocks)
+    def __init__(self, workload: Workload, segments: tuple[tuple[int, int], ...]) -> None:
         self.branches = workload.branches
-        self.reuse = np.full((*shape, AGES, 2), np.nan, np.float32)
-        self.skip = np.full(shape, np.nan, np.float32)
-        self.width = np.full((*shape, 3), np.nan, np.float32)
         self.pooled: dict[tuple[int, int, int], Tensor] = {}
         self.modulation: dict[tuple[int, int], Tensor] = {}
         self.times = [0.0] * workload.num_steps
-        self.measure_widths = measure_widths
-        self._history: dict[tuple[int, int], deque[tuple[Tensor, Tensor]]] = {}
+        self._starts = {first for first, _ in segments}
+        self._ends = {last for _, last in segments}
+        self._entry: Tensor | None = None
+        self._deltas: dict[tuple[int, int], list[Tensor]] = {}
 
     def __call__(self, seen: Computed) -> None:
         """A block was computed for every row of the batch."""
         g = self.branches.index(seen.call.info.branch)
         s, n = seen.call.info.step, seen.block.index
         before, after = seen.before[0], seen.after[0]
-        index = torch.linspace(0, before.shape[1] - 1, min(TOKENS, before.shape[1])).long().to(before.device)
-        delta = (after[:, index] - before[:, index]).float()
-        time = seen.call.time.reshape(-1, 1, 1)
-        past = self._history.setdefault((g, n), deque(maxlen=2 * AGES))
-        for age in range(1, min(AGES, len(past)) + 1):
-            last, last_time = past[-age]
-            self.reuse[:, g, s, n, age - 1, 0] = _mse(last, delta)
-            guess = last
-            if 2 * age <= len(past):
-                first, first_time = past[-2 * age]
-                guess = last + (last - first) * ((time - last_time) / (last_time - first_time))
-            self.reuse[:, g, s, n, age - 1, 1] = _mse(guess, delta)
-        past.append((delta, time))
+        if n in self._starts:
+            self._entry = _sampled(before)
+        if n in self._ends:
+            assert self._entry is not None
+            self._deltas.setdefault((g, s), []).append(_sampled(after) - self._entry)
         if g == n == 0:
-            self.times[s] = float(time.flatten()[0])
-        self.skip[:, g, s, n] = _mse(torch.zeros_like(delta), delta)
+            self.times[s] = float(seen.call.time.flatten()[0])
         self.pooled[g, s, n] = before.mean(dim=1).half().cpu()
         name = seen.block.spec.modulation
         if n == 0 and name:
             self.modulation[g, s] = seen.inputs[name][: before.shape[0]].half().cpu()
-        if self.measure_widths and s % WIDTH_EVERY == 0 and seen.block.slicers:
-            self._widths(seen, g, index)
 
-    def _widths(self, seen: Computed, g: int, index: Tensor) -> None:
-        exact = seen.after[0][:, index].float()
-        for i, width in enumerate(WIDTHS[:-1]):
-            with seen.block.narrowed(width):
-                narrow = seen.block.unpack(seen.forward(**seen.inputs))[0][:, index].float()
-            self.width[:, g, seen.call.info.step, seen.block.index, i] = _mse(narrow, exact)
+    def forget_deltas(self) -> None:
+        """Free the memory that only `gram` needs."""
+        self._deltas.clear()
+        self._entry = None
+
+    def gram(self) -> NDArray[np.float64]:
+        """[R, G * S, G * S] of this batch, in float64 on the host."""
+        keys = [(g, s) for g in range(len(self.branches)) for s in range(len(self.times))]
+        rows = [torch.cat([d.flatten(1) for d in self._deltas[key]], dim=1) for key in keys]
+        deltas_RKX = torch.stack(rows, dim=1)
+        products_RKK = torch.einsum("rkx,rlx->rkl", deltas_RKX, deltas_RKX) / deltas_RKX.shape[2]
+        return products_RKK.double().cpu().numpy()  # type: ignore[no-any-return]
 
 
 def record(
     elastic: Elastic, workload: Workload, report: Callable[[int, int], None] = lambda done, total: None
 ) -> Record:
     """Run the workload densely and measure. report(done, total) is called after every batch."""
-    recorders, latents = [], []
+    recorders, latents, grams = [], [], []
     for batch in range(workload.num_batches):
-        recorder = Recorder(workload, len(elastic.blocks), measure_widths=batch == 0)
+        recorder = Recorder(workload, elastic.segments)
         elastic.observer = recorder
         try:
             with torch.no_grad(), elastic.scope(policy=OpenPolicy(), num_steps=workload.num_steps):
@@ -112,12 +96,12 @@ def record(
         finally:
             elastic.observer = None
         recorders.append(recorder)
+        grams.append(recorder.gram())
+        recorder.forget_deltas()
         report(batch + 1, workload.num_batches)
     branches, steps, blocks = len(workload.branches), workload.num_steps, len(elastic.blocks)
     return Record(
-        reuse=np.concatenate([r.reuse for r in recorders]),
-        skip=np.concatenate([r.skip for r in recorders]),
-        width=recorders[0].width,
+        gram=np.concatenate(grams),
         pooled=[
             [[torch.cat([r.pooled[g, s, n] for r in recorders]) for n in range(blocks)] for s in range(steps)]
             for g in range(branches)
@@ -136,5 +120,8 @@ def record(
     )
 
 
-def _mse(a: Tensor, b: Tensor) -> NDArray[np.float32]:
-    return (a - b).square().mean(dim=(1, 2)).cpu().numpy()
+def _sampled(stream: Tensor) -> Tensor:
+    """Up to TOKENS evenly spaced tokens of a stream `[R, L, D]`, float32."""
+    tokens = stream.shape[1]
+    index = torch.linspace(0, tokens - 1, min(TOKENS, tokens)).long().to(stream.device)
+    return stream.index_select(1, index).float()

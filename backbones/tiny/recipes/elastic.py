@@ -188,7 +188,7 @@ def train(args: argparse.Namespace) -> None:
     resuming = checkpoint.exists()
     state = torch.load(checkpoint if resuming else args.dense, weights_only=True)
     model.load_state_dict(state["model"])
-    if not resuming:
+    if not resuming and args.order_units:
         order_units(model, data)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(model, args.lr)
@@ -244,6 +244,12 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, default=Path("runs/vae/model"))
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument(
+        "--order-units",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="no: --dense is a checkpoint of this step, whose units are in order already",
+    )
     parser.add_argument(
         "--probe-prompts", type=int, default=10, help="prompts for the before/after PSNR; 0: none"
     )
