@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from backbones.flux_checkpoint import DIFFUSERS, ORIGINAL
 from backbones.spec import Config, Defaults, Family
 from routers.spec import BlockSpec, MlpSpec, TransformerSpec
 
@@ -91,4 +92,5 @@ FAMILY = Family(
     transformer_inputs=transformer_inputs,
     text_tokens=text_tokens,
     takes_guidance=takes_guidance,
+    single_files=(ORIGINAL, DIFFUSERS),
 )

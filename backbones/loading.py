@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from backbones.registry import SMALL_MODEL, hub_message, require_hub
+from backbones.model_files import ModelNotFoundError, hub_message, is_small, require_hub
+from backbones.single_file import load_denoiser
 from backbones.spec import Backbone, Lora, Placement
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,7 +54,7 @@ def pick_dtype(asked: str, backbone: Backbone) -> torch.dtype:
     """Asked "auto": fp32 for small models (faster and exact on a CPU), bf16 for the rest."""
     if asked != "auto":
         return DTYPES[asked]
-    return torch.float32 if 0 < backbone.parameters < SMALL_MODEL else torch.bfloat16
+    return torch.float32 if is_small(backbone.parameters) else torch.bfloat16
 
 
 def load_pipeline(backbone: Backbone, placement: Placement, transformer: Any = None) -> Any:
@@ -68,7 +69,15 @@ def load_pipeline(backbone: Backbone, placement: Placement, transformer: Any = N
             f"--offload {placement.offload} needs a GPU to offload from, this run uses the CPU; leave it out"
         )
     with quiet_libraries():
-        pipe = _from_pretrained(backbone, dtype, {} if transformer is None else {"transformer": transformer})
+        own = backbone.file is not None and transformer is None
+        # a single file is read last: what else is missing shows at once, not after 24 GB
+        components = {"transformer": transformer} if own or transformer is not None else {}
+        pipe = _from_pretrained(backbone, dtype, components)
+        if own:
+            try:
+                pipe.register_modules(transformer=load_denoiser(backbone, dtype))
+            except ModelNotFoundError as error:
+                raise LoadError(str(error)) from error
         for i, lora in enumerate(placement.loras):
             _add_lora(pipe, lora, f"lora_{i}")
         if placement.loras:
@@ -95,10 +104,26 @@ def image_to_image(pipe: Any, backbone: Backbone) -> Any:
     return other
 
 
+def model_hash(backbone: Backbone) -> str | None:
+    """Fingerprint of the denoiser's weights; None if a hub model is not in the local cache after all."""
+    if backbone.file is not None:
+        return fingerprint(backbone.file.path)
+    if backbone.folder is not None:
+        return fingerprint(backbone.folder / "transformer")
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(backbone.source, "model_index.json")
+    return fingerprint(Path(cached).parent / "transformer") if isinstance(cached, str) else None
+
+
 def fingerprint(folder: Path) -> str:
-    """Short hash that tells checkpoints apart in milliseconds: sizes, and 16 samples of 64 KiB per file."""
+    """Short hash that tells checkpoints apart in milliseconds: sizes, and 16 samples of 64 KiB per file.
+
+    folder: a folder of safetensors files, or one file.
+    """
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
+    files = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)}:{size}".encode())
         with file.open("rb") as stream:
@@ -138,6 +163,12 @@ def _from_pretrained(backbone: Backbone, dtype: torch.dtype, components: dict[st
     except Exception as error:
         if local:
             raise LoadError(f"{backbone.source!r} cannot be loaded: {first_line(error)}") from error
+        if backbone.file is not None and not backbone.file.named:
+            raise LoadError(
+                f"{backbone.file.path.name!r} holds the transformer alone; its text encoders and VAE are "
+                f"those of {backbone.source!r}, which is not in the local cache; "
+                f"give --base FOLDER, or --base {backbone.source} to download them"
+            ) from error
     try:
         require_hub()
         return pipeline_class.from_pretrained(backbone.source, **options)

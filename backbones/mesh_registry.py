@@ -6,22 +6,23 @@ Folders and hub ids are recognised by the transformer class in their `config.yam
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from backbones.hunyuan3d.errors import CheckpointError
 from backbones.hunyuan3d.family import FAMILY_2, FAMILY_21
 from backbones.hunyuan3d.folders import find_weights, resolve_folder
-from backbones.registry import (
+from backbones.model_files import (
     GIB,
-    ROUTERS_FOLDER,
-    SMALL_MODEL,
     ModelNotFoundError,
     count_by_prefix,
+    folder_bundle,
+    folder_defaults,
     hub_message,
+    memory_gib,
+    near_names,
     read_json,
     require_hub,
 )
@@ -123,10 +124,8 @@ def resolve(name_or_path: str) -> MeshBackbone:
         return _from_hub(name_or_path)
     if name_or_path in picture_models():
         raise ModelNotFoundError(f"{name_or_path!r} makes pictures: use `edit generate -m {name_or_path}`")
-    near = difflib.get_close_matches(name_or_path.lower(), table, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(table)};"
     raise ModelNotFoundError(
-        f"unknown image-to-mesh model {name_or_path!r}; {hint} "
+        f"unknown image-to-mesh model {name_or_path!r}; {near_names(name_or_path, table)} "
         "A checkpoint folder or a hub id (owner/name/subfolder) works too"
     )
 
@@ -163,8 +162,6 @@ def _from_folder(folder: Path) -> MeshBackbone:
         raise ModelNotFoundError(str(error)) from error
     family, counts = _family(config, str(folder)), _folder_parameters(folder)
     parameters = sum(counts.values())
-    small = 0 < parameters < SMALL_MODEL
-    bundle = folder / ROUTERS_FOLDER
     return MeshBackbone(
         name=folder.name,
         family=family,
@@ -172,11 +169,11 @@ def _from_folder(folder: Path) -> MeshBackbone:
         licence="see the model's own card",
         parameters=parameters,
         transformer_parameters=counts.get("transformer", 0),
-        memory_gib=round((4 if small else 2) * parameters / GIB, 2),
-        defaults=_folder_defaults(folder, family.defaults(config)),
+        memory_gib=memory_gib(parameters),
+        defaults=folder_defaults(folder, family.defaults(config)),
         guided=not family.is_distilled(config),
         views=family.takes_views(config),
-        bundle=bundle if (bundle / "bundle.json").is_file() else None,
+        bundle=folder_bundle(folder),
     )
 
 
@@ -202,18 +199,6 @@ def _family(config: Mapping[str, Any], where: str) -> MeshFamily:
     raise ModelNotFoundError(
         f"{where!r} holds {target or 'no model'}, which `edit generate-3d` cannot run; it knows {known}"
     )
-
-
-def _folder_defaults(folder: Path, base: MeshDefaults) -> MeshDefaults:
-    file = folder / "edit.json"
-    if not file.is_file():
-        return base
-    data = read_json(file)
-    allowed = [f.name for f in fields(MeshDefaults)]
-    unknown = sorted(set(data) - set(allowed))
-    if unknown:
-        raise ModelNotFoundError(f"{file}: unknown keys {unknown}; allowed are {', '.join(allowed)}")
-    return replace(base, **data)
 
 
 def _folder_parameters(folder: Path) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from backbones.spec import Config, Defaults, Family
+from backbones.spec import Config, Defaults, Family, FileLayout, Shapes
 from routers.spec import BlockSpec, MlpSpec, TransformerSpec
 
 TRANSFORMER = TransformerSpec(
@@ -67,6 +67,19 @@ def transformer_inputs(
         }
 
 
+def file_config(shapes: Shapes) -> Config:
+    """Single files use diffusers' own names, so only the number of blocks is read from them."""
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("transformer_blocks.")}
+    return {"num_layers": len(blocks)}
+
+
+SINGLE_FILE = FileLayout(
+    marker="transformer_blocks.0.img_mod.1.weight",
+    config=file_config,
+    parts=None,
+    row=lambda transformer: "qwen-image",
+)
+
 FAMILY = Family(
     name="Qwen-Image",
     pipeline_class="QwenImagePipeline",
@@ -79,4 +92,5 @@ FAMILY = Family(
     defaults=defaults,
     transformer_inputs=transformer_inputs,
     text_tokens=text_tokens,
+    single_files=(SINGLE_FILE,),
 )

@@ -7,31 +7,32 @@ requests) and `routers/` (a bundle used by default).
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
-import socket
-import struct
-import urllib.parse
-import urllib.request
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from backbones import flux, qwen_image
-from backbones.spec import PACKAGE_FOLDER, Backbone, Config, Defaults, Family
+from backbones.model_files import (
+    GIB,
+    ROUTERS_FOLDER,
+    count_by_prefix,
+    folder_bundle,
+    folder_defaults,
+    hub_file,
+    is_small,
+    memory_gib,
+    near_names,
+    read_header,
+    read_json,
+)
+from backbones.model_files import ModelNotFoundError as ModelNotFoundError
+from backbones.single_file import check_fits, denoiser_shapes, read_single_file
+from backbones.spec import PACKAGE_FOLDER, Backbone, Config, Family
 
 FAMILIES: tuple[Family, ...] = (qwen_image.FAMILY, flux.FAMILY)
-
-GIB = 2**30
-ROUTERS_FOLDER = "routers"
-SMALL_MODEL = 10**9
-"""Below this many parameters a model runs in fp32 by default and may generate several images at once."""
-
-
-class ModelNotFoundError(ValueError):
-    """No such model, or a folder that is none; the message is one line for the user."""
 
 
 def _hub(name: str, family: Family, source: str, **row: Any) -> Backbone:
@@ -113,12 +114,19 @@ def rows() -> dict[str, Backbone]:
     return {row.name: row for row in table if row is not None}
 
 
-def resolve(name_or_path: str) -> Backbone:
-    """A registry name, a pipeline folder or a hub id -> its Backbone.
+def resolve(name_or_path: str, base: str | None = None) -> Backbone:
+    """A registry name, a pipeline folder, a single-file checkpoint or a hub id -> its Backbone.
 
+    base: for a single file, what its text encoders and VAE come from; default: the published model.
     Only a hub id outside the registry may touch the network. Raises ModelNotFoundError.
     """
     table = rows()
+    if os.path.isfile(os.path.expanduser(name_or_path)):
+        return _from_file(Path(name_or_path).expanduser().resolve(), base)
+    if base is not None:
+        raise ModelNotFoundError(
+            f"--base {base!r} is for a single-file --model and {name_or_path!r} is none; leave it out"
+        )
     if name_or_path in table:
         return table[name_or_path]
     path = Path(name_or_path).expanduser()
@@ -138,28 +146,56 @@ def resolve(name_or_path: str) -> Backbone:
 
     if name_or_path in mesh_registry.rows():
         raise ModelNotFoundError(f"{name_or_path!r} makes meshes: use `edit generate-3d -m {name_or_path}`")
-    near = difflib.get_close_matches(name_or_path.lower(), table, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(table)};"
     raise ModelNotFoundError(
-        f"unknown model {name_or_path!r}; {hint} A pipeline folder or a hub id (owner/name) works too"
+        f"unknown model {name_or_path!r}; {near_names(name_or_path, table)} "
+        "A pipeline folder or a hub id (owner/name) works too"
     )
 
 
 def component_config(backbone: Backbone, component: str) -> Config:
     """`config.json` of a component ("transformer", "vae"), without loading weights."""
+    if backbone.file is not None and component == "transformer":
+        return backbone.file.config
     if backbone.folder is not None:
         return read_json(backbone.folder / component / "config.json")
-    if (PACKAGE_FOLDER / "configs" / f"{backbone.name}.json").is_file():
-        return read_packaged_config(backbone.name)[component]
-    return read_json(_hub_file(backbone.source, f"{component}/config.json"))
+    row = next((row for row in rows().values() if row.source == backbone.source), None)
+    if row is not None:
+        return read_packaged_config(row.name)[component]
+    return read_json(hub_file(backbone.source, f"{component}/config.json"))
 
 
 def component_parameters(backbone: Backbone) -> dict[str, int]:
     """Parameters per component: from the weight files of a folder, else the registry's totals."""
+    if backbone.folder is not None and backbone.file is not None:
+        return {**_folder_parameters(backbone.folder), "transformer": backbone.transformer_parameters}
     if backbone.folder is None:
         rest = backbone.parameters - backbone.transformer_parameters
         return {"transformer": backbone.transformer_parameters, "text encoder and VAE": rest}
     return _folder_parameters(backbone.folder)
+
+
+def _from_file(path: Path, base: str | None) -> Backbone:
+    """A denoiser from a single file, everything else from `base`."""
+    file = read_single_file(path, FAMILIES, base)
+    source = resolve(file.base)
+    config = {**component_config(source, "transformer"), **file.config}
+    check_fits(file, config, component_config(source, "transformer"), source.family)
+    count = sum(math.prod(shape) for shape in denoiser_shapes(read_header(path), file.prefix).values())
+    parameters = source.parameters - source.transformer_parameters + count
+    defaults = source.family.defaults(config)
+    return replace(
+        source,
+        name=path.stem,
+        licence="see the model's own card",
+        parameters=parameters,
+        transformer_parameters=count,
+        memory_gib=memory_gib(parameters),
+        defaults=replace(defaults, width=source.defaults.width, height=source.defaults.height),
+        packaged=False,
+        bundle=None,  # it was fitted on other weights
+        summary="",
+        file=replace(file, config=config, base=source.asked),
+    )
 
 
 def _from_folder(folder: Path) -> Backbone:
@@ -172,8 +208,6 @@ def _from_folder(folder: Path) -> Backbone:
     transformer, vae = (read_json(folder / part / "config.json") for part in ("transformer", "vae"))
     counts = _folder_parameters(folder)
     parameters = sum(counts.values())
-    small = 0 < parameters < SMALL_MODEL
-    bundle = folder / ROUTERS_FOLDER
     return Backbone(
         name=folder.name,
         family=family,
@@ -181,18 +215,18 @@ def _from_folder(folder: Path) -> Backbone:
         licence="see the model's own card",
         parameters=parameters,
         transformer_parameters=counts.get("transformer", 0),
-        memory_gib=round((4 if small else 2) * parameters / GIB, 2),
-        defaults=_folder_defaults(folder, family.defaults(transformer)),
+        memory_gib=memory_gib(parameters),
+        defaults=folder_defaults(folder, family.defaults(transformer)),
         size_multiple=family.size_multiple(vae),
-        bundle=bundle if (bundle / "bundle.json").is_file() else None,
-        batch_size=8 if small else 1,
+        bundle=folder_bundle(folder),
+        batch_size=8 if is_small(parameters) else 1,
     )
 
 
 def _from_hub(repository: str) -> Backbone:
-    family = _family(read_json(_hub_file(repository, "model_index.json")), repository)
+    family = _family(read_json(hub_file(repository, "model_index.json")), repository)
     transformer, vae = (
-        read_json(_hub_file(repository, f"{part}/config.json")) for part in ("transformer", "vae")
+        read_json(hub_file(repository, f"{part}/config.json")) for part in ("transformer", "vae")
     )
     return Backbone(
         name=repository,
@@ -207,20 +241,6 @@ def _from_hub(repository: str) -> Backbone:
     )
 
 
-def _folder_defaults(folder: Path, base: Defaults) -> Defaults:
-    file = folder / "edit.json"
-    if not file.is_file():
-        return base
-    data = read_json(file)
-    unknown = set(data) - {f.name for f in fields(Defaults)}
-    if unknown:
-        raise ModelNotFoundError(
-            f"{file}: unknown keys {sorted(unknown)}; "
-            f"allowed are {', '.join(f.name for f in fields(Defaults))}"
-        )
-    return replace(base, **data)
-
-
 def _family(index: Config, where: str) -> Family:
     name = index.get("_class_name")
     for family in FAMILIES:
@@ -230,82 +250,10 @@ def _family(index: Config, where: str) -> Family:
     raise ModelNotFoundError(f"{where!r} holds a {name}, which `edit` cannot run; it knows {known}")
 
 
-def _hub_file(repository: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(repository, file)
-    if isinstance(cached, str):
-        return Path(cached)
-    try:
-        require_hub()
-        return Path(hf_hub_download(repository, file))
-    except Exception as error:  # the hub client has a dozen error types; the user needs one line
-        raise ModelNotFoundError(hub_message(repository, error)) from error
-
-
-def require_hub() -> None:
-    """Raise OSError at once when the hub cannot be reached; its client would retry for half a minute."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        raise OSError("offline mode")
-    if urllib.request.getproxies():
-        return  # behind a proxy the host need not resolve here
-    host = urllib.parse.urlsplit(constants.ENDPOINT)
-    with socket.create_connection((host.hostname or "", host.port or 443), timeout=10):
-        pass
-
-
-def hub_message(repository: str, error: BaseException) -> str:
-    """Why a hub model could not be read, in one line with the next step."""
-    kind = type(error).__name__
-    if "Gated" in kind or "401" in str(error) or "403" in str(error):
-        return f"{repository!r} is gated: accept its licence on the hub and run `hf auth login`"
-    if "RepositoryNotFound" in kind or "404" in str(error):
-        return f"{repository!r} was not found, neither as a folder nor on the hub; see `edit models`"
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-    return (
-        f"{repository!r} is not in the local cache and the hub cannot be reached{offline}; "
-        "download it first, or give a pipeline folder"
-    )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of a model folder. Raises ModelNotFoundError."""
-    try:
-        data = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ModelNotFoundError(f"the model folder is incomplete: {str(file)!r} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"{str(file)!r} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ModelNotFoundError(f"{str(file)!r} holds no JSON object")
-    return data
-
-
 def _folder_parameters(folder: Path) -> dict[str, int]:
     """Parameters per component of a pipeline folder."""
     counts: dict[str, int] = {}
     for file in sorted(folder.glob("*/*.safetensors")):
         if file.parent.name != ROUTERS_FOLDER:
             counts[file.parent.name] = counts.get(file.parent.name, 0) + sum(count_by_prefix(file).values())
-    return counts
-
-
-def count_by_prefix(file: Path) -> dict[str, int]:
-    """Elements in a safetensors file by the first part of their names.
-
-    Read from its header alone (8 bytes little-endian length, then JSON). Raises ModelNotFoundError.
-    """
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-    except (OSError, ValueError, struct.error, MemoryError, OverflowError) as error:
-        raise ModelNotFoundError(f"{str(file)!r} is no complete safetensors file: {error}") from error
-    counts: dict[str, int] = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            prefix = name.split(".", 1)[0]
-            counts[prefix] = counts.get(prefix, 0) + math.prod(entry["shape"])
     return counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from routers.spec import TransformerSpec
 
 Config = Mapping[str, Any]
 """A component's `config.json` (diffusers), as read from disk."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor names and shapes of a checkpoint file, as its header gives them."""
 
 PACKAGE_FOLDER = Path(__file__).resolve().parent
 
@@ -31,6 +34,35 @@ class Defaults:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Where a tensor lies in a single file: `key`, of it the rows [start, stop), None for all.
+
+    swap: its first and second half of rows change places.
+    """
+
+    key: str
+    start: int | None = None
+    stop: int | None = None
+    swap: bool = False
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """How single-file checkpoints of a family name the denoiser's tensors.
+
+    marker: a name that a file of this layout holds.
+    config: shapes -> the entries of the transformer's config that the file decides.
+    parts: transformer config -> where each of the transformer's tensors lies; None: under its own name.
+    row: transformer config -> registry row of the model whose other components belong to it.
+    """
+
+    marker: str
+    config: Callable[[Shapes], Config]
+    parts: Callable[[Config], Mapping[str, Part]] | None
+    row: Callable[[Config], str]
+
+
+@dataclass(frozen=True)
 class Family:
     """What all checkpoints of one pipeline class share.
 
@@ -46,6 +78,7 @@ class Family:
     transformer_inputs: (transformer config, VAE config, width, height, text tokens, batch) -> arguments of
         one transformer call, as meta tensors, to count FLOPs without weights.
     text_tokens: (prompt, max_sequence_length) -> about how many text tokens the transformer sees.
+    single_files: layouts of single-file checkpoints that can be read.
     """
 
     name: str
@@ -59,6 +92,7 @@ class Family:
     transformer_inputs: Callable[[Config, Config, int, int, int, int], dict[str, Any]]
     text_tokens: Callable[[str, int | None], int]
     takes_guidance: Callable[[Config], bool] = lambda transformer: True
+    single_files: tuple[FileLayout, ...] = ()
 
     def branches(self, guidance: float) -> int:
         """Transformer calls per step: 2 with classifier-free guidance (scale > 1), else 1."""
@@ -66,10 +100,28 @@ class Family:
 
 
 @dataclass(frozen=True)
+class SingleFile:
+    """A checkpoint file that holds a denoiser alone.
+
+    prefix: what stands before the layout's names in the file. config: the transformer's.
+    base: what text encoders and VAE come from, as the user would name it. named: whether the user did;
+        otherwise nothing is fetched for it.
+    """
+
+    path: Path
+    layout: FileLayout
+    prefix: str
+    config: Config = field(hash=False)
+    base: str
+    named: bool
+
+
+@dataclass(frozen=True)
 class Backbone:
     """One model that can be generated with: a registry row, or a folder or hub id that was recognised.
 
     source: hub id, or absolute folder path.
+    file: a single-file checkpoint whose denoiser takes the place of the source's.
     parameters: of all components together; `transformer_parameters` of the denoiser alone.
     memory_gib: estimated GiB to hold every component in bf16 (small models: fp32).
     packaged: its weights are part of this package.
@@ -90,6 +142,14 @@ class Backbone:
     bundle: Path | None = None
     batch_size: int = 1
     summary: str = ""
+    file: SingleFile | None = None
+
+    @property
+    def asked(self) -> str:
+        """What `--model` finds this model by, on this machine."""
+        if self.file is not None:
+            return str(self.file.path)
+        return self.name if self.packaged else self.source
 
     @property
     def folder(self) -> Path | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import Progress
     from rich.table import Table
 
@@ -41,6 +41,20 @@ def print_warning(message: str) -> None:
     """One line on stderr."""
     line = " ".join(message.split())
     stderr().print(f"[yellow]warning:[/] {_escape(line)}", soft_wrap=True)
+
+
+def print_warnings(messages: Iterable[str], quiet: bool) -> None:
+    """One line each on stderr; nothing if quiet."""
+    for message in () if quiet else messages:
+        print_warning(message)
+
+
+def print_result(found: Mapping[str, Any], table: RenderableType, *, json_output: bool, quiet: bool) -> None:
+    """What a command found: a table for people, with --json on stderr, and the object alone on stdout."""
+    if not quiet:
+        (stderr() if json_output else stdout()).print(table)
+    if json_output:
+        print_json(found)
 
 
 def print_json(result: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from backbones import registry
-from backbones.registry import GIB
+from backbones.model_files import GIB
 from edit_cli.console import two_columns
 from edit_cli.errors import bad_input
 from edit_cli.models import readable_count

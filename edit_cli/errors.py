@@ -40,10 +40,23 @@ def bad_input(*kinds: type[Exception]) -> Iterator[None]:
         raise EditError(str(error)) from error
 
 
-OUT_OF_MEMORY = (
-    "out of memory{where}; try a smaller --width and --height or --batch-size, --dtype bf16, "
-    "or on a GPU --offload model"
-)
+SMALLER_PICTURES = "a smaller --width and --height or --batch-size, --dtype bf16, or on a GPU --offload model"
+
+
+def out_of_memory(where: str = "", smaller: str = SMALLER_PICTURES) -> str:
+    """The message. where: at what it happened. smaller: what to try."""
+    return f"out of memory{' ' if where else ''}{where}; try {smaller}"
+
+
+@contextmanager
+def memory_errors(where: str, smaller: str = SMALLER_PICTURES) -> Iterator[None]:
+    """Turn any library's out-of-memory error into a RunError with the next step."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise RunError(out_of_memory(where, smaller)) from error
+        raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edit_cli import options as o
-from edit_cli.console import print_json, print_warning, stderr, stdout
+from edit_cli.console import print_result, print_warnings
 from edit_cli.plan import Asked, make_plan
 
 
@@ -11,6 +11,7 @@ def generate(
     prompts: o.Prompts = None,
     prompts_file: o.PromptsFile = None,
     model: o.Model = None,
+    base: o.Base = None,
     routers: o.Routers = None,
     budget: o.Budget = None,
     force: o.Force = False,
@@ -50,6 +51,7 @@ def generate(
         prompts_file=prompts_file,
         replay=replay,
         model=model,
+        base=base,
         routers=routers,
         budget=budget,
         steps=steps,
@@ -69,14 +71,11 @@ def generate(
         loras=tuple(lora or ()),
         compile=compile,
         force=force,
+        compare=compare,
         dry_run=dry_run,
     )
     plan = make_plan(asked)
-    if not quiet:
-        for warning in plan.warnings:
-            print_warning(warning)
-    # with --json, stdout carries the object alone
-    console = stderr() if json_output else stdout()
+    print_warnings(plan.warnings, quiet)
     if dry_run:
         from edit_cli import dryrun
 
@@ -89,9 +88,5 @@ def generate(
 
         result = run_plan(plan, compare=compare, show_progress=not quiet, clock=StageClock())
         found, table = report.as_json(result), report.as_table(result)
-        for note in result.notes if not quiet else ():
-            print_warning(note)
-    if not quiet:
-        console.print(table)
-    if json_output:
-        print_json(found)
+        print_warnings(result.notes, quiet)
+    print_result(found, table, json_output=json_output, quiet=quiet)

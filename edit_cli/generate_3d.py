@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edit_cli import mesh_options as m
 from edit_cli import options as o
-from edit_cli.console import print_json, print_warning, stderr, stdout
+from edit_cli.console import print_result, print_warnings
 from edit_cli.mesh_plan import MeshAsked, make_mesh_plan
 
 
@@ -67,10 +67,7 @@ def generate_3d(
         dry_run=dry_run,
     )
     plan = make_mesh_plan(asked)
-    if not quiet:
-        for warning in plan.warnings:
-            print_warning(warning)
-    console = stderr() if json_output else stdout()
+    print_warnings(plan.warnings, quiet)
     if dry_run:
         from edit_cli import mesh_dryrun
 
@@ -82,9 +79,5 @@ def generate_3d(
 
         result = run_mesh_plan(plan, compare=compare, show_progress=not quiet)
         found, table = mesh_report.as_json(result), mesh_report.as_table(result)
-        for note in result.notes if not quiet else ():
-            print_warning(note)
-    if not quiet:
-        console.print(table)
-    if json_output:
-        print_json(found)
+        print_warnings(result.notes, quiet)
+    print_result(found, table, json_output=json_output, quiet=quiet)

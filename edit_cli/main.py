@@ -12,7 +12,7 @@ import typer
 from edit_cli import __version__
 from edit_cli.calibrate import calibrate
 from edit_cli.console import print_error
-from edit_cli.errors import BAD_INPUT, FAILED_RUN, OUT_OF_MEMORY, EditError, Interrupted, is_out_of_memory
+from edit_cli.errors import BAD_INPUT, FAILED_RUN, EditError, Interrupted, is_out_of_memory, out_of_memory
 from edit_cli.generate import generate
 from edit_cli.generate_3d import generate_3d
 from edit_cli.models import models
@@ -61,8 +61,9 @@ def spread(arguments: Sequence[str]) -> list[str]:
     for i, argument in enumerate(arguments):
         if argument == "--":
             return result + list(arguments[i:])
-        if argument in MANY_VALUES:
-            name, seen = argument, 0
+        option, _, value = argument.partition("=")
+        if option in MANY_VALUES:
+            name, seen = option, int(bool(value))
         elif name and MANY_VALUES[name].fullmatch(argument):
             if seen:
                 result.append(name)
@@ -117,7 +118,7 @@ def _run(arguments: list[str]) -> int:
 
 def _describe(error: Exception) -> str:
     if is_out_of_memory(error):
-        return OUT_OF_MEMORY.format(where="")
+        return out_of_memory()
     first = next((line for line in str(error).splitlines() if line.strip()), "no message")
     return f"{type(error).__name__}: {first.strip()}; set EDIT_DEBUG=1 for the traceback"
 

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from backbones import mesh_registry
-from backbones.registry import GIB
+from backbones.model_files import GIB
 from edit_cli.console import two_columns
 from edit_cli.dryrun import BYTES
 from edit_cli.errors import bad_input

@@ -6,19 +6,17 @@ that can be wrong with the input is found here, before anything is loaded.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from backbones import mesh_registry, registry
-from backbones.spec import DTYPES, MeshBackbone, Placement
-from edit_cli import values
+from backbones.spec import MeshBackbone, Placement
+from edit_cli import choices, values
 from edit_cli.errors import EditError, bad_input
 from edit_cli.mesh_files import MESH_SUFFIXES, read_record
 from edit_cli.outputs import plan_outputs
-from edit_cli.plan import DEFAULT_ROUTERS, NO_ROUTERS
 
 BACKGROUNDS = ("auto", "yes", "no")
 DECODES = ("auto", "dense", "hierarchical")
@@ -101,20 +99,14 @@ def make_mesh_plan(asked: MeshAsked) -> MeshPlan:
     with bad_input(registry.ModelNotFoundError):
         backbone = mesh_registry.resolve(source)
     views = _views(asked.views or tuple(record.get("views") or ()), images, backbone)
-    routers = find_routers(asked.routers or record.get("routers") or DEFAULT_ROUTERS, backbone)
-    warnings: list[str] = []
-    if routers is None and (fields.get("budget") or 1.0) < 1.0:
-        message = (
-            f"--budget {fields['budget']:g} needs routers and {backbone.name!r} has none here; "
-            "give --routers BUNDLE"
-        )
-        if not asked.dry_run:
-            raise EditError(message)
-        warnings.append(message)
+    routers = choices.find_routers(
+        asked.routers or record.get("routers") or choices.DEFAULT_ROUTERS, backbone
+    )
+    warnings: tuple[str, ...] = ()
+    if routers is None:
+        warnings = choices.check_dense([fields.get("budget")], backbone, asked.dry_run)
     seeds = [values.seed("--seed", s) for s in asked.seeds] or [int(record.get("seed", 0))]
-    repeated = [seed for seed, count in Counter(seeds).items() if count > 1]
-    if repeated:
-        raise EditError(f"--seed {repeated[0]} would be used twice; give distinct seeds")
+    choices.distinct_seeds(seeds)
     objects = [images] if views else [(image,) for image in images]
     requests = [(pictures, seed) for pictures in objects for seed in seeds]
     paths = _outputs(asked, requests, fields.get("budget"), backbone)
@@ -130,11 +122,11 @@ def make_mesh_plan(asked: MeshAsked) -> MeshPlan:
     return MeshPlan(
         backbone=backbone,
         routers=routers,
-        placement=_placement(asked, record),
+        placement=choices.placement(asked, record, OFFLOADS),
         jobs=jobs,
-        force=asked.force,
+        force=asked.force or bool(record.get("force")),
         replayed=None if changed or not record else record,
-        warnings=tuple(warnings),
+        warnings=warnings,
     )
 
 
@@ -149,9 +141,9 @@ def _checked(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
         "steps": values.steps,
         "guidance": values.guidance,
         "octree_resolution": resolution,
-        "decode": lambda name, value: one_of(name, value, DECODES),
+        "decode": lambda name, value: values.one_of(name, value, DECODES),
         "faces": lambda name, value: values.integer(name, value, 4, MAX_FACES),
-        "remove_background": lambda name, value: one_of(name, value, BACKGROUNDS),
+        "remove_background": lambda name, value: values.one_of(name, value, BACKGROUNDS),
     }
     return {
         name: checks[name](where + name.replace("_", "-"), value)
@@ -165,13 +157,6 @@ def resolution(where: str, value: Any) -> int:
     return values.integer(
         where, value, LOWEST_RESOLUTION, HIGHEST_RESOLUTION, "usual are 128 (draft), 256, 384 (fine)"
     )
-
-
-def one_of(where: str, value: Any, allowed: Sequence[str]) -> str:
-    """A word from a list."""
-    if value not in allowed:
-        raise EditError(f"{where} {value!r} is unknown; allowed are {', '.join(allowed)}")
-    return str(value)
 
 
 def _with_defaults(fields: Mapping[str, Any], backbone: MeshBackbone) -> dict[str, Any]:
@@ -189,7 +174,7 @@ def _with_defaults(fields: Mapping[str, Any], backbone: MeshBackbone) -> dict[st
 
 def _views(asked: tuple[str, ...], images: Sequence[str], backbone: MeshBackbone) -> tuple[str, ...]:
     for name in asked:
-        one_of("--views", name, VIEWS)
+        values.one_of("--views", name, VIEWS)
     if asked and not backbone.views:
         raise EditError(
             f"--views needs a multi-view model and {backbone.name!r} takes one picture per mesh; "
@@ -202,25 +187,15 @@ def _views(asked: tuple[str, ...], images: Sequence[str], backbone: MeshBackbone
     return asked
 
 
-def find_routers(asked: str, backbone: MeshBackbone) -> Path | None:
-    """The bundle to use, or None for the dense model. Raises EditError if it does not exist."""
-    if asked == NO_ROUTERS:
-        return None
-    if asked == DEFAULT_ROUTERS:
-        return backbone.bundle
-    path = Path(asked).expanduser()
-    if not path.exists():
-        raise EditError(f"--routers {asked!r} does not exist; give a bundle folder, or none")
-    return path
-
-
 def _outputs(
     asked: MeshAsked, requests: Sequence[tuple[tuple[str, ...], int]], budget: float | None,
     backbone: MeshBackbone,
 ) -> list[Path]:  # fmt: skip
     suffixes = list(MESH_SUFFIXES)
     if asked.format is not None:
-        first = "." + one_of("--format", asked.format.lstrip("."), [suffix[1:] for suffix in MESH_SUFFIXES])
+        first = "." + values.one_of(
+            "--format", asked.format.lstrip("."), [suffix[1:] for suffix in MESH_SUFFIXES]
+        )
         suffixes = [first, *(suffix for suffix in suffixes if suffix != first)]
     names = [
         {
@@ -251,17 +226,3 @@ def _previews(asked: str | None, paths: Sequence[Path]) -> list[Path | None]:
         return [*plan_outputs(asked, fields, PREVIEW_SUFFIXES)]
     except EditError as error:
         raise EditError(str(error).replace("--output", "--preview")) from None
-
-
-def _placement(asked: MeshAsked, record: Mapping[str, Any]) -> Placement:
-    placement = Placement(
-        device=asked.device or record.get("device") or "auto",
-        dtype=asked.dtype or record.get("dtype") or "auto",
-        offload=asked.offload or "none",
-    )
-    one_of("--dtype", placement.dtype, DTYPES)
-    one_of("--offload", placement.offload, OFFLOADS)
-    kind, _, number = placement.device.partition(":")
-    if kind not in ("auto", "cuda", "mps", "cpu") or (number and not number.isdecimal()):
-        raise EditError(f"--device {placement.device!r} is unknown; allowed are auto, cuda, cuda:N, mps, cpu")
-    return placement

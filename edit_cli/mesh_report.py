@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from edit_cli import choices
 from edit_cli.console import two_columns
 from edit_cli.mesh_runner import MeshResult
 from edit_cli.mesh_session import STAGES
@@ -54,9 +55,7 @@ def as_json(result: MeshResult) -> dict[str, Any]:
 def as_table(result: MeshResult) -> RenderableType:
     """The closing table: files, then budget, compute, decisions, and where the time went."""
     plan, first = result.plan, result.jobs[0]
-    routers = "no routers" if plan.routers is None else f"routers {plan.routers.name}"
-    if plan.routers is not None and plan.routers == plan.backbone.bundle:
-        routers = "its own routers"
+    routers = choices.routers_label(plan.routers, plan.backbone)
     work = sum(result.seconds[name] for name in STAGES if name != "load")
     share = result.seconds["denoise"] / max(work, 1e-9)
     evaluated = fmean(facts["evaluated"] for facts in result.facts)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from backbones import loading
-from edit_cli import __version__
+from edit_cli import __version__, choices
 from edit_cli.console import progress, working
 from edit_cli.errors import Interrupted, RunError, bad_input
 from edit_cli.mesh_compare import compare_meshes
@@ -21,9 +21,10 @@ from edit_cli.mesh_files import encode_mesh
 from edit_cli.mesh_pictures import cut_out, open_rgba
 from edit_cli.mesh_plan import MeshJob, MeshPlan
 from edit_cli.mesh_preview import turntable
-from edit_cli.mesh_session import Made, MeshClock, MeshSession
+from edit_cli.mesh_session import STAGES, Made, MeshSession
 from edit_cli.outputs import write_whole
-from edit_cli.plan import DEFAULT_ROUTERS, NO_ROUTERS
+from edit_cli.stages import StageClock
+from edit_cli.tally import Tally
 from routers.bundle import Bundle, load_bundle
 
 MUST_MATCH = ("model_hash", "routers_hash", "image_hashes", "device", "dtype", "versions")
@@ -31,33 +32,18 @@ MUST_MATCH = ("model_hash", "routers_hash", "image_hashes", "device", "dtype", "
 
 
 @dataclass
-class MeshResult:
+class MeshResult(Tally):
     """What a run gave: finished jobs in order with their meshes' facts, and measurements summed over all."""
 
     plan: MeshPlan
     jobs: list[MeshJob] = field(default_factory=list)
     facts: list[dict[str, Any]] = field(default_factory=list)
-    spent: list[float] = field(default_factory=list)
-    flops: dict[str, float] = field(default_factory=lambda: {"dense": 0.0, "spent": 0.0})
-    decisions: dict[str, Any] = field(default_factory=lambda: {"skip": 0, "reuse": 0, "compute": {}})
-    seconds: dict[str, float] = field(default_factory=dict)
-    calls: int = 0
-    comparison: dict[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
 
     def add(self, job: MeshJob, made: Made, background: str) -> None:
         """Book a finished mesh."""
-        trace, mesh = made.trace, made.mesh
+        mesh = made.mesh
         self.jobs.append(job)
-        self.spent.append(trace.spent[0])
-        for name, value in trace.flops.items():
-            self.flops[name] += value
-        for name in ("skip", "reuse"):
-            self.decisions[name] += trace.decisions[name]
-        for width, count in trace.decisions["compute"].items():
-            self.decisions["compute"][width] = self.decisions["compute"].get(width, 0) + count
-        self.calls += trace.num_calls
-        self.notes += [note for note in trace.notes if note not in self.notes]
+        self.book(made.trace, [0])
         self.facts.append(
             {
                 "faces": len(mesh.faces),
@@ -77,7 +63,7 @@ def run_mesh_plan(plan: MeshPlan, *, compare: bool, show_progress: bool) -> Mesh
     compare: also make the dense mesh with the same seed, written beside as NAME-dense.
     Raises EditError for bad input, RunError for a failed run, Interrupted (naming kept files) on Ctrl-C.
     """
-    clock = MeshClock()
+    clock = StageClock(STAGES)
     inputs = [_cut_out_all(job) for job in plan.jobs]  # bad pictures are refused before the model is loaded
     plan, bundle = settle_mesh_budgets(plan)
     result, session = MeshResult(plan), None
@@ -115,16 +101,9 @@ def run_mesh_plan(plan: MeshPlan, *, compare: bool, show_progress: bool) -> Mesh
 
 def settle_mesh_budgets(plan: MeshPlan) -> tuple[MeshPlan, Bundle | None]:
     """Read the routers; fill in the budget they recommend, and check an asked one. Raises EditError."""
-    if plan.routers is None:
-        return replace(plan, jobs=tuple(replace(job, budget=job.budget or 1.0) for job in plan.jobs)), None
     with bad_input():
-        bundle = load_bundle(plan.routers)
-        jobs = []
-        for job in plan.jobs:
-            budget = bundle.recommended_budget if job.budget is None else job.budget
-            bundle.check_budget(budget)
-            jobs.append(replace(job, budget=budget))
-    return replace(plan, jobs=tuple(jobs)), bundle
+        bundle = None if plan.routers is None else load_bundle(plan.routers)
+    return replace(plan, jobs=choices.settle_budgets(plan.jobs, bundle)), bundle
 
 
 def _cut_out_all(job: MeshJob) -> tuple[list[Image.Image], str]:
@@ -141,7 +120,7 @@ def _task(bars: Any, label: str, job: MeshJob) -> Any:
 
 def _warm_up(session: MeshSession, job: MeshJob, contexts: dict[str, Any]) -> None:
     """One step whose result and time are thrown away, so that comparisons start warm."""
-    clock, session.clock = session.clock, MeshClock()
+    clock, session.clock = session.clock, StageClock(STAGES)
     try:
         session.denoise(job, contexts, 1)
     finally:
@@ -152,7 +131,7 @@ def _dense(
     session: MeshSession, job: MeshJob, contexts: dict[str, Any], bars: Any
 ) -> tuple[Made, dict[str, float]]:
     """The clean, dense model's mesh and seconds per stage, not part of the run's own."""
-    own, session.clock = session.clock, MeshClock()
+    own, session.clock = session.clock, StageClock(STAGES)
     session.detach()
     try:
         _warm_up(session, job, contexts)
@@ -178,10 +157,6 @@ def _save(job: MeshJob, made: Made, background: str, session: MeshSession, resul
 def mesh_record(job: MeshJob, made: Made, session: MeshSession, plan: MeshPlan) -> dict[str, Any]:
     """Everything needed to make the mesh again, as JSON data."""
     backbone, pipe = plan.backbone, session.pipe
-    if plan.routers is None:
-        routers = NO_ROUTERS
-    else:
-        routers = DEFAULT_ROUTERS if plan.routers == backbone.bundle else str(plan.routers.resolve())
     plain = asdict(job)
     for name in ("path", "preview"):
         del plain[name]
@@ -194,7 +169,8 @@ def mesh_record(job: MeshJob, made: Made, session: MeshSession, plan: MeshPlan) 
         "model": backbone.name,
         "model_source": backbone.name if backbone.packaged else backbone.source,
         "model_hash": loading.fingerprint(backbone.folder) if backbone.folder else None,
-        "routers": routers,
+        "routers": choices.routers_name(plan.routers, backbone),
+        "force": plan.force,
         "routers_hash": getattr(session.bundle, "digest", None),
         "device": pipe.device.type,
         "dtype": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(pipe.dtype).split(".")[-1]],

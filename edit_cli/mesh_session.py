@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,47 +16,23 @@ from backbones import loading
 from backbones.hunyuan3d.checkpoints import load_pipeline
 from backbones.hunyuan3d.errors import CheckpointError, NoSurfaceError
 from backbones.hunyuan3d.pipeline import Hunyuan3DPipeline
-from backbones.registry import GIB, SMALL_MODEL, hub_message, require_hub
+from backbones.model_files import GIB, hub_message, is_small, require_hub
 from backbones.spec import MeshBackbone, Placement
-from edit_cli.errors import EditError, RunError, bad_input, is_out_of_memory
+from edit_cli.errors import EditError, RunError, bad_input, memory_errors
 from edit_cli.mesh_plan import MeshJob
+from edit_cli.stages import StageClock
 from routers.bundle import Bundle, attach
 
 STAGES = ("load", "condition", "denoise", "decode", "extract", "clean")
 """condition: pictures to embeddings. decode: latents to a sampled volume. extract: volume to triangles."""
 DENSE_BYTES, SPARSE_BYTES = 24, 16
 """Peak bytes a grid point costs: node numbers, values and the copies marching cubes makes."""
-OUT_OF_MEMORY = (
-    "out of memory{}; try a smaller --octree-resolution, --dtype fp16, or on a GPU --offload model"
-)
+SMALLER = "a smaller --octree-resolution, --dtype fp16, or on a GPU --offload model"
+"""What to try when memory runs out."""
 
 MESH_LIBRARIES = ("skimage.measure", "trimesh", "trimesh.graph", "fast_simplification")
 
 OnStep = Callable[[int, int], None]
-
-
-class MeshClock:
-    """Seconds per stage over a whole command, and in total."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.seconds = dict.fromkeys(STAGES, 0.0)
-
-    @contextmanager
-    def stage(self, name: str, device: str = "cpu") -> Iterator[None]:
-        """Add the context's wall time to a stage; waits for the GPU before it stops."""
-        start = time.perf_counter()
-        try:
-            yield
-            if device == "cuda":
-                torch.cuda.synchronize()
-        finally:
-            self.seconds[name] += time.perf_counter() - start
-
-    def report(self) -> dict[str, float]:
-        """Rounded seconds per stage and in total."""
-        total = time.perf_counter() - self.started
-        return {name: round(value, 4) for name, value in {**self.seconds, "total": total}.items()}
 
 
 @dataclass
@@ -75,7 +50,7 @@ class MeshSession:
 
     backbone: MeshBackbone
     pipe: Hunyuan3DPipeline
-    clock: MeshClock
+    clock: StageClock
     bundle: Bundle | None = None
     force: bool = False
     elastic: Any = None
@@ -88,7 +63,7 @@ class MeshSession:
         placement: Placement,
         bundle: Bundle | None,
         force: bool,
-        clock: MeshClock,
+        clock: StageClock,
     ) -> MeshSession:
         """Load the model. Raises EditError for input that cannot be loaded."""
         with bad_input():
@@ -102,7 +77,7 @@ class MeshSession:
             for library in MESH_LIBRARIES:  # their import is not what extraction costs
                 importlib.import_module(library)
             _require_reachable(backbone)
-            with out_of_memory("while loading the model"), loading.quiet_libraries():
+            with memory_errors("while loading the model", SMALLER), loading.quiet_libraries():
                 pipe = load_pipeline(
                     backbone.source, dtype=dtype, device=device, offload=placement.offload == "model"
                 )
@@ -160,7 +135,7 @@ class MeshSession:
             if on_step is not None:
                 on_step(done, total)
 
-        with out_of_memory("while denoising"), self.clock.stage("denoise", self.pipe.device.type):  # noqa: SIM117
+        with memory_errors("while denoising", SMALLER), self.clock.stage("denoise", self.pipe.device.type):  # noqa: SIM117
             with scope as trace:
                 latents = self.pipe.denoise(contexts, noise, steps, guidance, after_step)
         return latents, trace
@@ -188,7 +163,7 @@ class MeshSession:
             return self._decode(job, latents, "hierarchical")
 
     def _decode(self, job: MeshJob, latents: Any, method: str) -> Any:
-        with out_of_memory(f" at --octree-resolution {job.octree_resolution}"):
+        with memory_errors(f"at --octree-resolution {job.octree_resolution}", SMALLER):
             try:
                 return self.pipe.decode(latents, job.octree_resolution, method=method)[0]
             except ValueError as error:  # NaN in the field
@@ -212,19 +187,7 @@ def pick_dtype(asked: str, backbone: MeshBackbone, device: torch.device) -> torc
     """Asked "auto": fp32 for small models and on a CPU, else fp16, as the checkpoints were published."""
     if asked != "auto":
         return loading.DTYPES[asked]
-    small = 0 < backbone.parameters < SMALL_MODEL
-    return torch.float32 if small or device.type == "cpu" else torch.float16
-
-
-@contextmanager
-def out_of_memory(where: str) -> Iterator[None]:
-    """Turn any library's out-of-memory error into a RunError with the next step."""
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise RunError(OUT_OF_MEMORY.format(f" {where.strip()}")) from error
-        raise
+    return torch.float32 if is_small(backbone.parameters) or device.type == "cpu" else torch.float16
 
 
 def _require_reachable(backbone: MeshBackbone) -> None:

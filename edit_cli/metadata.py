@@ -84,7 +84,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise EditError(
             f"--from {str(path)!r} does not exist; give a picture made by `edit generate`"
         ) from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
         raise EditError(
             f"--from {str(path)!r} is no readable picture; give one made by `edit generate`"
         ) from None

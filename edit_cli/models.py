@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from backbones import mesh_registry, registry
 from backbones.spec import Backbone, MeshBackbone
 from edit_cli.console import print_json, stdout
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+
+NAME_WIDTH = 24  # columns: the longest name with its indent
 
 
 def models(
@@ -27,27 +36,39 @@ def models(
             }
         )
         return
-    from rich.markup import escape
+    for (family, licence), group in groupby(rows, lambda row: (row.family.name, row.licence)):
+        stdout().print(_heading(family, licence))
+        stdout().print(_table(list(group)))
+    stdout().print(
+        "[dim]memory: all weights in bf16 (small models fp32)\n"
+        "folders and hub ids of these families work too[/]"
+    )
+
+
+def _heading(family: str, licence: str) -> Text:
+    from rich.text import Text
+
+    return Text.assemble((family, "bold"), (f"  {licence}", "dim"))
+
+
+def _table(rows: Sequence[Backbone | MeshBackbone]) -> Table:
+    """Models of one family and licence; narrow enough for a terminal of 60 columns."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("name", no_wrap=True)
-    for name in ("parameters", "memory"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("weights", "routers"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("licence")
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(min_width=NAME_WIDTH, no_wrap=True)
+    for width in (7, 8):
+        table.add_column(min_width=width, justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
     for row in rows:
+        routers = ", with routers" if row.bundle else ""
         table.add_row(
-            f"[bold]{row.name}[/]",
+            f"  {row.name}",
             readable_count(row.parameters),
             f"{row.memory_gib:g} GiB",
-            "[green]packaged[/]" if row.packaged else "hub",
-            "[green]packaged[/]" if row.bundle else "-",
-            escape(row.licence),
+            f"[green]packaged{routers}[/]" if row.packaged else "hub",
         )
-    stdout().print(table)
-    stdout().print("[dim]memory: all weights in bf16 (small models fp32); --offload needs less[/]")
+    return table
 
 
 def as_dict(row: Backbone | MeshBackbone) -> dict[str, Any]:

@@ -84,7 +84,17 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model", "-m", metavar="MODEL",
-        help=f"Registry name (edit models), folder or hub id. [dim]default {DEFAULT_MODEL}[/]",
+        help="Registry name (edit models), folder, .safetensors file or hub id. "
+        f"[dim]default {DEFAULT_MODEL}[/]",
+        rich_help_panel=MODEL,
+    ),
+]  # fmt: skip
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base", metavar="MODEL",
+        help="For a single-file --model: what text encoders and VAE come from. "
+        "[dim]default: the published model, if it is in the local cache[/]",
         rich_help_panel=MODEL,
     ),
 ]  # fmt: skip

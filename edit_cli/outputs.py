@@ -15,6 +15,7 @@ from edit_cli.errors import EditError, RunError
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 TEMPLATE_FIELDS = ("prompt", "seed", "index", "budget", "model")
 MAX_NAME = 60  # characters of a prompt that become part of a file name
+MAX_BYTES = 240  # of a file name: file systems allow 255, and comparisons are named after results
 
 
 def slug(prompt: str) -> str:
@@ -33,6 +34,7 @@ def plan_outputs(
     fields: for each result the template's values, "output" optional.
     suffixes: allowed file suffixes, the first is the default. Raises EditError.
     """
+    output = None if output is None else os.path.expanduser(output)
     paths: list[Path] = []
     taken: set[Path] = set()
     several = Counter(f.get("output") or output for f in fields)
@@ -47,6 +49,7 @@ def plan_outputs(
         else:
             path = _fill(target, names, several[target] > 1)
         _check_suffix(path, suffixes)
+        _check_length(path)
         if path in taken:
             raise EditError(
                 f"--output {target!r} would write two results to {str(path)!r}; add {{index}} or {{seed}}"
@@ -65,7 +68,7 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write beside the target, then rename: the file appears whole or not at all. Raises RunError."""
     name = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".edit-", delete=False) as file:
             name = file.name
             file.write(data)
         os.chmod(name, 0o666 & ~_umask())  # temporary files are private, results are ordinary files
@@ -80,6 +83,11 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
+def comparison_path(path: Path) -> Path:
+    """Where the side-by-side picture of a result goes."""
+    return path.with_name(f"{path.stem}-compare.png")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -87,7 +95,7 @@ def _umask() -> int:
 
 
 def _is_folder(target: str) -> bool:
-    return target.endswith(("/", os.sep)) or Path(target).is_dir()
+    return target.endswith(("/", os.sep)) or os.path.isdir(target)
 
 
 def _free_name(folder: Path, name: str, suffix: str, taken: set[Path]) -> Path:
@@ -120,6 +128,15 @@ def _check_suffix(path: Path, suffixes: Sequence[str]) -> None:
         what = f"suffix {path.suffix!r}" if path.suffix else "no suffix"
         raise EditError(
             f"--output {str(path)!r} has {what}; allowed are {', '.join(suffixes)} (a folder ends with /)"
+        )
+
+
+def _check_length(path: Path) -> None:
+    length = len(os.fsencode(path.name))
+    if length > MAX_BYTES:
+        raise EditError(
+            f"--output name {path.name[:40] + '...'!r} has {length} bytes; "
+            f"allowed are {MAX_BYTES}, shorten it"
         )
 
 

@@ -6,20 +6,17 @@ the prompt file. Everything that can be wrong with the input is found here, befo
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from backbones import registry
-from backbones.spec import DTYPES, OFFLOADS, Backbone, Lora, Placement
-from edit_cli import metadata, values
+from backbones.spec import OFFLOADS, Backbone, Lora, Placement
+from edit_cli import choices, metadata, values
 from edit_cli.errors import EditError, bad_input
-from edit_cli.outputs import plan_outputs
+from edit_cli.outputs import comparison_path, plan_outputs
 from edit_cli.prompts import read_prompts
-
-DEFAULT_ROUTERS, NO_ROUTERS = "default", "none"
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,7 @@ class Asked:
     prompts_file: str | None = None
     replay: str | None = None
     model: str | None = None
+    base: str | None = None
     routers: str | None = None
     budget: str | None = None
     steps: str | None = None
@@ -49,6 +47,7 @@ class Asked:
     loras: tuple[str, ...] = ()
     compile: bool = False
     force: bool = False
+    compare: bool = False
     dry_run: bool = False
 
 
@@ -106,49 +105,49 @@ def make_plan(asked: Asked) -> Plan:
     """Check everything that was asked. Raises EditError; reads files but writes none."""
     record = metadata.read(asked.replay) if asked.replay is not None else {}
     typed = _typed_fields(asked)
+    base_model = asked.base or (None if asked.model else record.get("model_base"))
     with bad_input(registry.ModelNotFoundError):
-        backbone = registry.resolve(asked.model or record.get("model_source") or registry.DEFAULT_MODEL)
-    routers = _routers(asked.routers or record.get("routers") or DEFAULT_ROUTERS, backbone)
+        backbone = registry.resolve(
+            asked.model or record.get("model_source") or registry.DEFAULT_MODEL, base_model
+        )
+    routers = choices.find_routers(
+        asked.routers or record.get("routers") or choices.DEFAULT_ROUTERS, backbone
+    )
     recorded = {name: record.get(name) for name in values.FIELDS if name != "output"}
     base = {**values.checked(recorded, f"--from {asked.replay}: {{}}"), **typed}
     requests = [request for entry in _entries(asked, base) for request in _repeat(asked, base, entry)]
     warnings: list[str] = []
     jobs = _jobs(requests, asked.output, backbone, warnings)
+    if asked.compare:
+        _check_comparisons(jobs)
     if routers is None:
-        _check_dense(jobs, backbone, asked.dry_run, warnings)
-    changed = bool(
-        asked.loras
-        or typed
-        or asked.prompts
-        or asked.prompts_file
-        or asked.num_images
-        or asked.model
-        or asked.routers
-    )
+        warnings += choices.check_dense([job.budget for job in jobs], backbone, asked.dry_run)
+    changes = (
+        typed, asked.prompts, asked.prompts_file, asked.num_images, asked.model, asked.base, asked.routers,
+        asked.loras,
+    )  # fmt: skip
     return Plan(
         backbone=backbone,
         routers=routers,
         placement=_placement(asked, record),
         jobs=tuple(jobs),
         batch_size=_count("--batch-size", asked.batch_size, backbone.batch_size),
-        force=asked.force,
-        replayed=None if changed or not record else record,
+        force=asked.force or bool(record.get("force")),
+        replayed=None if any(changes) or not record else record,
         warnings=tuple(dict.fromkeys(warnings)),
     )
 
 
-def _check_dense(jobs: list[Job], backbone: Backbone, dry_run: bool, warnings: list[str]) -> None:
-    """Without routers there is only the full budget; a dry run may still ask what another would cost."""
-    low = min((job.budget for job in jobs if job.budget is not None), default=1.0)
-    if low == 1.0:
-        return
-    message = (
-        f"--budget {low:g} needs routers and {backbone.name!r} has none here; "
-        f"give --routers BUNDLE, or make one with: edit calibrate -m {backbone.name} -o bundle"
-    )
-    if not dry_run:
-        raise EditError(message)
-    warnings.append(message)
+def _check_comparisons(jobs: Sequence[Job]) -> None:
+    """The side-by-side pictures of --compare may replace neither each other nor a result."""
+    taken = {job.path for job in jobs}
+    for job in jobs:
+        path = comparison_path(job.path)
+        if path in taken or path.is_dir():
+            raise EditError(
+                f"--compare would write {str(path)!r} over another file; give other names with --output"
+            )
+        taken.add(path)
 
 
 def _typed_fields(asked: Asked) -> dict[str, Any]:
@@ -164,19 +163,6 @@ def _typed_fields(asked: Asked) -> dict[str, Any]:
         "strength": asked.strength,
     }
     return values.checked(typed, "--{}")
-
-
-def _routers(asked: str, backbone: Backbone) -> Path | None:
-    if asked == NO_ROUTERS:
-        return None
-    if asked == DEFAULT_ROUTERS:
-        return backbone.bundle
-    path = Path(asked).expanduser()
-    if not path.exists():
-        raise EditError(
-            f"--routers {asked!r} does not exist; give a bundle folder, a .safetensors file, or none"
-        )
-    return path
 
 
 def _entries(asked: Asked, base: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -196,9 +182,7 @@ def _repeat(asked: Asked, base: Mapping[str, Any], entry: Mapping[str, Any]) -> 
     typed = [values.seed("--seed", s) for s in asked.seeds]
     starts = [entry["seed"]] if "seed" in entry else typed or [base.get("seed", 0)]
     seeds = [start + i for start in starts for i in range(count)]
-    repeated = [s for s, copies in Counter(seeds).items() if copies > 1]
-    if repeated:
-        raise EditError(f"--seed {repeated[0]} would be drawn twice; give distinct seeds, at least -n apart")
+    choices.distinct_seeds(seeds, ", at least -n apart")
     return [{**base, **entry, "seed": s} for s in seeds]
 
 
@@ -267,23 +251,11 @@ def _takes_guidance(backbone: Backbone) -> bool:
 
 
 def _placement(asked: Asked, record: Mapping[str, Any]) -> Placement:
-    placement = Placement(
-        device=asked.device or record.get("device") or "auto",
-        dtype=asked.dtype or record.get("dtype") or "auto",
-        offload=asked.offload or "none",
-        compile=asked.compile,
+    return replace(
+        choices.placement(asked, record, OFFLOADS),
+        compile=asked.compile or bool(record.get("compile")),
         loras=tuple(_lora(text) for text in asked.loras or record.get("loras") or ()),
     )
-    for name, value, allowed in (
-        ("dtype", placement.dtype, DTYPES),
-        ("offload", placement.offload, OFFLOADS),
-    ):
-        if value not in allowed:
-            raise EditError(f"--{name} {value!r} is unknown; allowed are {', '.join(allowed)}")
-    kind, _, number = placement.device.partition(":")
-    if kind not in ("auto", "cuda", "mps", "cpu") or (number and not number.isdecimal()):
-        raise EditError(f"--device {placement.device!r} is unknown; allowed are auto, cuda, cuda:N, mps, cpu")
-    return placement
 
 
 def _lora(text: str) -> Lora:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from backbones.spec import PACKAGE_FOLDER, Backbone
 from edit_cli import values
 from edit_cli.errors import EditError
 
@@ -20,13 +21,26 @@ def read_prompts(source: str) -> list[Entry]:
     Blank lines are skipped. Raises EditError naming the file and line.
     """
     name = "stdin" if source == "-" else source
-    lines = [(i, line) for i, line in enumerate(_read_text(source).splitlines(), 1) if line.strip()]
+    suffix = Path(source).suffix.lower()
+    if suffix in (".json", ".csv", ".yaml", ".yml"):
+        raise EditError(
+            f"--prompts {name!r} is a {suffix} file; give one prompt a line (.txt), "
+            'or one JSON object a line (.jsonl): {"prompt": "a cat", "seed": 1}'
+        )
+    # not splitlines: JSON strings may hold the other characters that it takes for line ends
+    lines = [(i, line) for i, line in enumerate(_read_text(source).split("\n"), 1) if line.strip()]
     if not lines:
         raise EditError(f"--prompts {name!r} holds no prompt; write one prompt a line")
-    is_json = lines[0][1].lstrip().startswith("{") if source == "-" else Path(source).suffix == ".jsonl"
+    is_json = lines[0][1].lstrip().startswith("{") if source == "-" else suffix == ".jsonl"
     if is_json:
         return [_parse_json(line, f"{name} line {i}") for i, line in lines]
-    return [{"prompt": line.strip()} for _, line in lines]
+    return [{"prompt": values.prompt(f"{name} line {i}: prompt", line.strip())} for i, line in lines]
+
+
+def default_prompts(backbone: Backbone) -> Path:
+    """A model's own calibration prompts (`calibration.txt` in its folder), else the packaged general ones."""
+    own = backbone.folder / "calibration.txt" if backbone.folder is not None else None
+    return own if own is not None and own.is_file() else PACKAGE_FOLDER / "configs" / "calibration.txt"
 
 
 def _read_text(source: str) -> str:

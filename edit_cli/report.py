@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from edit_cli import choices
 from edit_cli.console import two_columns
 from edit_cli.runner import Result
 
@@ -75,9 +76,7 @@ def _files(result: Result) -> Table:
 
 def _model(result: Result) -> str:
     plan, first = result.plan, result.jobs[0]
-    routers = "no routers" if plan.routers is None else f"routers {plan.routers.name}"
-    if plan.routers is not None and plan.routers == plan.backbone.bundle:
-        routers = "its own routers"
+    routers = choices.routers_label(plan.routers, plan.backbone)
     size = one_or_all([f"{job.width}x{job.height}" for job in result.jobs])
     steps = one_or_all([job.steps for job in result.jobs])
     sizes = size if isinstance(size, str) else "several sizes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,53 +16,39 @@ import torch
 from PIL import Image
 
 from backbones import loading
-from edit_cli import __version__, metadata
+from edit_cli import __version__, choices, metadata
 from edit_cli.console import progress, working
-from edit_cli.errors import Interrupted, bad_input
-from edit_cli.outputs import write_whole
+from edit_cli.errors import Interrupted, RunError, bad_input
+from edit_cli.outputs import comparison_path, write_whole
 from edit_cli.pictures import psnr, side_by_side, ssim
-from edit_cli.plan import DEFAULT_ROUTERS, NO_ROUTERS, Job, Plan
+from edit_cli.plan import Job, Plan
 from edit_cli.session import Batch, RouterSource, Session, denoising_steps, fit_notes, settle_budgets
 from edit_cli.stages import StageClock
+from edit_cli.tally import Tally
 
-MUST_MATCH = ("model_hash", "routers_hash", "device", "dtype", "versions")
+MUST_MATCH = (
+    "model_hash", "routers_hash", "lora_hashes", "image_hash", "device", "dtype", "compile", "versions",
+)  # fmt: skip
 """Record entries that decide whether a replayed picture can be identical."""
 
 
 @dataclass
-class Result:
+class Result(Tally):
     """What a run gave: finished jobs in order, with measurements summed over all of them."""
 
     plan: Plan
     jobs: list[Job] = field(default_factory=list)
-    spent: list[float] = field(default_factory=list)
-    flops: dict[str, float] = field(default_factory=lambda: {"dense": 0.0, "spent": 0.0})
-    decisions: dict[str, Any] = field(default_factory=lambda: {"skip": 0, "reuse": 0, "compute": {}})
-    seconds: dict[str, float] = field(default_factory=dict)
-    calls: int = 0
-    cache_bytes: int = 0
-    comparison: dict[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
+    written: list[Path] = field(default_factory=list)
 
     @property
     def outputs(self) -> list[Path]:
-        """Files written, in job order."""
+        """Pictures, in job order."""
         return [job.path for job in self.jobs]
 
     def add(self, batch: Batch, rows: Sequence[int]) -> None:
         """Add a batch's measurements. rows: which of its pictures were asked for."""
-        trace = batch.trace
         self.jobs += [batch.jobs[row] for row in rows]
-        self.spent += [trace.spent[row] for row in rows]
-        for name, value in trace.flops.items():
-            self.flops[name] += value
-        for name in ("skip", "reuse"):
-            self.decisions[name] += trace.decisions[name]
-        for width, count in trace.decisions["compute"].items():
-            self.decisions["compute"][width] = self.decisions["compute"].get(width, 0) + count
-        self.calls += trace.num_calls
-        self.cache_bytes = max(self.cache_bytes, trace.cache_bytes)
-        self.notes += [note for note in trace.notes if note not in self.notes]
+        self.book(batch.trace, rows)
 
 
 def run_plan(plan: Plan, *, compare: bool, show_progress: bool, clock: StageClock) -> Result:
@@ -102,7 +89,10 @@ def run_plan(plan: Plan, *, compare: bool, show_progress: bool, clock: StageCloc
         if result.comparison is not None:
             _finish_comparison(result)
     except KeyboardInterrupt:
-        raise Interrupted(result.outputs) from None
+        raise Interrupted(result.written) from None
+    except RunError as error:
+        kept = f"; kept {', '.join(map(str, result.written))}" if result.written else ""
+        raise RunError(f"{error}{kept}") from error
     finally:
         if session is not None:
             session.detach()
@@ -161,21 +151,18 @@ def _save(batch: Batch, rows: Sequence[int], session: Session, result: Result) -
         job = batch.jobs[row]
         record = make_record(batch, row, session, result.plan)
         old = result.plan.replayed
-        changed = [name for name in MUST_MATCH if old and old.get(name) != record[name]]
+        changed = [name for name in MUST_MATCH if old and name in old and old[name] != record[name]]
         if changed:
             result.notes.append(
                 f"not what the original was made with: {', '.join(changed)}; the picture may differ"
             )
         write_whole(job.path, metadata.encode(batch.pictures[row], job.path.suffix, record))
+        result.written.append(job.path)
 
 
 def make_record(batch: Batch, row: int, session: Session, plan: Plan) -> dict[str, Any]:
     """Everything needed to make the picture again, as JSON data."""
     job, backbone, placement = batch.jobs[row], plan.backbone, plan.placement
-    if plan.routers is None:
-        source = NO_ROUTERS
-    else:
-        source = DEFAULT_ROUTERS if plan.routers == backbone.bundle else str(plan.routers.resolve())
     record: dict[str, Any] = {
         "prompt": job.prompt,
         "negative_prompt": job.negative_prompt,
@@ -187,18 +174,23 @@ def make_record(batch: Batch, row: int, session: Session, plan: Plan) -> dict[st
         "budget": job.budget,
         "spent": round(batch.trace.spent[row], 4),
         "model": backbone.name,
-        "model_source": backbone.name if backbone.packaged else backbone.source,
-        "model_hash": loading.fingerprint(backbone.folder / "transformer") if backbone.folder else None,
-        "routers": source,
-        "routers_hash": getattr(session.source.bundle, "digest", None),
+        "model_source": backbone.asked,
+        "model_base": backbone.file.base if backbone.file else None,
+        "model_hash": loading.model_hash(backbone),
+        "routers": choices.routers_name(plan.routers, backbone),
+        "routers_hash": session.source.digest,
+        "force": plan.force,
         "loras": [f"{lora.path}:{lora.scale:g}" for lora in placement.loras],
+        "lora_hashes": [loading.fingerprint(lora.path) for lora in placement.loras],
         "image": str(Path(job.image).resolve()) if job.image else None,
+        "image_hash": hashlib.sha256(Path(job.image).read_bytes()).hexdigest()[:16] if job.image else None,
         "strength": job.strength,
         "sampler": type(session.pipe.scheduler).__name__.replace("DiscreteScheduler", ""),
-        "device": session.pipe.device.type,
+        "device": session.pipe._execution_device.type,  # with offloading, `device` is the CPU
         "dtype": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[
             str(session.pipe.dtype).split(".")[-1]
         ],
+        "compile": placement.compile,
         "threads": torch.get_num_threads(),
         "versions": _versions(),
     }
@@ -229,9 +221,10 @@ def _compare(
     comparison["dense_seconds"] += seconds
     for row in rows:
         job, elastic = batch.jobs[row], batch.pictures[row]
-        path = job.path.with_name(f"{job.path.stem}-compare.png")
+        path = comparison_path(job.path)
         captions = {"dense": pictures[row], f"spent {batch.trace.spent[row]:.2f}": elastic}
         write_whole(path, metadata.encode_plain(side_by_side(captions)))
+        result.written.append(path)
         comparison["outputs"].append(str(path))
         comparison["psnr"].append(round(min(psnr(pictures[row], elastic), 99.0), 2))
         comparison["ssim"].append(round(ssim(pictures[row], elastic), 4))

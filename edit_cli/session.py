@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from PIL import Image
 
 from backbones import loading, registry
 from backbones.spec import Backbone
-from edit_cli.errors import OUT_OF_MEMORY, EditError, RunError, bad_input, is_out_of_memory
+from edit_cli import choices
+from edit_cli.errors import EditError, bad_input, memory_errors
 from edit_cli.pictures import open_rgb
 from edit_cli.plan import Job, Plan
 from edit_cli.stages import StageClock
@@ -41,6 +42,13 @@ class RouterSource:
 
     bundle: Any = None
     release: Path | None = None
+
+    @property
+    def digest(self) -> str | None:
+        """Hash of the routers' file; None: dense."""
+        if self.release is not None:
+            return loading.fingerprint(self.release)
+        return None if self.bundle is None else str(self.bundle.digest)
 
     @classmethod
     def read(cls, path: Path | None) -> RouterSource:
@@ -79,7 +87,12 @@ class Session:
     def open(cls, plan: Plan, source: RouterSource, clock: StageClock) -> Session:
         """Load everything the plan names. Raises EditError for input that cannot be loaded."""
         release_routers, transformer, notes = None, None, []
-        with bad_input(), _memory("while loading the model"):
+        if source.release is not None and plan.backbone.file is not None:
+            raise EditError(
+                f"--routers {str(source.release)!r} brings its own transformer and so does --model "
+                f"{str(plan.backbone.file.path)!r}; give the base model's folder as --model"
+            )
+        with bad_input(), memory_errors("while loading the model"):
             if source.release is not None:
                 transformer, release_routers = _load_release(plan, source.release)
                 notes.append(
@@ -130,8 +143,8 @@ class Session:
             scope: Any = nullcontext()
         else:
             scope = self.elastic.scope(budget=None if self.source.release else first.budget, num_steps=steps)
-        size = f" at {first.width}x{first.height}, batch {len(jobs)}"
-        with _memory(size), loading.quiet_libraries(), self.clock.pipeline_call(pipe), scope as trace:
+        size = f"at {first.width}x{first.height}, batch {len(jobs)}"
+        with memory_errors(size), loading.quiet_libraries(), self.clock.pipeline_call(pipe), scope as trace:
             pictures = pipe(**arguments, callback_on_step_end=after_step).images
         return Batch(tuple(jobs), pictures, trace)
 
@@ -192,15 +205,7 @@ def settle_budgets(plan: Plan, source: RouterSource) -> Plan:
                 "its compute is fixed; leave --budget out, or fit a bundle with: edit calibrate"
             )
         return plan
-    jobs = []
-    for job in plan.jobs:
-        budget = job.budget
-        if source.bundle is not None:
-            budget = float(source.bundle.recommended_budget) if budget is None else budget
-            with bad_input():
-                source.bundle.check_budget(budget)
-        jobs.append(replace(job, budget=1.0 if budget is None else budget))
-    return replace(plan, jobs=tuple(jobs))
+    return replace(plan, jobs=choices.settle_budgets(plan.jobs, source.bundle))
 
 
 def fit_notes(plan: Plan, source: RouterSource) -> list[str]:
@@ -226,13 +231,3 @@ def _load_release(plan: Plan, file: Path) -> tuple[Any, Any]:
         file, lambda: transformer_class.from_config(config), spec, dtype=dtype
     )
     return loaded
-
-
-@contextmanager
-def _memory(where: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise RunError(OUT_OF_MEMORY.format(where=f" {where.strip()}")) from error
-        raise

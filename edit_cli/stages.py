@@ -1,9 +1,9 @@
-"""Seconds per stage of a diffusers pipeline, by wrapping its components while it runs."""
+"""Seconds per stage of a command, and of a diffusers pipeline by wrapping its components while it runs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,16 +15,17 @@ text and decode. decode: latents to pixels."""
 class StageClock:
     """Adds up seconds per stage over a whole command. Total is wall time since the clock was made."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: Sequence[str] = STAGES) -> None:
         self.started = time.perf_counter()
-        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.seconds = dict.fromkeys(stages, 0.0)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the context's wall time to a stage."""
+    def stage(self, name: str, device: str = "cpu") -> Iterator[None]:
+        """Add the context's wall time to a stage; waits for the device before it stops."""
         start = time.perf_counter()
         try:
             yield
+            waiter(device)()
         finally:
             self.seconds[name] += time.perf_counter() - start
 
@@ -39,9 +40,10 @@ class StageClock:
             (pipe.vae, "decode", "decode"),
             (pipe.image_processor, "postprocess", "decode"),
         )
-        wait = _waiter(pipe.device.type)
+        # with offloading the weights lie on the CPU between calls; where they run is what counts
+        device = pipe._execution_device.type
         for owner, name, stage in parts:
-            owner.__dict__[name] = self._timed(getattr(owner, name), stage, wait)
+            owner.__dict__[name] = self._timed(getattr(owner, name), stage, device)
         try:
             yield
         finally:
@@ -55,24 +57,20 @@ class StageClock:
         total = time.perf_counter() - self.started
         return {name: round(value, 4) for name, value in {**self.seconds, "total": total}.items()}
 
-    def _timed(
-        self, function: Callable[..., Any], stage: str, wait: Callable[[], None]
-    ) -> Callable[..., Any]:
+    def _timed(self, function: Callable[..., Any], stage: str, device: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            wait()
-            with self.stage(stage):
-                result = function(*args, **kwargs)
-                wait()
-            return result
+            waiter(device)()
+            with self.stage(stage, device):
+                return function(*args, **kwargs)
 
         return call
 
 
-def _waiter(device: str) -> Callable[[], None]:
+def waiter(device: str) -> Callable[[], None]:
+    """A function that returns when a device's queued work is done."""
+    if device == "cpu":
+        return lambda: None
     import torch
 
-    if device == "cuda":
-        return torch.cuda.synchronize
-    if device == "mps":
-        return torch.mps.synchronize
-    return lambda: None
+    wait: Callable[[], None] = getattr(torch, device).synchronize
+    return wait

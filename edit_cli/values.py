@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +101,26 @@ def divisible(where: str, value: int, multiple: int) -> None:
 
 def prompt(where: str, value: Any) -> str:
     """A prompt that is not blank."""
-    if not isinstance(value, str):
-        raise EditError(f"{where} {value!r} is not text")
-    if not value.strip():
+    if not text(where, value).strip():
         raise EditError(f'{where} is empty; say what to draw, for example "a cat"')
-    return value
+    return str(value)
 
 
 def text(where: str, value: Any) -> str:
-    """Any text."""
+    """Any text that can be written as UTF-8, without NUL."""
     if not isinstance(value, str):
         raise EditError(f"{where} {value!r} is not text")
+    # bytes that are no UTF-8 reach us as lone surrogates; neither they nor NUL can be stored or named
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise EditError(f"{where} {value!r} holds characters that are no text; give it as UTF-8")
     return value
+
+
+def one_of(where: str, value: Any, allowed: Sequence[str]) -> str:
+    """A word from a list."""
+    if value not in allowed:
+        raise EditError(f"{where} {value!r} is unknown; allowed are {', '.join(allowed)}")
+    return str(value)
 
 
 def readable_file(where: str, value: Any) -> str:

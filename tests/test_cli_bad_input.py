@@ -33,6 +33,10 @@ def desk(tmp_path: Path) -> Path:
     )
     (tmp_path / "old.ckpt").write_bytes(b"\x80\x04pickle")
     (tmp_path / "cut.safetensors").write_bytes((500).to_bytes(8, "little") + b'{"a": {"dtype"')
+    (tmp_path / "nul.jsonl").write_text('{"prompt": "a\\u0000"}\n')
+    (tmp_path / "list.json").write_text('[{"prompt": "a cat"}]')
+    header = b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    (tmp_path / "foreign.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     (tmp_path / "garbage.safetensors").write_bytes(b"this is not a safetensors file at all")
     (tmp_path / "plain.png").write_bytes(b"no picture")
     (tmp_path / "taken").write_text("a file")
@@ -68,7 +72,20 @@ QUICK = [
     (["a cat", "--guidance", "inf"], "--guidance 'inf' is not a finite number; allowed are 0 to 100"),
     (["a cat", "--seed", "-1"], "--seed '-1' is out of range; allowed are whole numbers from 0"),
     (["a cat", "--seed", "x"], "--seed 'x' is not a whole number"),
-    (["a cat", "--seed", "1", "2", "-n", "2"], "--seed 2 would be drawn twice; give distinct seeds"),
+    (
+        ["a cat", "--seed", "1", "2", "-n", "2"],
+        "--seed 2 would be used twice; give distinct seeds, at least -n apart",
+    ),
+    (["a cat", "--seed=1", "1"], "--seed 1 would be used twice"),
+    (["a \udce9 cat"], "holds characters that are no text; give it as UTF-8"),
+    (["--prompts", "nul.jsonl"], "nul.jsonl line 1: prompt 'a\\x00' holds characters that are no text"),
+    (["--prompts", "list.json"], "--prompts 'list.json' is a .json file; give one prompt a line (.txt)"),
+    (["a cat", "-o", "x" * 260 + ".png"], "has 264 bytes; allowed are 240, shorten it"),
+    (["a cat", "a cat compare", "--compare"], "--compare would write 'a-cat-compare.png' over another"),
+    (["a cat", "-m", "garbage.safetensors"], "is no complete safetensors file"),
+    (["a cat", "-m", "old.ckpt"], "is no .safetensors file, and other formats are not loaded"),
+    (["a cat", "-m", "foreign.safetensors"], "holds no Qwen-Image or FLUX.1 transformer"),
+    (["a cat", "--base", "qwen-image"], "is for a single-file --model"),
     (["a cat", "-n", "0"], "--num-images '0' is out of range"),
     (["a cat", "--batch-size", "many"], "--batch-size 'many' is not a whole number"),
     (

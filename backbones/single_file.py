@@ -1,0 +1,131 @@
+"""Single-file checkpoints (`flux1-dev.safetensors`): recognise them by their header, load the denoiser.
+
+Text encoders, tokenizers and VAE come from a pipeline folder or hub id, the file's *base*. Tensors are
+mapped into memory and cut there, so a file of 24 GB is never held twice. Torch is imported only to load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from backbones.model_files import ModelNotFoundError, read_header
+from backbones.spec import Backbone, Config, Family, FileLayout, Part, Shapes, SingleFile
+
+SUFFIXES = (".safetensors", ".sft")
+PREFIXES = ("", "model.diffusion_model.", "transformer.")
+"""What may stand before the denoiser's names; the second also where files hold encoders and VAE too."""
+
+MUST_FIT = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "attention_head_dim")
+"""Config entries that the other components, or the rotary embedding, decide."""
+
+
+def read_single_file(path: Path, families: Iterable[Family], base: str | None) -> SingleFile:
+    """What a checkpoint file holds, from its header alone.
+
+    base: what encoders and VAE come from; None: the published model of its kind, if it is on this machine.
+    Raises ModelNotFoundError for files of other formats or models.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise ModelNotFoundError(
+            f"{str(path)!r} is no .safetensors file, and other formats are not loaded; "
+            "give a pipeline folder or a .safetensors file"
+        )
+    shapes = read_header(path)
+    families = tuple(families)
+    for family in families:
+        for layout in family.single_files:
+            for prefix in PREFIXES:
+                if prefix + layout.marker in shapes:
+                    return _recognised(path, layout, prefix, shapes, base)
+    known = " or ".join(family.name for family in families if family.single_files)
+    raise ModelNotFoundError(
+        f"{str(path)!r} holds no {known} transformer under the names `edit` knows; give a pipeline folder"
+    )
+
+
+def _recognised(path: Path, layout: FileLayout, prefix: str, shapes: Shapes, base: str | None) -> SingleFile:
+    own = denoiser_shapes(shapes, prefix)
+    try:
+        config = layout.config(own)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ModelNotFoundError(f"{str(path)!r} is incomplete: it has no tensor {error}") from error
+    return SingleFile(path, layout, prefix, config, base or layout.row(config), base is not None)
+
+
+def denoiser_shapes(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes without the prefix; of a file with a prefix, only what has it."""
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def check_fits(file: SingleFile, config: Config, base: Config, family: Family) -> None:
+    """Raise ModelNotFoundError unless the base's components can work with the file's denoiser."""
+    different = [name for name in MUST_FIT if name in file.config and config[name] != base.get(name)]
+    if different:
+        name = different[0]
+        raise ModelNotFoundError(
+            f"{str(file.path)!r} has {name} {config[name]} and the base {file.base!r} has {base.get(name)}: "
+            f"it is no plain text-to-image {family.name} model of that kind; give another --base"
+        )
+    if file.layout.parts is not None:
+        parts = {part.key for part in file.layout.parts(config).values()}
+        found = set(denoiser_shapes(read_header(file.path), file.prefix))
+        _same_names(file.path, parts, found)
+
+
+def load_denoiser(backbone: Backbone, dtype: Any) -> Any:
+    """The transformer of a single file, in `dtype`, on the CPU. Raises ModelNotFoundError."""
+    import diffusers
+    from accelerate import init_empty_weights
+    from safetensors import SafetensorError
+
+    file = backbone.file
+    assert file is not None, "the backbone has no single file"
+    transformer_class = getattr(diffusers, backbone.family.transformer.transformer_class)
+    # parameters only: tables that a constructor computes and no file holds stay real
+    with init_empty_weights(include_buffers=False):
+        transformer = transformer_class.from_config(dict(file.config))
+    expected = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    find_parts = file.layout.parts
+    parts = {name: Part(name) for name in expected} if find_parts is None else find_parts(file.config)
+    found = denoiser_shapes(read_header(file.path), file.prefix)
+    _same_names(file.path, {part.key for part in parts.values()}, set(found))
+    try:
+        weights = _read(file, parts, dtype)
+    except (SafetensorError, OSError) as error:
+        raise ModelNotFoundError(f"{str(file.path)!r} cannot be read: {error}") from error
+    for name, shape in expected.items():
+        if tuple(weights[name].shape) != shape:
+            raise ModelNotFoundError(
+                f"{str(file.path)!r}: {parts[name].key} is {tuple(weights[name].shape)} for {name}, "
+                f"which is {shape} in {type(transformer).__name__}"
+            )
+    transformer.load_state_dict(weights, assign=True)
+    return transformer.eval()
+
+
+def _read(file: SingleFile, parts: Mapping[str, Part], dtype: Any) -> dict[str, Any]:
+    """Tensors by diffusers' names: views of the mapped file, copied only where the dtype changes."""
+    import torch
+    from safetensors import safe_open
+
+    weights = {}
+    with safe_open(file.path, framework="pt") as stored:
+        for name, part in parts.items():
+            tensor = stored.get_tensor(file.prefix + part.key)[part.start : part.stop]
+            if part.swap:
+                tensor = torch.cat(tensor.chunk(2)[::-1])
+            weights[name] = tensor.to(dtype)
+    return weights
+
+
+def _same_names(path: Path, expected: set[str], found: set[str]) -> None:
+    """Neither missing nor left over: quantised files carry scales that would be dropped silently."""
+    missing, unknown = sorted(expected - found), sorted(found - expected)
+    if missing or unknown:
+        what = f"{len(missing)} tensors are missing" if missing else f"{len(unknown)} tensors are unknown"
+        raise ModelNotFoundError(
+            f"{str(path)!r} cannot be loaded: {what}, for example {(missing or unknown)[0]!r}; "
+            "quantised files are not read, give one in fp32, fp16, bf16 or plain fp8"
+        )
