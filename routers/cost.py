@@ -3,8 +3,10 @@
 A block is run once per input shape as a *twin* whose parameters and inputs are on the meta device,
 under torch.utils.flop_counter (a multiply-add is 2 FLOPs; elementwise work counts 0). The twin shares
 no storage with the model and carries none of its hooks, so offloaded weights stay where they are.
+A block that needs real values to run (data-dependent shapes, operators without a meta kernel) is counted
+in one real run instead, and its cost says so in a note.
 
-Shapes: B batch, L tokens, D dim, F hidden units.
+Shapes: B batch, L tokens, D dim, F hidden units, H heads, K head dim.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .width import MlpSlicer, in_features, out_features
 
@@ -27,10 +29,14 @@ _HOOK_ATTRIBUTES = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook", "_
 
 @dataclass(frozen=True)
 class BlockCost:
-    """FLOPs of one block for one row: `dense` at full width, of which `mlp` scales with the width."""
+    """FLOPs of one block for one row: `dense` at full width, of which `mlp` scales with the width.
+
+    note: for people, where the block could not be counted on the meta device.
+    """
 
     dense: float
     mlp: float
+    note: str = ""
 
     def at(self, width: float) -> float:
         """FLOPs with the image MLP at `width` in (0, 1]."""
@@ -64,10 +70,16 @@ def to_meta(value: Any) -> Any:
 
 
 def count_flops(function: Any, *args: Any, **kwargs: Any) -> float:
-    """FLOPs of one call by torch.utils.flop_counter."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    """FLOPs of one call by torch.utils.flop_counter, fused attention included on every device."""
+    formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         function(*args, **kwargs)
     return float(counter.get_total_flops())
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> int:
+    """The CPU's fused attention, for which the counter has no formula. Shapes `[B, H, L, K]`."""
+    return int(sdpa_flop_count(query, key, value))
 
 
 def block_cost(
@@ -80,28 +92,54 @@ def block_cost(
 ) -> BlockCost:
     """Cost per row of a block called with `(*args, **kwargs)` for `rows` rows of `tokens` image tokens.
 
-    Blocks that cannot run on the meta device (data-dependent shapes) are counted from their linears
-    alone, without attention's two products.
+    Runs on the meta device, or once for real where that is impossible. Errors of that run are raised.
     """
-    twin = meta_twin(block)
-    seen = [_record_tokens(twin.get_submodule(slicer.spec.in_linear)) for slicer in slicers]
+    note = ""
     try:
-        total = count_flops(twin, *to_meta(args), **to_meta(dict(kwargs)))
-    except (NotImplementedError, RuntimeError):
-        linears = (m for m in block.modules() if hasattr(m, "in_features") and hasattr(m, "out_features"))
-        total = float(sum(2 * rows * tokens * in_features(m) * out_features(m) for m in linears))
+        total, seen = _count_block(meta_twin(block), slicers, to_meta(args), to_meta(dict(kwargs)))
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        if not _needs_values(error):
+            raise
+        first = next(iter(str(error).splitlines()), "") or type(error).__name__
+        note = (
+            f"{type(block).__name__} needs real values to run, so its FLOPs were counted in a run of its own "
+            f"({first[:100]})"
+        )
+        total, seen = _count_block(block, slicers, args, kwargs)
     mlp = 0.0
-    for slicer, counts in zip(slicers, seen, strict=True):
+    for slicer, count in zip(slicers, seen, strict=True):
         inner = in_features(block.get_submodule(slicer.spec.in_linear))
         outer = out_features(block.get_submodule(slicer.spec.out_linear))
-        mlp += 2.0 * (sum(counts) or rows * tokens) * slicer.hidden * (inner + outer)
-    return BlockCost(dense=total / rows, mlp=mlp / rows)
+        mlp += 2.0 * (count or rows * tokens) * slicer.hidden * (inner + outer)
+    return BlockCost(dense=total / rows, mlp=mlp / rows, note=note)
 
 
-def _record_tokens(linear: nn.Module) -> list[int]:
-    counts: list[int] = []
-    linear.register_forward_hook(lambda _m, _x, y: counts.append(y.numel() // y.shape[-1]))
-    return counts
+def _count_block(
+    block: nn.Module, slicers: Sequence[MlpSlicer], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[float, list[int]]:
+    """FLOPs of one call, and for each MLP how many tokens of all rows went through it."""
+    counts = [0] * len(slicers)
+
+    def recorder(i: int) -> Any:
+        def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            counts[i] += output.numel() // output.shape[-1]
+
+        return record
+
+    handles = [
+        block.get_submodule(slicer.spec.in_linear).register_forward_hook(recorder(i))
+        for i, slicer in enumerate(slicers)
+    ]
+    try:
+        return count_flops(block, *args, **kwargs), counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _needs_values(error: Exception) -> bool:
+    """Whether a run failed because its tensors hold no values: PyTorch names the meta device then."""
+    return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
 
 
 def router_flops(router: nn.Module | None, tokens: int) -> float:

@@ -72,6 +72,7 @@ class Elastic:
         self._stackable = RouterStack.fits([block.router for block in self.blocks])
         self.names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._costs: dict[Any, tuple[list[BlockCost], float, float]] = {}
+        self._cost_notes: list[str] = []
         self._run: Run | None = None
         self._implicit: Run | None = None
         self._context: str | None = None
@@ -111,7 +112,9 @@ class Elastic:
 
     def _new_run(self, policy: Policy, budget: float | None, num_steps: int, samples: int | None) -> Run:
         kinds, ragged = [b.spec.kind for b in self.blocks], [b.ragged for b in self.blocks]
-        return Run(policy, budget, num_steps, kinds, samples, ragged, self.segments)
+        run = Run(policy, budget, num_steps, kinds, samples, ragged, self.segments)
+        run.trace.notes += self._cost_notes
+        return run
 
     def summary(self) -> str:
         """One paragraph on the last run: budget asked and spent, decisions, cache, notes."""
@@ -234,11 +237,20 @@ class Elastic:
                     block.module, block.slicers, block_args, block_kwargs, rows, tokens[0]
                 )
                 routers.append(router_flops(block.router, sum(tokens)))
+                self._note_cost(known[signature].note)
             costs.append(known[signature])
         if [block.index for block, _, _ in probing] != list(range(len(self.blocks))):
             raise ValueError("the transformer does not call its blocks once each, in the order of the spec")
         self._costs[key] = costs, sum(outside) / rows, max(routers, default=0.0)
         return self._costs[key]
+
+    def _note_cost(self, note: str) -> None:
+        """Costs are counted once and hold for every run, so every run's trace says how."""
+        if note and note not in self._cost_notes:
+            self._cost_notes.append(note)
+            run = self._run or self._implicit
+            if run is not None:
+                run.trace.notes.append(note)
 
     # -- a block -------------------------------------------------------------------------------
 

@@ -154,7 +154,7 @@ class Planner:
         return self._errors[key]
 
     def error(self, fresh: Mask) -> float:
-        """Squared error of the final latents if just these steps are computed. fresh [T], the first one True."""
+        """Squared error of the final latents if just these steps are computed; fresh [T] starts with True."""
         computed: list[int] = []
         total = np.zeros(len(self.moments.gram))
         for step, is_fresh in enumerate(fresh.tolist()):

@@ -24,9 +24,13 @@ SWAP_LOG_RATIO = 0.7
 """How much larger (or smaller) than so far, as a log, a sample's error must be to exchange two steps."""
 
 
+SLACK = 0.004
+"""How far from the budget, as a ratio of dense FLOPs, a plan of whole steps alone may land."""
+
+
 @dataclass
 class _Rows:
-    """What the rows of a run do: fresh [R, T]; typical [R]: mean of the gate logits so far; calls: how many."""
+    """What the rows of a run do: fresh [R, T]; typical [R]: mean gate logit so far; calls: how many."""
 
     fresh: Mask
     typical: NDArray[np.float64]
@@ -64,6 +68,7 @@ class PlannedPolicy:
         self._plan: StepPlan | None = None
         self._rows: _Rows | None = None
         self._done: dict[str, Mask] = {}
+        self._first_fresh = 0
 
     def start(self, run: RunInfo) -> None:
         """Forget the last run's plan and passes."""
@@ -83,13 +88,13 @@ class PlannedPolicy:
         if self._run.budget >= 1.0:
             return np.full((call.rows, blocks), FULL, np.int8)
         if self._plan is None:
-            self._plan, self.units = self._solve(call)
+            self._plan, self.units, self._first_fresh = self._solve(call)
         assert self.units is not None
         codes = np.full((call.rows, blocks), FULL, np.int8)
         if call.step < self._run.num_steps:
             fresh = self._fresh_rows(call, logits)
-            first, last = (0, blocks - 1) if self._plan.partial != call.step else self.units[0]
-            codes[~fresh, first : last + 1] = REUSE
+            stale = self._first_fresh if self._plan.partial == call.step else blocks
+            codes[~fresh, :stale] = REUSE
             codes[(codes == REUSE) & (call.available == 0)] = FULL
         self.weights = self._weights(call, codes)
         return codes
@@ -109,13 +114,16 @@ class PlannedPolicy:
             self.planners[key] = Planner(self.moments.at(num_steps), self.depth)
         return self.planners[key]
 
-    def _solve(self, call: CallInfo) -> tuple[StepPlan, Units]:
-        """The plan for this run's budget at this call's costs, and the units of blocks it needs."""
+    def _solve(self, call: CallInfo) -> tuple[StepPlan, Units, int]:
+        """The plan for this run's budget at this call's costs, its units, the partial step's first block."""
         steps, blocks = self._run.num_steps, len(call.costs)
         costs = np.array([cost.dense for cost in call.costs])
         stack = costs.sum() + blocks * call.overhead
         dense = call.outside + costs.sum()
         computed = steps * (self._run.budget * dense - call.outside) / stack
+        nearest = min(max(round(computed), 1), steps)
+        if abs(nearest - computed) * stack <= SLACK * steps * dense:
+            return self.planner(steps).plan(nearest), self._run.segments, 0
         count = min(max(int(computed + 1e-9), 1), steps)
         # A partial step computes the last blocks: as many as come nearest to the budget.
         suffix = np.concatenate([[0.0], np.cumsum(costs[::-1])])
@@ -123,9 +131,9 @@ class PlannedPolicy:
         last = int(np.abs(price - (computed - count) * stack).argmin())
         planner = self.planner(steps)
         if last in (0, blocks):
-            return planner.plan(count + (last == blocks)), ((0, blocks - 1),)
+            return planner.plan(count + (last == blocks)), self._run.segments, 0
         plan = planner.plan(count + float(suffix[last] / costs.sum()))
-        return plan, ((0, blocks - last - 1), (blocks - last, blocks - 1))
+        return plan, _cut(self._run.segments, blocks - last), blocks - last
 
     # -- per sample ----------------------------------------------------------------------------
 
@@ -178,3 +186,11 @@ class PlannedPolicy:
             if call.step < steps:
                 done[:, unit, call.step] = (codes[:, first : last + 1] >= 0).all(axis=1)
         return weights
+
+
+def _cut(segments: Units, block: int) -> Units:
+    """The segments, the one that `block` lies in cut before it."""
+    cut: list[tuple[int, int]] = []
+    for first, last in segments:
+        cut += [(first, block - 1), (block, last)] if first < block <= last else [(first, last)]
+    return tuple(cut)

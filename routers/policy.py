@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from .cost import BlockCost
 from .trace import FULL, SKIP, Actions
 
-
 Units = tuple[tuple[int, int], ...]
 """(first, last) block of each unit, in order, together all blocks."""
 

@@ -9,7 +9,7 @@ import pytest
 
 from routers.cost import BlockCost
 from routers.plan import Moments, Planner, cubic_interpolation
-from routers.planned import PlannedPolicy
+from routers.planned import SLACK, PlannedPolicy
 from routers.policy import CallInfo, RunInfo
 from routers.trace import FULL, REUSE
 from tests.tiny_pipelines import make_moments
@@ -108,7 +108,7 @@ def test_every_row_lands_on_its_budget(budget: float, steps: int, routed: bool) 
     logits = random.normal(0, 1.5, (steps, 2, 3, 1, 5)) + np.zeros((1, 1, 1, BLOCKS, 1))
     policy = PlannedPolicy(make_moments(BRANCHES, 20), per_sample=routed)
     spent, _ = drive(policy, steps, budget, logits.astype(np.float32) if routed else None)
-    assert np.abs(spent - budget).max() <= 0.51 * (100 + BLOCKS) / (steps * DENSE) + 1e-9
+    assert np.abs(spent - budget).max() <= max(SLACK, 0.51 * (100 + BLOCKS) / (steps * DENSE)) + 1e-9
     assert np.abs(spent - budget).max() <= 0.01
 
 
