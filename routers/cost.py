@@ -12,6 +12,7 @@ Shapes: B batch, L tokens, D dim, F hidden units, H heads, K head dim.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from .width import MlpSlicer, in_features, out_features
 
@@ -78,8 +79,9 @@ def count_flops(function: Any, *args: Any, **kwargs: Any) -> float:
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> int:
-    """The CPU's fused attention, for which the counter has no formula. Shapes `[B, H, L, K]`."""
-    return int(sdpa_flop_count(query, key, value))
+    """The CPU's fused attention, for which the counter has no formula; given shapes, each `(B, H, L, K)`."""
+    scores = math.prod(query[:-1]) * key[-2]
+    return int(2 * scores * (query[-1] + value[-1]))
 
 
 def block_cost(
