@@ -57,6 +57,11 @@ def pick_dtype(asked: str, backbone: Backbone) -> torch.dtype:
     return torch.float32 if is_small(backbone.parameters) else torch.bfloat16
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that `--dtype` knows it by; inverse of DTYPES."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 def load_pipeline(backbone: Backbone, placement: Placement, transformer: Any = None) -> Any:
     """A ready diffusers pipeline. Folders need no network; a hub model is read from its own repository.
 

@@ -61,6 +61,11 @@ def denoiser_shapes(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
 
 def check_fits(file: SingleFile, config: Config, base: Config, family: Family) -> None:
     """Raise ModelNotFoundError unless the base's components can work with the file's denoiser."""
+    if file.layout not in family.single_files:
+        raise ModelNotFoundError(
+            f"--base {file.base!r} is a {family.name} model and {str(file.path)!r} is none; "
+            "give the folder or hub id of a model of the file's kind"
+        )
     different = [name for name in MUST_FIT if name in file.config and config[name] != base.get(name)]
     if different:
         name = different[0]

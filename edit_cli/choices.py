@@ -6,16 +6,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from backbones.spec import DTYPES, Backbone, MeshBackbone, Placement
 from edit_cli import values
 from edit_cli.errors import EditError, bad_input
 
+if TYPE_CHECKING:
+    from edit_cli.mesh_plan import MeshJob
+    from edit_cli.plan import Job
+
 DEFAULT_ROUTERS, NO_ROUTERS = "default", "none"
 DEVICES = "auto, cuda, cuda:N, mps, cpu"
 
-AnyJob = TypeVar("AnyJob")
+AnyJob = TypeVar("AnyJob", "Job", "MeshJob")
 
 
 def find_routers(asked: str, backbone: Backbone | MeshBackbone) -> Path | None:
@@ -70,16 +74,16 @@ def check_dense(
 def settle_budgets(jobs: Sequence[AnyJob], bundle: Any) -> tuple[AnyJob, ...]:
     """Jobs with the budget that the routers recommend where none was asked; asked ones are checked.
 
-    jobs: dataclasses with a `budget`. bundle: routers.Bundle, or None for dense. Raises EditError.
+    bundle: routers.Bundle, or None for dense. Raises EditError.
     """
     settled = []
     for job in jobs:
-        budget = getattr(job, "budget")  # noqa: B009 - jobs are of two classes
+        budget = job.budget
         if bundle is not None:
             budget = float(bundle.recommended_budget) if budget is None else budget
             with bad_input():
                 bundle.check_budget(budget)
-        settled.append(replace(job, budget=1.0 if budget is None else budget))  # type: ignore[type-var]
+        settled.append(replace(job, budget=1.0 if budget is None else budget))
     return tuple(settled)
 
 

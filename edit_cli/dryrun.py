@@ -13,6 +13,7 @@ from backbones import registry
 from backbones.model_files import GIB
 from edit_cli.console import two_columns
 from edit_cli.errors import bad_input
+from edit_cli.mesh_plan import MeshPlan
 from edit_cli.models import readable_count
 from edit_cli.plan import Job, Plan
 from edit_cli.report import flops, one_or_all
@@ -33,6 +34,14 @@ def dry_run(plan: Plan) -> dict[str, Any]:
     with bad_input():
         dense = [_job_flops(plan, job) for job in plan.jobs]
         memory = _memory(plan)
+    calls = sum(_calls(plan, batch[0]) for batch in plan.batches())
+    return planned(plan, budgets, dense, calls, memory)
+
+
+def planned(
+    plan: Plan | MeshPlan, budgets: list[float], dense: list[float], calls: int, memory: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The JSON data. Per job: budget, and FLOPs of its dense denoising; calls: transformer calls in all."""
     return {
         "dry_run": True,
         "outputs": [str(job.path) for job in plan.jobs],
@@ -40,7 +49,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         "seeds": [job.seed for job in plan.jobs],
         "budget": one_or_all(budgets),
         "flops": {"dense": sum(dense), "spent": sum(d * b for d, b in zip(dense, budgets, strict=True))},
-        "transformer_calls": sum(_calls(plan, batch[0]) for batch in plan.batches()),
+        "transformer_calls": calls,
         "memory_gib": memory,
     }
 
@@ -48,23 +57,34 @@ def dry_run(plan: Plan) -> dict[str, Any]:
 def as_table(plan: Plan, found: Mapping[str, Any]) -> RenderableType:
     """The dry run for people."""
     first, memory = plan.jobs[0], found["memory_gib"]
+    what = (
+        f"{len(plan.jobs)} in batches of {min(plan.batch_size, len(plan.jobs))}, "
+        f"{first.width}x{first.height}, {first.steps} steps, guidance {first.guidance:g}"
+    )
+    rows = {"on device": f"about {memory['device']:.2f} GiB with --offload {plan.placement.offload}"}
+    if memory["cache"]:
+        cache = f"at most {memory['cache']:.2f} GiB to reuse blocks from earlier steps"
+        rows = {"cache": cache, **rows}
+    return plan_table(plan, found, {"pictures": what}, rows)
+
+
+def plan_table(
+    plan: Plan | MeshPlan, found: Mapping[str, Any], what: Mapping[str, str], needs: Mapping[str, str]
+) -> RenderableType:
+    """A dry run's table. what: the row on what would be made. needs: rows on memory beside the weights."""
+    memory, backbone = found["memory_gib"], plan.backbone
     weights = " · ".join(f"{name} {gib:.2f}" for name, gib in memory["weights"].items())
-    backbone = plan.backbone
     rows = {
         "model": f"{backbone.name} ({backbone.family.name}, "
         f"{readable_count(backbone.parameters)} parameters)",
         "routers": str(plan.routers) if plan.routers else "none: dense",
-        "pictures": f"{len(plan.jobs)} in batches of {min(plan.batch_size, len(plan.jobs))}, "
-        f"{first.width}x{first.height}, {first.steps} steps, guidance {first.guidance:g}",
+        **what,
         "compute": f"{flops(found['flops']['spent'])} at budget {found['budget']}, "
         f"{flops(found['flops']['dense'])} dense, in {found['transformer_calls']} transformer calls",
         "weights": f"{weights} GiB in {memory['dtype']}, {memory['total']:.2f} GiB together",
-        "cache": f"at most {memory['cache']:.2f} GiB to reuse blocks from earlier steps",
-        "on device": f"about {memory['device']:.2f} GiB with --offload {plan.placement.offload}",
+        **needs,
         "would write": ", ".join(found["outputs"][:8]) + (" ..." if len(found["outputs"]) > 8 else ""),
     }
-    if not memory["cache"]:
-        del rows["cache"]
     return Group(Text("dry run: nothing was loaded or written", style="bold"), Text(), two_columns(rows))
 
 
@@ -111,12 +131,10 @@ def _meta_transformer(name: str, backbone: Any) -> tuple[Any, Any, Any]:
 
 
 def _memory(plan: Plan) -> dict[str, Any]:
-    from backbones.loading import pick_dtype
+    from backbones.loading import dtype_name, pick_dtype
 
     backbone, offload = plan.backbone, plan.placement.offload
-    dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[
-        str(pick_dtype(plan.placement.dtype, backbone)).split(".")[-1]
-    ]
+    dtype = dtype_name(pick_dtype(plan.placement.dtype, backbone))
     size = BYTES[dtype]
     weights = {name: n * size / GIB for name, n in registry.component_parameters(backbone).items()}
     transformer, config, _ = _meta_transformer(backbone.name, backbone)

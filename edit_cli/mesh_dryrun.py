@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
 from backbones import mesh_registry
 from backbones.model_files import GIB
-from edit_cli.console import two_columns
-from edit_cli.dryrun import BYTES
+from edit_cli.dryrun import BYTES, plan_table, planned
 from edit_cli.errors import bad_input
 from edit_cli.mesh_pictures import cut_out, open_rgba
 from edit_cli.mesh_plan import MeshJob, MeshPlan
 from edit_cli.mesh_runner import settle_mesh_budgets
 from edit_cli.mesh_session import DENSE_BYTES, SPARSE_BYTES, pick_dtype
-from edit_cli.models import readable_count
-from edit_cli.report import flops, one_or_all
 
 PATCH = 14  # px of a DINOv2 token's side
 
@@ -33,35 +29,20 @@ def dry_run(plan: MeshPlan) -> dict[str, Any]:
     with bad_input():
         dense = [_job_flops(plan, job) for job in plan.jobs]
         memory = _memory(plan)
-    return {
-        "dry_run": True,
-        "outputs": [str(job.path) for job in plan.jobs],
-        "model": plan.backbone.name,
-        "seeds": [job.seed for job in plan.jobs],
-        "budget": one_or_all(budgets),
-        "flops": {"dense": sum(dense), "spent": sum(d * b for d, b in zip(dense, budgets, strict=True))},
-        "transformer_calls": sum(job.steps for job in plan.jobs),
-        "memory_gib": memory,
-    }
+    return planned(plan, budgets, dense, sum(job.steps for job in plan.jobs), memory)
 
 
 def as_table(plan: MeshPlan, found: Mapping[str, Any]) -> RenderableType:
     """The dry run for people."""
-    first, memory, backbone = plan.jobs[0], found["memory_gib"], plan.backbone
-    weights = " · ".join(f"{name} {gib:.2f}" for name, gib in memory["weights"].items())
-    count = readable_count(backbone.parameters)
-    rows = {
-        "model": f"{backbone.name} ({backbone.family.name}, {count} parameters)",
-        "routers": str(plan.routers) if plan.routers else "none: dense",
-        "meshes": f"{len(plan.jobs)}, {first.steps} steps, guidance {first.guidance:g}, "
-        f"resolution {first.octree_resolution}",
-        "compute": f"{flops(found['flops']['spent'])} at budget {found['budget']}, "
-        f"{flops(found['flops']['dense'])} dense, in {found['transformer_calls']} transformer calls",
-        "weights": f"{weights} GiB in {memory['dtype']}, {memory['total']:.2f} GiB together",
-        "grid": f"about {memory['grid']:.2f} GiB of main memory at resolution {first.octree_resolution}",
-        "would write": ", ".join(found["outputs"][:8]) + (" ..." if len(found["outputs"]) > 8 else ""),
-    }
-    return Group(Text("dry run: nothing was loaded or written", style="bold"), Text(), two_columns(rows))
+    first = plan.jobs[0]
+    what = (
+        f"{len(plan.jobs)}, {first.steps} steps, guidance {first.guidance:g}, "
+        f"resolution {first.octree_resolution}"
+    )
+    grid = (
+        f"about {found['memory_gib']['grid']:.2f} GiB of main memory at resolution {first.octree_resolution}"
+    )
+    return plan_table(plan, found, {"meshes": what}, {"grid": grid})
 
 
 def _job_flops(plan: MeshPlan, job: MeshJob) -> float:
@@ -89,11 +70,10 @@ def _job_flops(plan: MeshPlan, job: MeshJob) -> float:
 
 
 def _memory(plan: MeshPlan) -> dict[str, Any]:
-    from backbones.loading import pick_device
+    from backbones.loading import dtype_name, pick_device
 
     device = pick_device(plan.placement.device)
-    kind = str(pick_dtype(plan.placement.dtype, plan.backbone, device)).split(".")[-1]
-    dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[kind]
+    dtype = dtype_name(pick_dtype(plan.placement.dtype, plan.backbone, device))
     counts = mesh_registry.component_parameters(plan.backbone)
     weights = {name: n * BYTES[dtype] / GIB for name, n in counts.items()}
     job = max(plan.jobs, key=lambda j: j.octree_resolution)

@@ -173,7 +173,7 @@ def mesh_record(job: MeshJob, made: Made, session: MeshSession, plan: MeshPlan) 
         "force": plan.force,
         "routers_hash": getattr(session.bundle, "digest", None),
         "device": pipe.device.type,
-        "dtype": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(pipe.dtype).split(".")[-1]],
+        "dtype": loading.dtype_name(pipe.dtype),
         "threads": torch.get_num_threads(),
         "versions": {
             "edit": __version__,
@@ -213,11 +213,7 @@ def _finish(result: MeshResult) -> None:
         comparison[label] = {name: round(value, 4) for name, value in used.items()}
     elastic, dense = (comparison[f"{label}_seconds"]["denoise"] for label in ("elastic", "dense"))
     comparison["time_ratio"] = round(elastic / dense, 4)
-    if elastic > dense and result.flops["spent"] < 0.999 * result.flops["dense"]:
-        result.notes.append(
-            f"elastic was slower than dense here ({elastic:.2f} s against {dense:.2f} s of denoising): "
-            "the model is too small or the run too short for the saved FLOPs to show"
-        )
+    result.note_slower(elastic, dense)
 
 
 def _png(picture: Image.Image) -> bytes:

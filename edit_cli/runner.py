@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -187,9 +186,7 @@ def make_record(batch: Batch, row: int, session: Session, plan: Plan) -> dict[st
         "strength": job.strength,
         "sampler": type(session.pipe.scheduler).__name__.replace("DiscreteScheduler", ""),
         "device": session.pipe._execution_device.type,  # with offloading, `device` is the CPU
-        "dtype": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[
-            str(session.pipe.dtype).split(".")[-1]
-        ],
+        "dtype": loading.dtype_name(session.pipe.dtype),
         "compile": placement.compile,
         "threads": torch.get_num_threads(),
         "versions": _versions(),
@@ -237,8 +234,4 @@ def _finish_comparison(result: Result) -> None:
     comparison["elastic_seconds"] = round(elastic, 4)
     comparison["dense_seconds"] = round(dense, 4)
     comparison["time_ratio"] = round(elastic / dense, 4)
-    if elastic > dense and fmean(result.spent) < 1:
-        result.notes.append(
-            f"elastic was slower than dense here ({elastic:.2f} s against {dense:.2f} s of denoising): "
-            "the model is too small or the batch too short for the saved FLOPs to show"
-        )
+    result.note_slower(elastic, dense)

@@ -31,3 +31,11 @@ class Tally:
             compute[width] = compute.get(width, 0) + count
         self.calls += trace.num_calls
         self.notes += [note for note in trace.notes if note not in self.notes]
+
+    def note_slower(self, elastic: float, dense: float) -> None:
+        """Say so if fewer FLOPs took longer. elastic, dense: seconds of denoising."""
+        if elastic > dense and self.flops["spent"] < 0.999 * self.flops["dense"]:
+            self.notes.append(
+                f"elastic was slower than dense here ({elastic:.2f} s against {dense:.2f} s of denoising): "
+                "the model is too small or the run too short for the saved FLOPs to show"
+            )

@@ -124,6 +124,8 @@ def test_the_record_in_a_picture(made, qwen_folder):
     assert record["routers"] == "default"
     assert set(record["versions"]) == {"edit", "python", "torch", "diffusers", "transformers"}
     assert [peer["seed"] for peer in record["batch"]] == [1, 2, 1, 2]
+    assert (record["device"], record["compile"], record["force"]) == ("cpu", False, False)
+    assert (record["lora_hashes"], record["image_hash"], record["model_base"]) == ([], None, None)
 
 
 def test_prompt_lines_override_options(edit_here, tmp_path, qwen_folder):
@@ -172,6 +174,27 @@ def test_image_to_image(edit_here, made, qwen_folder):
     assert metadata.read(folder / "varied.png")["strength"] == 0.5
 
 
+def test_a_failed_run_names_what_it_kept(edit_here, monkeypatch, tmp_path, qwen_folder):
+    from edit_cli.errors import RunError
+    from edit_cli.session import Session
+
+    run, calls = Session.run, []
+
+    def fails_at_the_second(self, jobs, on_step=None):
+        calls.append(jobs)
+        if len(calls) > 1:
+            raise RunError("out of memory")
+        return run(self, jobs, on_step)
+
+    monkeypatch.setattr(Session, "run", fails_at_the_second)
+    ran = edit_here(
+        "generate", "a cat", "-n", "2", "--batch-size", "1", "--steps", "1", "--routers", "none",
+        "-o", "cat-{seed}.png", "-m", qwen_folder, cwd=tmp_path,
+    )  # fmt: skip
+    assert (ran.code, ran.err) == (1, "error: out of memory; kept cat-0.png\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["cat-0.png"]
+
+
 def test_flux(edit_here, tmp_path, flux_folder):
     ran = edit_here(
         "generate", "a cat", "-b", "0.7", "--steps", "6", "--json", "-m", flux_folder, cwd=tmp_path
@@ -212,6 +235,10 @@ def test_lora_changes_the_picture_and_scale_zero_does_not(edit_here, made, qwen_
     assert abs(pixels(folder / "on.png") - pixels(folder / "plain.png")).max() > 1
     assert abs(pixels(folder / "off.png") - pixels(folder / "plain.png")).max() <= 1
     assert metadata.read(folder / "on.png")["loras"][0].endswith("lora.safetensors:1")
+    save_file({name: 2 * tensor for name, tensor in lora.items()}, folder / "lora.safetensors")
+    replayed = edit_here("generate", "--from", "on.png", "-o", "other.png", cwd=folder)
+    assert replayed.code == 0, replayed.err
+    assert "not what the original was made with: lora_hashes; the picture may differ" in replayed.err
     refused = run("x.png", "--lora", "foreign.safetensors")
     assert refused.code == 2
     assert "foreign.safetensors" in refused.err

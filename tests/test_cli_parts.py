@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from edit_cli.errors import EditError, RunError
 from edit_cli.main import spread
 from edit_cli.models import readable_count
 from edit_cli.report import flops
+from edit_cli.stages import StageClock
 
 RECORD = {
     "prompt": 'a "cat" <at> night & fürs Café, 猫', "negative_prompt": "dog", "seed": 3, "width": 64,
@@ -75,6 +77,33 @@ def test_writes_are_whole_or_nothing(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["folder.png", "x.png"]
 
 
+def test_prompt_lines_end_with_newlines_only(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes('{"prompt": "one\u2028two"}\r\n\r\n{"prompt": "three"}'.encode())
+    assert [entry["prompt"] for entry in prompts.read_prompts(str(file))] == ["one\u2028two", "three"]
+
+
+def test_stages_wait_for_the_device_that_computes(monkeypatch):
+    """With offloading a pipeline's `device` is the CPU while its work is queued on the GPU."""
+    import torch
+
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    pipe = SimpleNamespace(
+        device=torch.device("cpu"),
+        _execution_device=torch.device("cuda"),
+        encode_prompt=lambda: "embeddings",
+        vae=SimpleNamespace(encode=lambda: "latents", decode=lambda: "pixels"),
+        image_processor=SimpleNamespace(postprocess=lambda: "picture"),
+    )
+    clock = StageClock()
+    with clock.pipeline_call(pipe):
+        assert pipe.encode_prompt() == "embeddings"
+        assert pipe.vae.decode() == "pixels"
+    assert len(waits) >= 4  # before and after each
+    assert clock.seconds["text"] > 0 < clock.seconds["decode"]
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 def test_metadata_survives_in_every_format(tmp_path, suffix):
     path = tmp_path / f"x{suffix}"
@@ -114,6 +143,7 @@ def test_several_seeds_after_one_option():
         "generate", "--seed", "1", "--seed", "2", "--seed", "3", "a cat",
     ]  # fmt: skip
     assert spread(["generate", "7", "--steps", "4", "5"]) == ["generate", "7", "--steps", "4", "5"]
+    assert spread(["generate", "--seed=1", "2"]) == ["generate", "--seed=1", "--seed", "2"]
     assert spread(["generate", "--seed", "-1"]) == ["generate", "--seed", "-1"]
     assert spread(["generate", "--", "--seed", "1", "2"]) == ["generate", "--", "--seed", "1", "2"]
 

@@ -206,6 +206,13 @@ def test_without_a_base_it_says_what_is_missing(edit_here, tmp_path):
     assert "give --base FOLDER, or --base black-forest-labs/FLUX.1-dev to download them" in ran.err
 
 
+def test_a_base_of_another_family_is_refused(files, qwen_folder):
+    with pytest.raises(
+        ModelNotFoundError, match=r"is a Qwen-Image model and '.*original.safetensors' is none"
+    ):
+        registry.resolve(str(files / "original.safetensors"), str(qwen_folder))
+
+
 def test_a_base_that_is_no_model_is_refused(files):
     with pytest.raises(ModelNotFoundError, match="unknown model 'flux-def'; did you mean flux-dev"):
         registry.resolve(str(files / "original.safetensors"), "flux-def")
