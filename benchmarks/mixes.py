@@ -58,6 +58,15 @@ def mixed_rows(call: CallInfo, budget: float, steps: int, rows: int, deviation: 
     return np.stack(plans, axis=1)
 
 
+def whole_steps(call: CallInfo, budget: float, steps: int) -> Actions:
+    """A plan [T, N] that reuses every block on evenly spread steps, never on the first two."""
+    inside = sum(cost.dense for cost in call.costs)
+    reused = round((1 - budget) * steps * (inside + call.outside) / inside)
+    plan = np.full((steps, len(call.costs)), FULL, np.int8)
+    plan[np.linspace(2, steps - 1, min(reused, steps - 2)).round().astype(int)] = REUSE
+    return plan
+
+
 KINDS = (REUSE, REUSE, REUSE, REUSE, REUSE, REUSE, REUSE, SKIP, 1, 0)
 """What cheap cells of a row mix do, each as likely."""
 

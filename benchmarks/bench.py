@@ -1,0 +1,204 @@
+"""A loaded model with its requests: what every rival runs on, how its FLOPs and seconds are taken."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import routers
+from backbones.spec import Backbone
+from backbones.workload import PipelineWorkload
+from benchmarks.mixes import CostReader
+from routers.elastic import Elastic
+from routers.patching import patch_forward, restore_forward
+from routers.policy import CallInfo, Policy
+
+
+@dataclass
+class Bench:
+    """A pipeline and its requests. calibration: other prompts, for rivals to fit themselves."""
+
+    backbone: Backbone
+    pipe: Any
+    prompts: list[str]
+    calibration: list[str]
+    num_steps: int
+    guidance: float
+    width: int
+    height: int
+    seed: int = 1000
+    bundle: routers.Bundle | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
+    """What rivals measured on the dense model, kept for their other settings."""
+
+    def workload(self, rows: int, prompts: list[str] | None = None) -> PipelineWorkload:
+        """The requests in batches of `rows`."""
+        return PipelineWorkload(
+            self.pipe,
+            self.backbone.family,
+            prompts or self.prompts,
+            rows,
+            self.num_steps,
+            self.guidance,
+            self.width,
+            self.height,
+            self.seed,
+            self.backbone.defaults.max_sequence_length,
+        )
+
+    @property
+    def transformer(self) -> Any:
+        """The denoiser."""
+        return self.pipe.transformer
+
+    @contextmanager
+    def elastic(self, policy: Callable[[], Policy]) -> Iterator[Elastic]:
+        """The elastic engine in place with a given policy and no routers."""
+        elastic = Elastic(
+            self.transformer, self.backbone.family.transformer, policy, num_steps=self.num_steps
+        )
+        try:
+            yield elastic
+        finally:
+            elastic.detach()
+
+    @cached_property
+    def call(self) -> CallInfo:
+        """What a transformer call of these requests costs."""
+        reader = CostReader()
+        with self.elastic(lambda: reader) as elastic, elastic.scope(num_steps=self.num_steps):
+            self.workload(1).run(0, num_steps=1)
+        assert reader.call is not None, "the pipeline called its transformer"
+        return reader.call
+
+    def pictures(self, rows: int, num_steps: int) -> list[Image.Image]:
+        """Every request, decoded, with whatever is attached at the moment."""
+        workload = self.workload(rows)
+        found = [
+            p
+            for b in range(workload.num_batches)
+            for p in workload.run(b, num_steps=num_steps, output_type="pil")
+        ]
+        return found[: len(self.prompts)]
+
+
+class DenoisingClock:
+    """Seconds from the start of the first transformer call to the end of the last, all between included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.first, self.last, self.calls = device, 0.0, 0.0, 0
+
+    @property
+    def seconds(self) -> float:
+        """Time of the denoising loop."""
+        return self.last - self.first
+
+    def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A transformer call."""
+        if not self.calls:
+            self.first = self._now()
+        output = original(*args, **kwargs)
+        self.last, self.calls = self._now(), self.calls + 1
+        return output
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class FlopClock:
+    """FLOPs of all transformer calls by torch.utils.flop_counter."""
+
+    def __init__(self) -> None:
+        self.flops, self.calls = 0, 0
+
+    def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A transformer call."""
+        with FlopCounterMode(display=False) as counter:
+            output = original(*args, **kwargs)
+        self.flops, self.calls = self.flops + counter.get_total_flops(), self.calls + 1
+        return output
+
+
+@contextmanager
+def watched(transformer: Any, clock: Callable[..., Any]) -> Iterator[None]:
+    """Every call of the transformer goes through `clock(forward, ...)`, outside of what a rival attached."""
+    patch = patch_forward(transformer, clock)
+    try:
+        yield
+    finally:
+        restore_forward(transformer, patch)
+
+
+@dataclass
+class Attached:
+    """A rival in place. generation: entered around every pipeline call."""
+
+    num_steps: int
+    generation: Callable[[], Any]
+    traced: bool = False
+    """Whether `generation` gives a `Trace`, which knows the FLOPs."""
+
+
+@contextmanager
+def untouched(pipe: Any) -> Iterator[None]:
+    """Put every module, the pipeline and its class back as they were, whatever a library left behind."""
+    owners = [pipe, *(part for part in pipe.transformer.modules())]
+    before = [dict(vars(owner)) for owner in owners]
+    kind = type(pipe)
+    class_before = dict(vars(kind))
+    try:
+        yield
+    finally:
+        for owner, attributes in zip(owners, before, strict=True):
+            now = vars(owner)
+            for name in set(now) - set(attributes):
+                del now[name]
+            now.update(attributes)
+        for name in set(vars(kind)) - set(class_before):
+            delattr(kind, name)
+        for name, value in class_before.items():
+            if vars(kind).get(name) is not value:
+                setattr(kind, name, value)
+
+
+def run_quality(
+    bench: Bench, attached: Attached, rows: int, dense_flops: float | None = None
+) -> tuple[list[Image.Image], float]:
+    """All pictures of an attached rival, and its FLOPs: as a ratio to `dense_flops`, without these in total.
+
+    Engines of this package count their own (`Trace`, held to the counter by a test): the first call of a
+    shape measures costs on the side, which the counter would book as well.
+    """
+    workload, pictures, spent, dense = bench.workload(rows), [], 0.0, 0.0
+    for batch in range(workload.num_batches):
+        clock = FlopClock()
+        watch = nullcontext() if attached.traced else watched(bench.transformer, clock)
+        with attached.generation() as trace, watch:
+            pictures += workload.run(batch, num_steps=attached.num_steps, output_type="pil")
+        if attached.traced:
+            spent, dense = spent + trace.flops["spent"], dense + trace.flops["dense"]
+        elif not clock.calls:
+            raise RuntimeError("no transformer call was seen: something replaced its forward during the run")
+        spent += clock.flops
+    ratio = spent / (dense or dense_flops or 1.0)
+    return pictures[: len(bench.prompts)], ratio
+
+
+def run_timed(bench: Bench, attached: Attached, workload: PipelineWorkload, batch: int) -> float:
+    """Denoising seconds of one batch, after a single step to warm up."""
+    with attached.generation():
+        workload.run(batch, num_steps=1)
+    clock = DenoisingClock(torch.device(bench.pipe.device))
+    with attached.generation(), watched(bench.transformer, clock):
+        workload.run(batch, num_steps=attached.num_steps)
+    return clock.seconds

@@ -1,0 +1,150 @@
+"""What a comparison has measured so far, in a folder that a killed run leaves usable.
+
+    run.json          what was asked: a folder continues only the same comparison
+    references.npz    dense and many-step pictures, dense FLOPs
+    points.jsonl      one line per rival and setting: FLOPs ratio and the scores of every prompt
+    times.jsonl       one line per rival, setting, batch size and round: its seconds and those of dense
+
+Shapes: P prompts, H and W picture sides in px.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass
+class Point:
+    """One rival at one setting. flops: ratio to dense. scores: name -> a value per prompt [P].
+
+    times: batch size -> time ratios to dense, one per round.
+    """
+
+    rival: str
+    setting: dict[str, Any]
+    flops: float
+    scores: dict[str, list[float]]
+    times: dict[int, list[float]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Unique in a comparison."""
+        return point_key(self.rival, self.setting)
+
+
+def point_key(rival: str, setting: Mapping[str, Any]) -> str:
+    """A name such as "FirstBlockCache threshold=0.1"."""
+    return " ".join([rival, *(f"{name}={value}" for name, value in setting.items())])
+
+
+class Store:
+    """A results folder. Raises ValueError if it holds another comparison or cannot be written."""
+
+    def __init__(self, folder: Path, asked: Mapping[str, Any]) -> None:
+        self.folder, self.points = folder, folder / "points.jsonl"
+        self.times, self.references = folder / "times.jsonl", folder / "references.npz"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"results folder {str(folder)!r} cannot be made: {error.strerror}") from error
+        description, asked = folder / "run.json", json.loads(json.dumps(dict(asked)))
+        if not description.is_file():
+            write_whole(description, lambda path: path.write_text(json.dumps(asked, indent=1) + "\n"))
+            return
+        known = json.loads(description.read_text())
+        changed = [name for name in sorted({*known, *asked}) if known.get(name) != asked.get(name)]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"{folder} holds another comparison: other {', '.join(changed)} "
+                f"({name} {_brief(known.get(name))}, now {_brief(asked.get(name))}); "
+                "give another folder with -o"
+            )
+
+    def add_point(self, point: Point) -> None:
+        """Keep a measured point."""
+        row = asdict(point)
+        row.pop("times")
+        _append(self.points, row)
+
+    def add_time(self, key: str, rows: int, turn: int, seconds: float, dense: float) -> None:
+        """Keep a measured time. rows: batch size; turn: round; seconds, dense: s."""
+        _append(self.times, {"key": key, "rows": rows, "round": turn, "seconds": seconds, "dense": dense})
+
+    def timed(self) -> set[tuple[str, int, int]]:
+        """(key, rows, round) of all times kept."""
+        return {(line["key"], line["rows"], line["round"]) for line in _lines(self.times)}
+
+    def load(self) -> dict[str, Point]:
+        """All points kept, with their times."""
+        found = {point.key: point for point in (Point(**line) for line in _lines(self.points))}
+        for line in _lines(self.times):
+            if line["key"] in found:
+                found[line["key"]].times.setdefault(line["rows"], []).append(line["seconds"] / line["dense"])
+        return found
+
+    def save_references(self, pictures: Mapping[str, list[Image.Image]], dense_flops: float) -> None:
+        """Keep the reference pictures. dense_flops: of all prompts."""
+        arrays = {
+            name: np.stack([np.asarray(p.convert("RGB")) for p in some]) for name, some in pictures.items()
+        }
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez_compressed(file, dense_flops=np.array(dense_flops), **arrays)
+
+        write_whole(self.references, write)
+
+    def load_references(self) -> tuple[dict[str, list[Image.Image]], float] | None:
+        """What `save_references` kept, or None."""
+        if not self.references.is_file():
+            return None
+        with np.load(self.references, allow_pickle=False) as file:
+            flops = float(file["dense_flops"])
+            names = [name for name in file.files if name != "dense_flops"]
+            return {name: [Image.fromarray(a) for a in file[name]] for name in names}, flops
+
+
+def write_whole(target: Path, write: Callable[[Path], Any]) -> None:
+    """`write` a file beside the target, then rename it, so that the target is never half a file."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
+    os.close(handle)
+    try:
+        write(Path(name))
+        Path(name).chmod(0o644)
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _append(file: Path, row: Mapping[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Whole lines; a last one that a kill cut short is dropped, also from the file."""
+    if not file.is_file():
+        return
+    data = file.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        write_whole(file, lambda path: path.write_bytes(whole))
+    for line in whole.decode("utf-8").splitlines():
+        yield json.loads(line)
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,288 @@
+"""The comparison: solvers and curves against hand-made truths, the results folder, bad input, every rival."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import pareto, pareto_report, scores
+from benchmarks.caches import unpack
+from benchmarks.pareto_report import at_time, equal_time, frontier, verdicts
+from benchmarks.pareto_store import Point, Store, point_key
+from benchmarks.solvers import SOLVERS
+
+# -- solvers -----------------------------------------------------------------------------------
+
+
+def integrate(scheduler_class, steps: int) -> float:
+    """Error at s = 0 for data N(2, 0.5^2), whose flow is known in closed form."""
+    scheduler = scheduler_class()
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist())
+    start = torch.tensor([[-1.3, 0.2, 1.7]])
+    mean, deviation = 2.0, 0.5
+    x = start
+    for t in scheduler.timesteps:
+        s = float(t) / 1000
+        variance = (1 - s) ** 2 * deviation**2 + s**2
+        slope = (s - (1 - s) * deviation**2) / variance
+        v = -mean + slope * (x - (1 - s) * mean)
+        x = scheduler.step(v, t, x, return_dict=False)[0]
+    return float((x - (mean + deviation * start)).abs().max())
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solvers_are_of_second_order(name: str) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    errors = [integrate(SOLVERS[name], steps) for steps in (20, 40, 80)]
+    euler = [integrate(FlowMatchEulerDiscreteScheduler, steps) for steps in (20, 40, 80)]
+    assert euler[0] / euler[1] == pytest.approx(2, abs=0.4), (
+        "Euler is of first order: the test problem is fit"
+    )
+    assert all(ours < theirs for ours, theirs in zip(errors, euler, strict=True))
+    assert math.log2(errors[1] / errors[2]) > 1.5
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solvers_start_with_the_euler_step_and_forget_the_last_run(name: str) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    x, v = torch.tensor([[0.3, -2.0]]), torch.tensor([[1.0, 0.5]])
+    euler, solver = FlowMatchEulerDiscreteScheduler(), SOLVERS[name]()
+    for _ in range(2):
+        for scheduler in (euler, solver):
+            scheduler.set_timesteps(sigmas=[1.0, 0.6, 0.3])
+        first = [s.step(v, s.timesteps[0], x, return_dict=False)[0] for s in (euler, solver)]
+        assert torch.allclose(*first, atol=1e-6)
+        solver.step(2 * v, solver.timesteps[1], x)
+
+
+def test_latents_are_unpacked_as_the_pipelines_do() -> None:
+    from diffusers import FluxPipeline, QwenImagePipeline
+
+    packed = torch.arange(2 * 6 * 8, dtype=torch.float32).view(2, 6, 8)  # 2 x 3 patches of 2 channels
+    ours = torch.stack(unpack(packed, 2 / 3))
+    assert torch.equal(ours, QwenImagePipeline._unpack_latents(packed, 32, 48, 8))
+    assert torch.equal(ours[:, :, 0], FluxPipeline._unpack_latents(packed, 32, 48, 8))
+    with pytest.raises(ValueError, match="6 tokens of 8 channels"):
+        unpack(packed, 1.0)
+
+
+# -- curves ------------------------------------------------------------------------------------
+
+
+def point(rival: str, time: float, psnr: list[float], rows: int = 1) -> Point:
+    return Point(rival, {"at": time}, time, {"psnr": psnr}, {rows: [time + 0.2, time, time - 0.1]})
+
+
+def test_frontier_leaves_out_points_that_a_cheaper_one_beats() -> None:
+    points = [point("a", 0.8, [30, 32]), point("a", 0.5, [20, 22]), point("a", 0.6, [18, 20])]
+    curve = frontier(points, 1, "psnr")
+    assert [time for time, _ in curve] == [0.5, 0.8]
+    assert frontier(points, 8, "psnr") == []
+
+
+def test_scores_between_points_are_linear_and_none_below_the_fastest() -> None:
+    curve = frontier([point("a", 0.8, [30, 32]), point("a", 0.4, [20, 26])], 1, "psnr")
+    assert at_time(curve, 0.3) is None
+    assert at_time(curve, 0.4) == pytest.approx([20, 26])
+    assert at_time(curve, 0.5) == pytest.approx([22.5, 27.5])
+    assert at_time(curve, 0.9) == pytest.approx([30, 32])
+
+
+def test_elastic_is_compared_prompt_by_prompt() -> None:
+    spread = np.linspace(10, 50, 40)
+    points = [
+        point("elastic", 0.4, list(spread + 1.0)), point("slow", 0.9, list(spread + 5)),
+        point("rival", 0.4, list(spread)), point("close", 0.4, list(spread + 1.0 + 0.5 * np.cos(spread * 9))),
+    ]  # fmt: skip
+    found = {(row.rival, row.ratio): row for row in equal_time(points)}
+    mean, low, high = found["rival", 0.5].behind
+    assert (mean, low, high) == pytest.approx((1, 1, 1)), "the same prompts: their spread cancels"
+    assert found["rival", 0.5].high - found["rival", 0.5].low > 4
+    assert found["elastic", 0.5].behind is None and ("slow", 0.5) not in found
+    behind = {row.rival: row.behind for row in found.values() if row.ratio == 0.5}
+    assert behind["close"][1] < 0 < behind["close"][2]
+    without = [p for p in points if p.rival in ("elastic", "rival")]
+    assert "ahead of rival, +1.00 dB" in verdicts(equal_time(without))[0]
+
+
+def test_interval_is_the_mean_of_equal_values_and_shrinks_with_their_number() -> None:
+    assert scores.mean_interval(np.full(5, 3.0)) == (3, 3, 3)
+    random = np.random.default_rng(1).normal(size=1600)
+    few, many = (scores.mean_interval(random[:n]) for n in (100, 1600))
+    assert few[2] - few[1] == pytest.approx(4 * (many[2] - many[1]), rel=0.4)
+    assert few[2] - few[1] == pytest.approx(2 * 1.96 / 10, rel=0.3)
+
+
+# -- the results folder ------------------------------------------------------------------------
+
+
+def test_a_killed_run_is_continued(tmp_path: Path) -> None:
+    asked = {"model": "m", "count": 2}
+    store = Store(tmp_path / "r", asked)
+    whole = Point("a", {"threshold": 0.1}, 0.5, {"psnr": [30.0, 31.0]})
+    store.add_point(whole)
+    store.add_time(whole.key, 8, 0, seconds=1.0, dense=2.0)
+    with store.points.open("a") as file:
+        file.write('{"rival": "b", "setting": {"thr')  # a kill in the middle of a line
+    again = Store(tmp_path / "r", asked)
+    found = again.load()
+    assert list(found) == ["a threshold=0.1"] and found[whole.key].times == {8: [0.5]}
+    assert again.timed() == {(whole.key, 8, 0)}
+    again.add_point(Point("b", {}, 0.7, {"psnr": [1.0, 2.0]}))
+    assert list(again.load()) == ["a threshold=0.1", "b"]
+
+
+def test_another_comparison_is_not_mixed_in(tmp_path: Path) -> None:
+    Store(tmp_path, {"model": "m", "count": 2})
+    with pytest.raises(ValueError, match=r"other count \(count 2, now 3\); give another folder with -o"):
+        Store(tmp_path, {"model": "m", "count": 3})
+
+
+def test_default_prompts_are_known_to_the_classifier_and_unseen_in_calibration() -> None:
+    prompts = scores.default_prompts(160)
+    assert len(set(prompts)) == 160
+    assert not set(prompts) & set(scores.read_prompts(scores.CALIBRATION))
+    from PIL import Image
+
+    hits = scores.accuracy([Image.new("RGB", (64, 64))] * 160, prompts)
+    assert hits is not None and hits[0].mean() <= hits[1].mean() < 0.1
+    assert scores.accuracy([Image.new("RGB", (64, 64))], ["an unheard-of thing"]) is None
+
+
+BAD = [
+    (["--count", "0"], "--count is 0; allowed is 1 or more"),
+    (["--rounds", "-1"], "--rounds is -1; allowed is 0 or more"),
+    (["--steps", "2"], "--steps is 2; allowed is 4 or more"),
+    (["--batch-sizes", "1", "0"], "--batch-sizes holds 0; allowed is 1 or more"),
+    (["--count", "9999"], "--count 9999 exceeds the"),
+    (["--prompts", "missing.txt"], "--prompts 'missing.txt' cannot be read"),
+    (["--prompts", "two.txt", "--count", "3"], "'two.txt' holds 2 prompts, --count asks for 3; lower it"),
+    (["--rivals", "nothing"], "unknown rival 'nothing'; known are elastic, "),
+    (["--routers", "."], "is not a bundle folder: bundle.json is missing"),
+    (["-o", "two.txt"], "results folder 'two.txt' cannot be made"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input(arguments, message, qwen_folder, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("two.txt").write_text("a cat\n\na dog\n")
+    try:
+        code = pareto.main([str(qwen_folder), *arguments])
+    except SystemExit as error:  # argparse
+        code = error.code
+    printed = capsys.readouterr()
+    assert code == 2
+    assert message in printed.err and "Traceback" not in printed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["two.txt"]
+
+
+def test_unknown_model_is_bad_input(capsys) -> None:
+    assert pareto.main(["/no/such/folder"]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+# -- every rival -------------------------------------------------------------------------------
+
+
+def open_bench(folder: Path, steps: int = 8):
+    args = pareto.parse([str(folder), "--quick", "--steps", str(steps)])
+    bench = pareto.open_bench(args)
+    with torch.no_grad():
+        for (
+            parameter
+        ) in bench.transformer.parameters():  # random modulations are near zero: make blocks matter
+            if parameter.dim() == 1:
+                parameter.add_(
+                    0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+                )
+    return bench
+
+
+def attributes(pipe) -> list[set[str]]:
+    return [set(vars(part)) for part in (pipe, type(pipe), *pipe.transformer.modules())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen", "flux"])
+def test_every_rival_saves_flops_and_leaves_no_trace(family: str, request: pytest.FixtureRequest) -> None:
+    """Dense output is bit-identical before and after, and something is saved at one of two settings."""
+    from benchmarks.bench import run_quality
+    from benchmarks.rivals import all_rivals
+
+    bench = open_bench(request.getfixturevalue(f"{family}_folder"))
+    bench.bundle.fingerprint = []
+    workload = bench.workload(2)
+    before, marks = workload.run(0), attributes(bench.pipe)
+    failed = []
+    for rival in all_rivals(bench, equal=True):
+        reason = rival.why_not(bench)
+        if reason is not None:
+            assert "cache-dit is not installed" in reason, f"{rival.name}: {reason}"
+            continue
+        ratios = []
+        for setting in (rival.settings[0], rival.settings[-1]):
+            with rival.attached(bench, setting) as attached:
+                pictures, flops = run_quality(bench, attached, 2, dense_flops=dense_flops(bench))
+            assert len(pictures) == len(bench.prompts)
+            ratios.append(flops)
+        if not 0 < min(ratios) < 0.95 or max(ratios) > 1.05:
+            failed.append(f"{rival.name} spends {ratios}")
+        if not torch.equal(workload.run(0), before):
+            failed.append(f"{rival.name} changes the dense model")
+        if attributes(bench.pipe) != marks:
+            failed.append(f"{rival.name} leaves attributes behind")
+    assert not failed, "; ".join(failed)
+
+
+def dense_flops(bench) -> float:
+    from contextlib import nullcontext
+
+    from benchmarks.bench import Attached, run_quality
+
+    if "dense flops" not in bench.memo:
+        bench.memo["dense flops"] = run_quality(bench, Attached(bench.num_steps, nullcontext), 2)[1]
+    return bench.memo["dense flops"]
+
+
+@pytest.mark.slow
+def test_a_quick_comparison_runs_and_resumes(qwen_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """The whole command; a second call measures nothing anew and writes the same points."""
+    folder = tmp_path / "results"
+    rivals = ["elastic", "fewer steps, Euler", "TeaCache-style"]
+    command = [
+        str(qwen_folder),
+        "--quick",
+        "--steps",
+        "6",
+        "-o",
+        str(folder),
+        "--rivals",
+        *rivals,
+        "--markdown",
+    ]
+    assert pareto.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "| elastic |" in printed and "batch 1, time 0.8" in printed
+    data = json.loads((folder / "pareto.json").read_text())
+    assert [row["rival"] for row in data["points"]] == rivals
+    assert set(data["points"][0]["time"]) == {"1", "2"}
+    fewer = data["points"][1]
+    assert fewer["flops"] == pytest.approx(fewer["setting"]["steps"] / 6, rel=1e-6)
+    assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    lines = (folder / "points.jsonl").read_text()
+    monkeypatch.setattr(pareto, "run_quality", None)  # calling it again would fail
+    monkeypatch.setattr(pareto, "run_timed", None)
+    assert pareto.main(command) == 0
+    assert (folder / "points.jsonl").read_text() == lines
+    assert point_key("dense", {}) in json.loads(lines.splitlines()[0])["rival"]
+    assert pareto_report.batch_sizes(
+        Store(folder, json.loads((folder / "run.json").read_text())).load().values()
+    )
