@@ -32,15 +32,13 @@ import routers
 from backbones import loading, registry
 from backbones.spec import Backbone, Placement
 from backbones.workload import PipelineWorkload
-from benchmarks.mixes import CostReader, forced_mix
-from edit_cli.pictures import psnr, ssim
+from benchmarks import scores
+from benchmarks.mixes import CostReader, forced_mix, whole_steps
 from routers.elastic import Elastic
 from routers.policy import CallInfo, FixedPolicy, Policy
-from routers.trace import FULL, REUSE, Actions
+from routers.trace import Actions
 
 BUDGETS = (0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
-CAP_DB = 60.0
-"""PSNR of a picture that equals the dense one; keeps means finite."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def open_bench(args: argparse.Namespace) -> Bench:
         raise SystemExit(f"{backbone.name} has no bundle; give one with --routers")
     pipe = loading.load_pipeline(backbone, Placement())
     pipe.set_progress_bar_config(disable=True)
-    prompts = read_prompts(args.prompts)[: args.count]
+    prompts = scores.read_prompts(args.prompts)[: args.count]
     defaults = backbone.defaults
     workload = PipelineWorkload(
         pipe, backbone.family, prompts * args.seeds, args.rows, args.steps or defaults.steps,
@@ -94,11 +92,6 @@ def open_bench(args: argparse.Namespace) -> Bench:
     bench = Bench(backbone, workload, routers.load_bundle(path), [], reader.call)
     bench.dense = bench.pictures()
     return bench
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line."""
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 @contextmanager
@@ -143,16 +136,6 @@ def fewer_steps(bench: Bench, budget: float) -> tuple[list[Image.Image], float]:
     return bench.pictures(steps), steps / bench.workload.num_steps
 
 
-def whole_steps(bench: Bench, budget: float) -> Actions:
-    """A plan [T, N] that reuses every block on evenly spread steps, never on the first two."""
-    steps, blocks = bench.workload.num_steps, len(bench.call.costs)
-    dense = bench.call.outside + sum(cost.dense for cost in bench.call.costs)
-    reused = round((1 - budget) * steps * dense / (dense - bench.call.outside))
-    plan = np.full((steps, blocks), FULL, np.int8)
-    plan[np.linspace(2, steps - 1, min(reused, steps - 2)).round().astype(int)] = REUSE
-    return plan
-
-
 def measure(bench: Bench, budgets: list[float], ablations: bool) -> Iterator[Row]:
     """Every method at every budget."""
     steps = bench.workload.num_steps
@@ -165,7 +148,9 @@ def measure(bench: Bench, budgets: list[float], ablations: bool) -> Iterator[Row
                 *elastic_run(bench, budget, per_sample=True, batch_mean=True),
             )  # fmt: skip
         yield judge(bench, "fewer steps", budget, *fewer_steps(bench, budget))
-        yield judge(bench, "whole-step reuse", budget, *planned_run(bench, whole_steps(bench, budget)))
+        yield judge(
+            bench, "whole-step reuse", budget, *planned_run(bench, whole_steps(bench.call, budget, steps))
+        )
         for family in ("reuse", "skip"):
             plan = forced_mix(family, bench.call, budget, steps)
             yield judge(bench, f"random {family}", budget, *planned_run(bench, plan))
@@ -173,14 +158,10 @@ def measure(bench: Bench, budgets: list[float], ablations: bool) -> Iterator[Row
 
 def judge(bench: Bench, method: str, budget: float, pictures: list[Image.Image], spent: float) -> Row:
     """Compare with the dense pictures."""
-    pairs = list(zip(pictures, bench.dense, strict=True))
-    db = np.array([min(psnr(a, b), CAP_DB) for a, b in pairs])
-    draws = np.random.default_rng(0).integers(0, len(db), (1000, len(db)))
-    low, high = np.percentile(db[draws].mean(axis=1), [2.5, 97.5])
-    similarity = float(np.mean([ssim(a, b) for a, b in pairs]))
-    row = Row(
-        method, budget, spent, float(db.mean()), float(low), float(high), similarity, top5(bench, pictures)
-    )
+    db, similar = scores.likeness(pictures, bench.dense)
+    mean, low, high = scores.mean_interval(db)
+    similarity = float(similar.mean())
+    row = Row(method, budget, spent, mean, low, high, similarity, top5(bench, pictures))
     print(f"{row.method:22s} {budget:.2f} spent {spent:.3f}  {row.psnr:6.2f} dB [{low:.2f}, {high:.2f}]  "
           f"SSIM {similarity:.4f}  top-5 {row.top5}", flush=True)  # fmt: skip
     return row
@@ -188,15 +169,9 @@ def judge(bench: Bench, method: str, budget: float, pictures: list[Image.Image],
 
 def top5(bench: Bench, pictures: list[Image.Image]) -> float | None:
     """Share of pictures with the asked concept in the packaged classifier's top 5; None for other prompts."""
-    from backbones.tiny import classifier
-    from backbones.tiny.recipes.captions import strip_article
-
     prompts = bench.workload.prompts
-    asked = [strip_article(prompts[i % len(prompts)]) for i in range(len(pictures))]
-    try:
-        return classifier.top_k(pictures, asked)
-    except (FileNotFoundError, ValueError):
-        return None
+    hits = scores.accuracy(pictures, [prompts[i % len(prompts)] for i in range(len(pictures))])
+    return None if hits is None else float(hits[1].mean())
 
 
 def markdown(rows: list[Row], bench: Bench) -> str:
@@ -224,8 +199,7 @@ def main() -> None:
     )
     parser.add_argument("-m", "--model", default=registry.DEFAULT_MODEL)
     parser.add_argument("--routers", type=Path)
-    default = Path(registry.__file__).parent / "tiny" / "prompts" / "common100.txt"
-    parser.add_argument("--prompts", type=Path, default=default)
+    parser.add_argument("--prompts", type=Path, default=scores.COMMON)
     parser.add_argument("--count", type=int, default=64, help="prompts")
     parser.add_argument("--seeds", type=int, default=2, help="pictures per prompt")
     parser.add_argument("--seed", type=int, default=1000)
