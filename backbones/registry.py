@@ -178,11 +178,16 @@ def _from_file(path: Path, base: str | None) -> Backbone:
     """A denoiser from a single file, everything else from `base`."""
     file = read_single_file(path, FAMILIES, base)
     source = resolve(file.base)
-    config = {**component_config(source, "transformer"), **file.config}
-    check_fits(file, config, component_config(source, "transformer"), source.family)
+    family, base_config = source.family, component_config(source, "transformer")
+    config = {**base_config, **file.config}
+    check_fits(file, config, base_config, family)
     count = sum(math.prod(shape) for shape in denoiser_shapes(read_header(path), file.prefix).values())
     parameters = source.parameters - source.transformer_parameters + count
-    defaults = source.family.defaults(config)
+    defaults = source.defaults
+    if family.takes_guidance(config) != family.takes_guidance(
+        base_config
+    ):  # schnell's encoders for a dev file
+        defaults = replace(family.defaults(config), width=defaults.width, height=defaults.height)
     return replace(
         source,
         name=path.stem,
@@ -190,7 +195,7 @@ def _from_file(path: Path, base: str | None) -> Backbone:
         parameters=parameters,
         transformer_parameters=count,
         memory_gib=memory_gib(parameters),
-        defaults=replace(defaults, width=source.defaults.width, height=source.defaults.height),
+        defaults=defaults,
         packaged=False,
         bundle=None,  # it was fitted on other weights
         summary="",

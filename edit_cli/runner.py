@@ -95,10 +95,17 @@ def run_plan(plan: Plan, *, compare: bool, show_progress: bool, clock: StageCloc
     finally:
         if session is not None:
             session.detach()
-    order = {job.path: i for i, job in enumerate(plan.jobs)}
-    ranked = sorted(zip(result.jobs, result.spent, strict=True), key=lambda pair: order[pair[0].path])
-    result.jobs, result.spent = [job for job, _ in ranked], [spent for _, spent in ranked]
+    _in_picture_order(result)
     return result
+
+
+def _in_picture_order(result: Result) -> None:
+    """Pictures are made group by group; what is told of them is in the order they were asked for."""
+    number = {job.path: i for i, job in enumerate(result.plan.jobs)}
+    order = sorted(range(len(result.jobs)), key=lambda i: number[result.jobs[i].path])
+    result.jobs, result.spent = [result.jobs[i] for i in order], [result.spent[i] for i in order]
+    for name in ("outputs", "psnr", "ssim") if result.comparison is not None else ():
+        result.comparison[name] = [result.comparison[name][i] for i in order]
 
 
 def _task(bars: Any, label: str, batches: Sequence[tuple[tuple[Job, ...], Any]]) -> Callable[[], None] | None:

@@ -133,16 +133,21 @@ def test_prompt_lines_override_options(edit_here, tmp_path, qwen_folder):
         {"prompt": "a cat", "seed": 7, "budget": 0.5, "output": "own.jpg"},
         {"prompt": "a dog", "width": 96, "steps": 6},
         {"prompt": "a car", "guidance": 1.0},
+        {"prompt": "a cat", "seed": 8, "budget": 0.5, "output": "last.png"},
     ]
     ran = edit_here(
         "generate", "--prompts", "-", "--seed", "3", "--steps", "8", "--json", "--quiet", "-m", qwen_folder,
-        "-o", "./", cwd=tmp_path, stdin="\n".join(json.dumps(line) for line in lines),
+        "-o", "./", "--compare", cwd=tmp_path, stdin="\n".join(json.dumps(line) for line in lines),
     )  # fmt: skip
     assert ran.code == 0, ran.err
     found = ran.json
-    assert found["outputs"] == ["own.jpg", "a-dog.png", "a-car.png"]
-    assert found["seeds"] == [7, 3, 3]
-    assert found["budget"] == [0.5, 0.8, 0.8]  # the bundle recommends 0.8
+    assert found["outputs"] == ["own.jpg", "a-dog.png", "a-car.png", "last.png"]
+    assert found["seeds"] == [7, 3, 3, 8]
+    assert found["budget"] == [0.5, 0.8, 0.8, 0.5]  # the bundle recommends 0.8
+    # the first and the last run together, and are told in their order all the same
+    assert found["compare"]["outputs"] == [
+        "own-compare.png", "a-dog-compare.png", "a-car-compare.png", "last-compare.png",
+    ]  # fmt: skip
     assert pixels(tmp_path / "a-dog.png").shape == (64, 96, 3)
     assert metadata.read(tmp_path / "own.jpg")["steps"] == 8
     assert metadata.read(tmp_path / "a-dog.png")["steps"] == 6

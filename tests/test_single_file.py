@@ -155,7 +155,7 @@ def test_defaults_and_counts_of_a_file(files, flux_folder):
     assert file.transformer_parameters == folder.transformer_parameters
     assert file.parameters == folder.parameters
     assert registry.component_parameters(file) == registry.component_parameters(folder)
-    assert (file.defaults.width, file.size_multiple) == (64, folder.size_multiple)
+    assert (file.defaults, file.size_multiple) == (folder.defaults, folder.size_multiple)
     assert file.bundle is None
     assert loading.model_hash(file) != loading.model_hash(folder) is not None
 
