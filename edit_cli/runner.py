@@ -104,8 +104,9 @@ def _in_picture_order(result: Result) -> None:
     number = {job.path: i for i, job in enumerate(result.plan.jobs)}
     order = sorted(range(len(result.jobs)), key=lambda i: number[result.jobs[i].path])
     result.jobs, result.spent = [result.jobs[i] for i in order], [result.spent[i] for i in order]
-    for name in ("outputs", "psnr", "ssim") if result.comparison is not None else ():
-        result.comparison[name] = [result.comparison[name][i] for i in order]
+    if result.comparison is not None:
+        for name in ("outputs", "psnr", "ssim"):
+            result.comparison[name] = [result.comparison[name][i] for i in order]
 
 
 def _task(bars: Any, label: str, batches: Sequence[tuple[tuple[Job, ...], Any]]) -> Callable[[], None] | None:
