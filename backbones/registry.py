@@ -184,9 +184,8 @@ def _from_file(path: Path, base: str | None) -> Backbone:
     count = sum(math.prod(shape) for shape in denoiser_shapes(read_header(path), file.prefix).values())
     parameters = source.parameters - source.transformer_parameters + count
     defaults = source.defaults
-    if family.takes_guidance(config) != family.takes_guidance(
-        base_config
-    ):  # schnell's encoders for a dev file
+    # a dev file on schnell's folder
+    if family.takes_guidance(config) != family.takes_guidance(base_config):
         defaults = replace(family.defaults(config), width=defaults.width, height=defaults.height)
     return replace(
         source,
