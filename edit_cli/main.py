@@ -16,6 +16,7 @@ from edit_cli.errors import BAD_INPUT, FAILED_RUN, EditError, Interrupted, is_ou
 from edit_cli.generate import generate
 from edit_cli.generate_3d import generate_3d
 from edit_cli.models import models
+from edit_cli.profile import profile
 
 app = typer.Typer(
     name="edit",
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command("generate-3d")(generate_3d)
 app.command()(calibrate)
+app.command()(profile)
 app.command()(models)
 
 MANY_VALUES = {
@@ -36,6 +38,14 @@ MANY_VALUES = {
     "--views": re.compile("front|left|back|right"),
 }
 """Options that take several values after one name (`--seed 1 2 3`), and what a value looks like."""
+MANY_VALUES_OF = {
+    "profile": {
+        "--budget": re.compile(r"\d*\.?\d+"),
+        "-b": re.compile(r"\d*\.?\d+"),
+        "--images": re.compile(r"(?i).+\.(png|jpe?g|webp|gif|bmp|tiff?)"),
+    },
+}
+"""The same for the options of one command."""
 
 
 def version(show: bool) -> None:
@@ -57,14 +67,15 @@ def root(
 def spread(arguments: Sequence[str]) -> list[str]:
     """`--seed 1 2 3` -> `--seed 1 --seed 2 --seed 3`: option parsers take one value for each name."""
     result: list[str] = []
+    known = {**MANY_VALUES, **MANY_VALUES_OF.get(next(iter(arguments), ""), {})}
     name, seen = "", 0
     for i, argument in enumerate(arguments):
         if argument == "--":
             return result + list(arguments[i:])
         option, _, value = argument.partition("=")
-        if option in MANY_VALUES:
+        if option in known:
             name, seen = option, int(bool(value))
-        elif name and MANY_VALUES[name].fullmatch(argument):
+        elif name and known[name].fullmatch(argument):
             if seen:
                 result.append(name)
             seen += 1

@@ -1,10 +1,10 @@
-"""What a run tells its user: the closing table, and the JSON object."""
+"""What a run tells its user: the closing table, and the JSON object. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,7 +12,9 @@ from rich.text import Text
 
 from edit_cli import choices
 from edit_cli.console import two_columns
-from edit_cli.runner import Result
+
+if TYPE_CHECKING:
+    from edit_cli.runner import Result
 
 MAX_ROWS = 12  # pictures listed one by one
 WIDTH_NAMES = {"0.25": "1/4", "0.5": "1/2", "0.75": "3/4", "1.0": "full"}
