@@ -58,8 +58,7 @@ def build_trace(measured: Measured) -> dict[str, Any]:
 
 
 def _made(subject: Any) -> dict[str, Any]:
-    transformer = subject.pipe.transformer
-    device = transformer.device
+    transformer, device = subject.pipe.transformer, subject.device
     return {
         "edit": __version__,
         "torch": torch.__version__,
@@ -90,9 +89,9 @@ def _size(job: Any) -> str:
 def _timing(measured: Measured) -> dict[str, Any]:
     """How times were taken, and what taking them cost."""
     first = (measured.variants or [measured.dense])[0]
-    middle = median_timed(first)
-    spans = sum(map(len, middle.spans))
-    denoise = middle.round.seconds["denoise"]
+    spans = sum(map(len, median_timed(first).spans))
+    rounds = [timed.round for timed in first.timed] if measured.variants else first.plain
+    denoise = statistics.median(each.seconds["denoise"] for each in rounds)
     compared = None
     if measured.variants:
         ratios = [

@@ -83,7 +83,7 @@ def measure(plan: ProfilePlan, step: Callable[[str, int], None] = lambda what, t
     total = 1 + len(budgets) + plan.repeats * (len(budgets) + 1 + extra)
     try:
         subject.attach()
-        clock = clock_for(subject.pipe.transformer.device)
+        clock = clock_for(subject.device)
         step("looking, dense", total)
         with _dense_policy(subject):
             if plan.dense:
@@ -272,13 +272,13 @@ def median_stages(rounds: list[Round], load: float) -> dict[str, float]:
 
 
 def _forget_peak(subject: Any) -> None:
-    if subject.pipe.transformer.device.type == "cuda":
+    if subject.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
 def _peak_bytes(subject: Any) -> int:
     """Most memory in use so far: of the GPU since the last reset, else of this process."""
-    device = subject.pipe.transformer.device.type
+    device = subject.device.type
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     if device == "mps":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
 from PIL import Image
 
 from edit_cli.errors import bad_input
@@ -59,6 +60,10 @@ class Subject(Protocol):
     def bundle(self) -> Any:
         """The routers' bundle, or None."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer runs, also where its weights lie elsewhere between calls (offloading)."""
+
     def attach(self) -> None:
         """Put the blocks under control of the routers."""
 
@@ -105,6 +110,11 @@ class PictureSubject:
     def pipe(self) -> Any:
         """The pipeline."""
         return self._session.pipe
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer runs."""
+        return torch.device(self._session.pipe._execution_device)
 
     def attach(self) -> None:
         """Put the blocks under control of the routers."""
@@ -171,6 +181,11 @@ class MeshSubject:
     def pipe(self) -> Any:
         """The pipeline."""
         return self._session.pipe
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer runs."""
+        return torch.device(self._session.pipe.device)
 
     def attach(self) -> None:
         """Put the blocks under control of the routers."""

@@ -82,7 +82,9 @@ def _run_warnings(run: Mapping[str, Any], dense: Mapping[str, Any], cache_limit:
 def _fit_warnings(trace: Mapping[str, Any]) -> list[str]:
     bundle, request = trace["bundle"], trace["request"]
     if bundle is None:
-        return []
+        fixed = any(run["budget"] is None for run in trace["runs"])  # routers without a bundle
+        alone = "no routers here, so every block ran in full; give --routers BUNDLE, or --dense for a map"
+        return [] if fixed or trace["kind"] == "dense" else [alone]
     found = []
     if bundle["num_steps"] != request["steps"]:
         found.append(

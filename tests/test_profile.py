@@ -35,7 +35,9 @@ def test_the_json_object(profiled):
     assert found["outputs"] == [f"report/{name}" for name in FILES]
     assert all((folder / name).is_file() for name in found["outputs"])
     assert [run["name"] for run in found["runs"]] == ["dense", "0.5", "1"]
-    assert found["runs"][1]["spent"] == pytest.approx(0.5, abs=0.06)
+    assert found["runs"][1]["spent"] == pytest.approx(
+        0.5, abs=0.1
+    )  # 6 steps of 4 blocks: a budget is met in coarse steps
     assert found["runs"][2]["spent"] == 1.0
     assert found["warnings"] == trace["warnings"]
 
@@ -44,7 +46,7 @@ def test_the_trace_is_what_its_schema_says(profiled):
     _, _, trace = profiled
     check_trace(trace)
     assert trace["kind"] == "elastic"
-    assert [block["kind"] for block in trace["blocks"]] == ["dual"] * BLOCKS
+    assert [block["kind"] for block in trace["blocks"]] == ["double"] * BLOCKS
     assert trace["branches"] == ["cond", "uncond"]
     for run in trace["runs"]:
         assert len(run["actions"]) == SAMPLES
@@ -93,10 +95,10 @@ def test_spans_lie_inside_their_calls(profiled):
         assert len(blocks) == STEPS * 2 * BLOCKS
         for _, step, branch, _, start, seconds in blocks:
             _, _, _, _, begun, lasted = calls[step, branch]
-            assert begun <= start and start + seconds <= begun + lasted + 1e-5
+            assert begun - 1e-6 <= start and start + seconds <= begun + lasted + 1e-5
     timing = trace["timing"]
     assert timing["overhead"] == pytest.approx(
-        len(trace["runs"][1]["spans"]) * timing["span_seconds"] / trace_denoise(trace), rel=0.5
+        len(trace["runs"][1]["spans"]) * timing["span_seconds"] / trace_denoise(trace), rel=1e-6
     )
     assert timing["method"] == "time.perf_counter_ns"
 
@@ -141,7 +143,7 @@ def test_pictures_of_the_maps(profiled):
 def test_terminal_view(profiled):
     _, ran, _ = profiled
     expected = (
-        "blocks skipped", "budget 0.5, spent", "dual 0", "blocks by kind", "denoise", "host reads",
+        "blocks skipped", "budget 0.5, spent", "double 0", "blocks by kind", "denoise", "host reads",
         "no budget can make the whole faster than", "time.perf_counter_ns", "profiling",
     )  # fmt: skip
     for words in expected:

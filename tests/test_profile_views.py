@@ -86,6 +86,12 @@ def test_warnings_of_the_whole(path, value, message):
     assert message in found
 
 
+def test_missing_routers_are_named():
+    (found,) = warnings_of(make_trace() | {"bundle": None}, 64)
+    assert found.startswith("no routers here")
+    assert warnings_of(make_trace(budget=None) | {"bundle": None}, 64) == []
+
+
 def test_a_slow_decoder_is_named():
     trace = make_trace()
     trace["runs"][0]["seconds"] = {"load": 1.0, "condition": 1.0, "denoise": 8.0, "decode": 11.0}
