@@ -214,6 +214,7 @@ class Run:
         dense = outside + sum(cost.dense for cost in costs)
         started = time.perf_counter()
         if self.policy.immediate:
+            self._keep_units(branch, blocks)
             actions = np.full((branch.rows, blocks), FULL, np.int8)
             groups: list[list[Group] | None] = [None] * blocks
         else:
@@ -228,7 +229,6 @@ class Run:
         """Ask an immediate policy for one block, from its own logits: gate [R], widths [R, 4]."""
         self.trace.host_syncs += 1
         logits = torch.cat([gate[:, None], widths], dim=1).float().cpu().numpy()
-        self._keep_units(call.branch, len(call.groups))
         codes = self.policy.decide_block(call.info, block, logits[:, 0], logits[:, 1:])
         caches = [call.branch.cache] * len(codes)
         if self.policy.stores is not None:
