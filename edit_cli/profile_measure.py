@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,18 +165,15 @@ def _without_results(done: Round) -> Round:
     return done
 
 
-class _dense_policy:  # noqa: N801 - a context used like a function
+@contextmanager
+def _dense_policy(subject: Any) -> Iterator[None]:
     """Inside, runs of the attached transformer compute everything."""
-
-    def __init__(self, subject: Any) -> None:
-        self._elastic = _elastic(subject)
-        self._own = self._elastic.make_policy
-
-    def __enter__(self) -> None:
-        self._elastic.make_policy = OpenPolicy
-
-    def __exit__(self, *_: object) -> None:
-        self._elastic.make_policy = self._own
+    elastic = _elastic(subject)
+    own, elastic.make_policy = elastic.make_policy, OpenPolicy
+    try:
+        yield
+    finally:
+        elastic.make_policy = own
 
 
 def _elastic(subject: Any) -> Any:
