@@ -22,7 +22,8 @@ class Patch:
         self.replacement: Callable[..., Any] | None = replacement
         self.was_instance = was_instance
         # inspect.signature follows __wrapped__ to the real arguments (diffusers and PEFT look at them).
-        functools.update_wrapper(self, original)
+        # A patch under this one keeps its attributes to itself.
+        functools.update_wrapper(self, original, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The replaced forward."""
