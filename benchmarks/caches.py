@@ -165,7 +165,7 @@ def unpack(packed_BLC: Tensor, aspect: float) -> list[Tensor]:
     _, tokens, channels = packed_BLC.shape
     height = round(math.sqrt(tokens * aspect))
     width = tokens // height
-    if height * width != tokens or channels % 4:
+    if height * width != tokens or abs(height - width * aspect) > 0.5 or channels % 4:
         raise ValueError(f"{tokens} tokens of {channels} channels are no {aspect:g} picture of 2 x 2 patches")
     x = packed_BLC.view(-1, height, width, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return list(x.reshape(-1, channels // 4, 1, 2 * height, 2 * width).unbind(0))
