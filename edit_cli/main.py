@@ -13,6 +13,7 @@ from edit_cli import __version__
 from edit_cli.calibrate import calibrate
 from edit_cli.console import print_error
 from edit_cli.errors import BAD_INPUT, FAILED_RUN, EditError, Interrupted, is_out_of_memory, out_of_memory
+from edit_cli.export import export
 from edit_cli.generate import generate
 from edit_cli.generate_3d import generate_3d
 from edit_cli.models import models
@@ -30,6 +31,7 @@ app.command()(generate)
 app.command("generate-3d")(generate_3d)
 app.command()(calibrate)
 app.command()(profile)
+app.command()(export)
 app.command()(models)
 
 MANY_VALUES = {

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import bundle_file
 from .elastic import Elastic
 from .plan import Moments, Planner
 from .planned import PlannedPolicy
@@ -100,8 +101,10 @@ class Bundle:
 
 
 def load_bundle(path: str | Path) -> Bundle:
-    """Read a bundle folder. Raises ValueError, one line, if it is not one or is damaged."""
+    """Read a bundle folder, or one file of `bundle_file`. Raises ValueError, one line, if it is damaged."""
     folder = Path(path)
+    if (file := bundle_file.find(folder)) is not None:
+        return bundle_file.load(file)
     description_file, weights_file = folder / "bundle.json", folder / "routers.safetensors"
     for file in (description_file, weights_file):
         if not file.is_file():

@@ -1,0 +1,96 @@
+"""An export's folder: built beside its target, with a manifest of hashes, and renamed once it is checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edit_cli.errors import EditError, RunError
+
+MANIFEST = "edit-export.json"
+
+
+@contextmanager
+def new_folder(output: str, force: bool) -> Iterator[Path]:
+    """A folder to fill; it becomes `output` when the context ends well, and is removed otherwise.
+
+    force: replace an earlier export, and nothing else. Raises EditError for a target that is in the way,
+    RunError if it cannot be written.
+    """
+    target = Path(os.path.abspath(os.path.expanduser(output)))
+    check_target(target, output, force)
+    try:
+        building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise EditError(
+            f"--output {output!r} cannot be written: {(error.strerror or str(error)).lower()}; "
+            "choose another place"
+        ) from error
+    try:
+        yield building
+        mask = os.umask(0)
+        os.umask(mask)
+        building.chmod(0o777 & ~mask)  # temporary folders are private, results are ordinary ones
+        _swap(building, target)
+    except OSError as error:
+        raise RunError(f"{output!r} cannot be written: {(error.strerror or str(error)).lower()}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def check_target(target: Path, output: str, force: bool) -> None:
+    """Raise EditError unless `target` is free, or an earlier export that may be replaced."""
+    if not target.parent.is_dir():
+        raise EditError(
+            f"--output folder {str(target.parent)!r} does not exist; create it with: mkdir -p {target.parent}"
+        )
+    if not os.path.lexists(target):
+        return
+    if not (target / MANIFEST).is_file():
+        raise EditError(f"--output {output!r} exists and is no export of edit; choose another name")
+    if not force:
+        raise EditError(f"--output {output!r} exists; choose another name, or replace it with --force")
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what was exported, with the size and sha256 of every file; returns it."""
+    files = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    manifest = {**facts, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def sha256(file: Path) -> str:
+    """Of a file's content, in hex."""
+    with file.open("rb") as stream:
+        digest = hashlib.sha256()
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _swap(building: Path, target: Path) -> None:
+    """Put a finished folder in place; an old one is moved aside first and comes back if that fails."""
+    if not target.exists():
+        building.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+    target.rename(aside / "old")
+    try:
+        building.rename(target)
+    except OSError:
+        (aside / "old").rename(target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
