@@ -13,7 +13,7 @@ from edit_cli.errors import EditError, bad_input
 FORMATS = {"bundle": "one safetensors file with a model card"}
 """What can be exported, and what comes out."""
 
-Source = Annotated[str, typer.Argument(metavar="BUNDLE|MODEL", help="A bundle, or a model that has one.")]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A bundle folder, or a model that has one.")]
 Format = Annotated[str, typer.Option("--format", metavar="F", help=f"One of: {', '.join(FORMATS)}.")]
 Output = Annotated[
     str | None,
