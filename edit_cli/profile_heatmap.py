@@ -60,7 +60,8 @@ class Drawing:
         """The same as PNG, twice as large."""
         size = (round(self.width * PNG_SCALE), round(self.height * PNG_SCALE))
         picture = Image.new("RGB", size, PAPER)
-        draw, fonts = ImageDraw.Draw(picture), {}
+        draw = ImageDraw.Draw(picture)
+        fonts: dict[float, Any] = {}
         for x, y, w, h, colour in self.boxes:
             corners = [round(v * PNG_SCALE) for v in (x, y, x + w, y + h)]
             draw.rectangle((corners[0], corners[1], corners[2] - 1, corners[3] - 1), fill=colour)

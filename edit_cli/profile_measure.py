@@ -88,7 +88,8 @@ def measure(plan: ProfilePlan, step: Callable[[str, int], None] = lambda what, t
         step("looking, dense", total)
         with _dense_policy(subject):
             if plan.dense:
-                maps, probed, look, streams = *_redundancy(subject), []
+                maps, probed, look = _redundancy(subject)
+                streams: list[Any] = []
             else:
                 maps, probed = {}, []
                 look, streams = _watched(subject, 1.0)
@@ -102,9 +103,11 @@ def measure(plan: ProfilePlan, step: Callable[[str, int], None] = lambda what, t
             apart = _drift_map(found, seen, subject)
             variants.append(Variant(_name(budget), budget, seen, apart, _peak_bytes(subject)))
         for number in range(plan.repeats):
-            _repeat(
-                subject, clock, dense, variants, lambda what, n=number: step(f"{what}, run {n + 1}", total)
-            )
+
+            def tell(what: str, run: int = number + 1) -> None:
+                step(f"{what}, run {run}", total)
+
+            _repeat(subject, clock, dense, variants, tell)
     finally:
         subject.detach()
     return Measured(plan, subject, dense, variants, clock, cost_of_a_span(clock), maps, probed)

@@ -38,7 +38,8 @@ MAX_ROWS, MAX_CELL = 32, 4
 
 def as_view(trace: Mapping[str, Any], metric: str, console: Console) -> RenderableType:
     """Everything the terminal shows, fitted to the console's width."""
-    runs, parts = shown_runs(trace), [two_columns(_summary(trace)), Text()]
+    runs = shown_runs(trace)
+    parts: list[RenderableType] = [two_columns(_summary(trace)), Text()]
     scale = scale_of(metric, [grid(trace, run, metric) for run in runs])
     for run in runs:
         parts += [heatmap(trace, run, metric, scale, console), Text()]
