@@ -1,15 +1,20 @@
-"""Fixed generations of a diffusers pipeline: same prompts, same noise, latents out.."""
+"""Fixed generations of a pipeline: same prompts or pictures, same noise, latents out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from backbones.spec import Family
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from backbones.hunyuan3d.pipeline import Hunyuan3DPipeline
 
 
 @dataclass
@@ -56,3 +61,48 @@ class PipelineWorkload:
             arguments["max_sequence_length"] = self.max_sequence_length
         images = self.pipe(**arguments).images
         return images.float() if isinstance(images, Tensor) else images
+
+
+@dataclass
+class MeshWorkload:
+    """Shapes of pictures, up to their latents; row i of all always starts from the same noise (seed + i).
+
+    contexts: `{name: [N, S, D]}` of N pictures, made once by `embed`. samples: shapes in all; pictures come
+    round again, each time with other noise. branches: ("main",) where guidance is an input of the model or
+    off, else ("cond", "uncond"), which the pipeline runs as one doubled batch.
+    """
+
+    pipe: Hunyuan3DPipeline
+    contexts: Mapping[str, Tensor]
+    samples: int
+    rows: int
+    num_steps: int
+    guidance: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_batches = -(-self.samples // self.rows)
+        doubled = not self.pipe.transformer.guidance_embed and self.guidance > 1
+        self.branches: tuple[str, ...] = ("cond", "uncond") if doubled else ("main",)
+
+    def run(self, batch: int, *, num_steps: int | None = None) -> Tensor:
+        """Latents `[rows, L, C]` float32 of a batch."""
+        indices = [batch * self.rows + i for i in range(self.rows)]
+        generators = [torch.Generator("cpu").manual_seed(self.seed + i) for i in indices]
+        contexts = {name: c[[i % len(c) for i in indices]] for name, c in self.contexts.items()}
+        guidance = self.guidance
+        if not self.pipe.transformer.guidance_embed and guidance <= 1:
+            guidance = -1.0  # the pipeline's word for no unconditional rows
+        noise = self.pipe.noise(self.rows, generators)
+        return self.pipe.denoise(contexts, noise, num_steps or self.num_steps, guidance).float()
+
+
+def embed(pipe: Hunyuan3DPipeline, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+    """Contexts `{name: [N, S, D]}` of pictures without background, one after the other, on the host.
+
+    Multi-view models take each for the front view of an object.
+    """
+    if not pictures:
+        raise ValueError("a workload needs at least one picture")
+    found = [pipe.prepare(picture) for picture in pictures]
+    return {name: torch.cat([one[name].cpu() for one in found]) for name in found[0]}

@@ -3,38 +3,62 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from backbones.registry import DEFAULT_MODEL
+from edit_cli import mesh_options, values
 from edit_cli import options as o
-from edit_cli import values
-from edit_cli.console import print_json, progress, stderr, stdout
-from edit_cli.errors import EditError, bad_input
+from edit_cli.calibration_inputs import Asked, parse_budgets
+from edit_cli.console import print_result, print_warning, progress
+from edit_cli.errors import INTERRUPTED, EditError, RunError, bad_input
+from edit_cli.mesh_plan import BACKGROUNDS
 
 Output = Annotated[
     str | None,
     typer.Option("--output", "-o", metavar="FOLDER", help="Where the bundle goes.", show_default=False),
 ]
-Samples = Annotated[str, typer.Option("--samples", metavar="N", help="Pictures to calibrate on.")]
+Images = Annotated[
+    str | None,
+    typer.Option(
+        "--images", metavar="DIR", help="Pictures of one object each, for models that make meshes.",
+        rich_help_panel=mesh_options.MESH,
+    ),
+]  # fmt: skip
+Samples = Annotated[str, typer.Option("--samples", metavar="N", help="Pictures or meshes to calibrate on.")]
 Probes = Annotated[
     str, typer.Option("--probes", metavar="N", help="Single reuses followed through to the final latents.")
 ]
 Budgets = Annotated[
-    str, typer.Option("--budgets", metavar="LOW:HIGH", help="Range of budgets the bundle is measured on.")
-]
+    str,
+    typer.Option(
+        "--budgets", metavar="LOW:HIGH[:COUNT]",
+        help="The lowest budget the bundle serves, and the range it is measured on.",
+    ),
+]  # fmt: skip
 Evaluate = Annotated[
     str | None,
     typer.Option("--evaluate", metavar="BUNDLE", help="Only measure this bundle again.", show_default=False),
 ]
+Resume = Annotated[
+    bool, typer.Option("--resume", metavar="", help="Go on where an earlier attempt at the same was stopped.")
+]
+
+
+class Stopped(EditError):  # noqa: N818 - not an error
+    """Ctrl-C."""
+
+    exit_code = INTERRUPTED
 
 
 def calibrate(
     output: Output = None,
     model: o.Model = None,
     prompts_file: o.PromptsFile = None,
+    images: Images = None,
+    remove_background: mesh_options.RemoveBackground = None,
     evaluate: Evaluate = None,
+    resume: Resume = False,
     budgets: Budgets = "0.35:1.0",
     samples: Samples = "32",
     probes: Probes = "80",
@@ -49,49 +73,65 @@ def calibrate(
 ) -> None:
     """Fit a bundle to a model in minutes. The model's weights are not changed.
 
-    Runs the dense model on calibration prompts, measures how well each step's work is predicted from the
-    steps before and what an error at it does to the result, and fits small routers that tell samples apart.
+    Runs the dense model on calibration prompts (or pictures, for meshes), measures how well each step's work
+    is predicted from the steps before and what an error at it does to the result, and fits small routers that
+    tell samples apart.
 
     [dim]edit calibrate -m qwen-image-tiny -o bundle
     edit generate "a cat" --routers bundle --budget 0.5[/dim]
     """
     if (output is None) == (evaluate is None):
         raise EditError("give either --output FOLDER for a new bundle or --evaluate BUNDLE to measure one")
-    low, high = parse_budgets(budgets)
-    asked = {
-        "samples": values.integer("--samples", samples, 4, 4096),
-        "probes": values.integer("--probes", probes, 8, 10**6),
-        "steps": None if steps is None else values.steps("--steps", steps),
-        "guidance": None if guidance is None else values.guidance("--guidance", guidance),
-        "seed": values.seed("--seed", seed[0]) if seed else 0,
-        "batch_size": None if batch_size is None else values.integer("--batch-size", batch_size, 1, 1024),
-    }
-    from edit_cli import calibration
+    if resume and output is None:
+        raise EditError("--resume continues a calibration and --evaluate makes none; leave one of them out")
+    if output is not None and Path(output).is_file():
+        raise EditError(f"--output {output!r} is a file; give a folder for the bundle")
+    asked = Asked(
+        model=model,
+        prompts=prompts_file,
+        images=images,
+        background=values.one_of("--remove-background", remove_background or "auto", BACKGROUNDS),
+        budgets=parse_budgets(budgets),
+        samples=values.integer("--samples", samples, 4, 4096),
+        probes=values.integer("--probes", probes, 8, 10**6),
+        steps=None if steps is None else values.integer("--steps", steps, 2, values.MAX_STEPS),
+        guidance=None if guidance is None else values.guidance("--guidance", guidance),
+        seed=values.seed("--seed", seed[0]) if seed else 0,
+        batch_size=None if batch_size is None else values.integer("--batch-size", batch_size, 1, 1024),
+        device=device or "auto",
+        dtype=dtype or "auto",
+        resume=resume,
+    )
+    if asked.meshes and images is not None and not Path(images).expanduser().is_dir():
+        what = "is no folder" if Path(images).expanduser().exists() else "does not exist"
+        raise EditError(f"--images {images!r} {what}; give a folder of pictures of one object each")
+    run(asked, None if output is None else Path(output), evaluate, json_output, quiet)
+
+
+def run(asked: Asked, output: Path | None, evaluate: str | None, json_output: bool, quiet: bool) -> None:
+    """Carry out what was asked. output None: only measure the bundle `evaluate`. Raises EditError."""
+    from edit_cli import calibration, calibration_report
+    from routers.calibrate.workload import NotFiniteError
 
     with bad_input():
-        session = calibration.Calibration.open(model or DEFAULT_MODEL, prompts_file, device, dtype, asked)
-    with progress(not quiet) as bars, bad_input():
-        bundle = session.fit(low, bars) if evaluate is None else session.load(evaluate)
-        rows = session.measure(bundle, low, high, bars)
-    target = Path(output or bundle.path)
-    if output is not None:
-        session.save(bundle, rows, target)
-    result: dict[str, Any] = calibration.as_json(bundle, rows, target)
-    if not quiet:
-        (stderr() if json_output else stdout()).print(calibration.as_table(bundle, rows, target))
-    if json_output:
-        print_json(result)
-
-
-def parse_budgets(text: str) -> tuple[float, float]:
-    """Two budgets from "0.35:1.0". Raises EditError."""
-    parts = text.split(":")
+        session = calibration.Calibration.open(asked)
     try:
-        low, high = (float(part) for part in parts)
-    except ValueError:
-        low = high = float("nan")
-    if not 0 < low < high <= 1:
-        raise EditError(
-            f"--budgets {text!r} is no range of budgets; give LOW:HIGH, 0 < LOW < HIGH <= 1, like 0.35:1.0"
-        )
-    return low, high
+        with progress(not quiet) as bars, bad_input():
+            if output is not None:
+                session.begin(output)
+            bundle = session.fit(bars) if evaluate is None else session.load(evaluate)
+            rows = session.measure(bundle, bars)
+    except NotFiniteError as error:
+        raise RunError(str(error)) from error
+    except KeyboardInterrupt:
+        kept = "; continue with --resume" if output is not None else ""
+        raise Stopped(f"interrupted; no bundle was written{kept}") from None
+    target = output or Path(bundle.path)
+    if output is not None:
+        session.save(bundle, rows, output)
+        if calibration_report.plot(bundle, output) is None and not quiet:
+            print_warning('no plot was drawn: it needs matplotlib; pip install "elastic-dit[bench]"')
+    found = calibration_report.as_json(bundle, rows, target)
+    print_result(
+        found, calibration_report.as_table(bundle, rows, target), json_output=json_output, quiet=quiet
+    )

@@ -1,7 +1,10 @@
-"""What `edit calibrate` does once its arguments are known: load, fit, measure, save, show."""
+"""What `edit calibrate` does once its arguments are known: load, fit, measure, save."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -9,67 +12,85 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from rich.table import Table
 
 import routers
-from backbones import loading, registry
-from backbones.spec import Backbone, Placement
-from backbones.workload import PipelineWorkload
+from backbones import loading, mesh_registry, registry
+from backbones.model_files import is_small
+from backbones.spec import Backbone, MeshBackbone, Placement
+from backbones.workload import MeshWorkload, PipelineWorkload, embed
 from edit_cli import __version__
-from edit_cli.errors import EditError
+from edit_cli.calibration_inputs import Asked, read_images
+from edit_cli.console import print_warning
+from edit_cli.errors import EditError, RunError, bad_input
+from edit_cli.mesh_session import MeshSession
 from edit_cli.prompts import default_prompts, read_prompts
+from edit_cli.stages import StageClock
+from routers.bundle import architecture, fingerprint
 from routers.calibrate.evaluate import Quality, as_metadata, evaluate, prefers_routers, recommend
 from routers.calibrate.fit import FitSettings, fit
+from routers.calibrate.state import State
 
 HELD_OUT = 8
 """Samples that only measure the finished bundle."""
-POINTS = 8
-"""Budgets measured between the lowest and 1."""
+SMALL_BATCH = 4
+"""Meshes of a small model that are calibrated on together."""
 
 
 @dataclass
 class Calibration:
-    """A loaded model with its calibration and held-out requests."""
+    """A loaded model with its calibration and held-out requests.
 
-    backbone: Backbone
+    inputs: what the requests are made of, prompts or hashes of pictures.
+    """
+
+    asked: Asked
+    backbone: Backbone | MeshBackbone
     pipe: Any
-    train: PipelineWorkload
-    judge: PipelineWorkload
+    train: PipelineWorkload | MeshWorkload
+    judge: PipelineWorkload | MeshWorkload
+    inputs: list[str]
     settings: FitSettings
+    state: State | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def open(
-        cls, model: str, prompts: str | None, device: str | None, dtype: str | None, asked: dict[str, Any]
-    ) -> Calibration:
-        """Load a model and cut the prompts into requests. Raises EditError or ValueError for bad input."""
-        backbone = registry.resolve(model)
-        lines = [entry["prompt"] for entry in read_prompts(prompts or str(default_prompts(backbone)))]
-        pipe = loading.load_pipeline(backbone, Placement(device=device or "auto", dtype=dtype or "auto"))
-        pipe.set_progress_bar_config(disable=True)
-        defaults = backbone.defaults
-        rows = min(asked["batch_size"] or backbone.batch_size, asked["samples"])
-        guidance = defaults.guidance if asked["guidance"] is None else asked["guidance"]
-        train = PipelineWorkload(
-            pipe, backbone.family, _cycle(lines, asked["samples"]), rows, asked["steps"] or defaults.steps,
-            guidance, defaults.width, defaults.height, asked["seed"], defaults.max_sequence_length,
-        )  # fmt: skip
-        held_out = _cycle(lines[::-1], max(HELD_OUT, rows))
-        judge = replace(train, prompts=held_out, seed=asked["seed"] + 10_000)
-        return cls(backbone, pipe, train, judge, FitSettings(probes=asked["probes"], seed=asked["seed"]))
+    def open(cls, asked: Asked) -> Calibration:
+        """Load a model and make the requests. Raises EditError or ValueError for bad input."""
+        return _open_meshes(asked) if asked.meshes else _open_pictures(asked)
 
-    def fit(self, low: float, bars: Any) -> routers.Bundle:
-        """A new bundle for this model."""
+    def begin(self, output: Path) -> None:
+        """Start the state beside the output, or go on with it. Raises EditError."""
+        self.state = State(output.parent / f".{output.name}.calibrate-state")
+        unfinished = self.state.folder.is_dir()
+        try:
+            if output.exists() and not os.access(output, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            with bad_input():  # what cannot be written is told before the work
+                found = self.state.begin(self._request(), self.asked.resume)
+        except OSError as error:
+            raise EditError(_unwritable(output, error)) from error
+        if self.asked.resume and not found:
+            print_warning(f"nothing to resume beside {str(output)!r}: starting anew")
+        elif unfinished and not found:
+            print_warning("an unfinished calibration was discarded; --resume would have continued it")
+
+    def fit(self, bars: Any) -> routers.Bundle:
+        """A new bundle for this model. Raises RunError if the state cannot be kept."""
         start = time.perf_counter()
-        bundle = fit(
-            self.pipe.transformer, self.backbone.family.transformer, self.train, self.backbone.name,
-            self.train.guidance, self.settings, _reporter(bars),
-        )  # fmt: skip
-        bundle.min_budget = low
-        report = _reporter(bars)
-        prefers_routers(self.pipe.transformer, bundle, self.train, lambda d, t: report("per sample?", d, t))
+        transformer, report = self.pipe.transformer, _reporter(bars)
+        try:
+            bundle = fit(
+                transformer, self.backbone.family.transformer, self.train, self.backbone.name,
+                self.train.guidance, self.settings, report, self.state,
+            )  # fmt: skip
+        except OSError as error:
+            raise RunError(
+                f"the progress of the calibration cannot be written: {error.strerror or error}; "
+                "make room and continue with --resume"
+            ) from error
+        bundle.min_budget = self.asked.budgets[0]
+        prefers_routers(transformer, bundle, self.train, lambda d, t: report("per sample?", d, t))
         self.seconds["fit"] = time.perf_counter() - start
         return bundle
 
@@ -79,24 +100,25 @@ class Calibration:
         routers.attach(self.pipe.transformer, bundle, budget=1.0).detach()
         return bundle
 
-    def measure(self, bundle: routers.Bundle, low: float, high: float, bars: Any) -> list[Quality]:
-        """Quality, spend and time at budgets from low to high, on requests that were not fitted."""
+    def measure(self, bundle: routers.Bundle, bars: Any) -> list[Quality]:
+        """Quality, spend and time at the asked budgets, on requests that were not fitted."""
         start = time.perf_counter()
-        budgets = [round(float(b), 3) for b in np.linspace(max(low, bundle.min_budget), high, POINTS)]
+        served = {round(max(budget, bundle.min_budget), 3) for budget in self.asked.budgets}
         report = _reporter(bars)
         rows = evaluate(
-            self.pipe.transformer, bundle, self.judge, budgets, lambda d, t: report("measure", d, t)
+            self.pipe.transformer, bundle, self.judge, sorted(served), lambda d, t: report("measure", d, t)
         )
         self.seconds["measure"] = time.perf_counter() - start
         return rows
 
     def save(self, bundle: routers.Bundle, rows: Sequence[Quality], folder: Path) -> None:
-        """Record how the bundle was made and write it. Raises EditError if the folder cannot be written."""
+        """Record how the bundle was made, write it and forget the state. Raises RunError."""
         bundle.recommended_budget = recommend(rows)
         bundle.metadata |= {
             "quality": as_metadata(rows),
             "settings": asdict(self.settings),
-            "prompts": len(set(self.train.prompts)),
+            "images" if self.asked.meshes else "prompts": len(set(self.inputs)),
+            "inputs_sha256": _digest(self.inputs),
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
             "threads": torch.get_num_threads(),
             "versions": {"edit": __version__, "torch": torch.__version__, "diffusers": version("diffusers")},
@@ -104,44 +126,75 @@ class Calibration:
         try:
             bundle.save(folder)
         except OSError as error:
-            raise EditError(
-                f"bundle folder {str(folder)!r} cannot be written: {error.strerror or error}"
-            ) from error
+            raise RunError(f"{_unwritable(folder, error)}; make room and continue with --resume") from error
+        if self.state is not None:
+            self.state.discard()
+
+    def _request(self) -> dict[str, Any]:
+        """What a continued run must have in common with the one that was stopped."""
+        train, transformer = self.train, self.pipe.transformer
+        size = {} if isinstance(train, MeshWorkload) else {"size": f"{train.width}x{train.height}"}
+        return {
+            "model": self.backbone.name,
+            "architecture": architecture(transformer),
+            "weights": fingerprint(transformer),
+            "dtype": str(next(transformer.parameters()).dtype),
+            "images" if self.asked.meshes else "prompts": _digest(self.inputs),
+            "samples": self.asked.samples,
+            "batch size": train.rows,
+            "steps": train.num_steps,
+            "guidance": train.guidance,
+            "seed": train.seed,
+            "probes": self.settings.probes,
+            **size,
+        }
 
 
-def as_json(bundle: routers.Bundle, rows: Sequence[Quality], folder: Path) -> dict[str, Any]:
-    """The object that `--json` prints."""
-    return {
-        "bundle": str(folder),
-        "model": bundle.base_model,
-        "recommended_budget": recommend(rows),
-        "per_sample": bundle.per_sample,
-        "router_correlation": bundle.metadata.get("router_correlation"),
-        "quality": as_metadata(rows),
-    }
+def _open_pictures(asked: Asked) -> Calibration:
+    backbone = registry.resolve(asked.model or registry.DEFAULT_MODEL)
+    lines = [entry["prompt"] for entry in read_prompts(asked.prompts or str(default_prompts(backbone)))]
+    pipe = loading.load_pipeline(backbone, Placement(device=asked.device, dtype=asked.dtype))
+    pipe.set_progress_bar_config(disable=True)
+    defaults = backbone.defaults
+    rows = min(asked.batch_size or backbone.batch_size, asked.samples)
+    train = PipelineWorkload(
+        pipe, backbone.family, _cycle(lines, asked.samples), rows, asked.steps or defaults.steps,
+        defaults.guidance if asked.guidance is None else asked.guidance,
+        defaults.width, defaults.height, asked.seed, defaults.max_sequence_length,
+    )  # fmt: skip
+    held_out = _cycle(lines[::-1], max(HELD_OUT, rows))
+    judge = replace(train, prompts=held_out, seed=asked.seed + 10_000)
+    settings = FitSettings(probes=asked.probes, seed=asked.seed)
+    return Calibration(asked, backbone, pipe, train, judge, list(train.prompts), settings)
 
 
-def as_table(bundle: routers.Bundle, rows: Sequence[Quality], folder: Path) -> Table:
-    """The closing table."""
-    best = recommend(rows)
-    table = Table(
-        title=f"{folder}: {bundle.base_model}, recommended budget {best:g}", title_justify="left", box=None
-    )
-    for name in ("budget", "spent", "range over samples", "latent SNR", "time / dense"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
-            f"{row.budget:g}" + (" *" if row.budget == best else ""),
-            f"{row.spent:.3f}",
-            f"{row.spent_low:.3f} to {row.spent_high:.3f}",
-            f"{row.snr:.1f} dB",
-            f"{row.time_ratio:.2f}",
-        )
-    return table
+def _open_meshes(asked: Asked) -> Calibration:
+    backbone = mesh_registry.resolve(asked.model or mesh_registry.DEFAULT_MESH_MODEL)
+    pictures = read_images(backbone, asked.images, asked.background)
+    placement = Placement(device=asked.device, dtype=asked.dtype)
+    pipe = MeshSession.open(backbone, placement, None, False, StageClock()).pipe
+    defaults = backbone.defaults
+    rows = min(asked.batch_size or (SMALL_BATCH if is_small(backbone.parameters) else 1), asked.samples)
+    train = MeshWorkload(
+        pipe, embed(pipe, list(pictures.values())), asked.samples, rows, asked.steps or defaults.steps,
+        defaults.guidance if asked.guidance is None else asked.guidance, asked.seed,
+    )  # fmt: skip
+    backwards = {name: context.flip(0) for name, context in train.contexts.items()}
+    judge = replace(train, contexts=backwards, samples=max(HELD_OUT, rows), seed=asked.seed + 10_000)
+    settings = FitSettings(probes=asked.probes, seed=asked.seed)
+    return Calibration(asked, backbone, pipe, train, judge, list(pictures), settings)
 
 
 def _cycle(lines: Sequence[str], count: int) -> list[str]:
     return [lines[i % len(lines)] for i in range(count)]
+
+
+def _digest(inputs: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(inputs).encode()).hexdigest()
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    return f"bundle folder {str(folder)!r} cannot be written: {error.strerror or error}"
 
 
 def _reporter(bars: Any) -> Callable[[str, int, int], None]:

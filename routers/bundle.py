@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from . import bundle_file
 from .elastic import Elastic
+from .files import write_whole
 from .plan import Moments, Planner
 from .planned import PlannedPolicy
 from .policy import OpenPolicy
@@ -72,7 +71,7 @@ class Bundle:
             )
 
     def save(self, folder: str | Path) -> None:
-        """Write the folder; each file appears whole or not at all, the description last."""
+        """Write the folder; both files appear once both are written, the description last."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
@@ -80,7 +79,6 @@ class Bundle:
         }
         for name in MOMENTS:
             tensors[f"moments.{name}"] = torch.from_numpy(getattr(self.moments, name))
-        _replace(folder / "routers.safetensors", lambda path: save_file(tensors, path))
         description = {
             "format": FORMAT,
             "base_model": self.base_model,
@@ -97,7 +95,12 @@ class Bundle:
             "metadata": self.metadata,
         }
         text = json.dumps(description, indent=1) + "\n"
-        _replace(folder / "bundle.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+        write_whole(
+            {
+                folder / "routers.safetensors": lambda path: save_file(tensors, path),
+                folder / "bundle.json": lambda path: Path(path).write_text(text, encoding="utf-8"),
+            }
+        )
 
 
 def load_bundle(path: str | Path) -> Bundle:
@@ -226,14 +229,3 @@ def fingerprint(transformer: nn.Module) -> list[float]:
 def _own_parameters(transformer: nn.Module) -> list[tuple[str, Tensor]]:
     named = ((name.replace(".base_layer.", "."), p) for name, p in transformer.named_parameters())
     return [(name, p) for name, p in named if ".lora_" not in name]
-
-
-def _replace(target: Path, write: Any) -> None:
-    """Write beside the target, then rename, so that a kill leaves the old file whole."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

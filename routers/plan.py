@@ -31,6 +31,8 @@ Found = tuple[Mask, float]
 DEPTH = 3
 """Passes a prediction is made from. A fourth gained nothing at 35 and 50 % of the steps of
 qwen-image-tiny and half a dB at 70 %, for a third more memory (docs/notes/planning.md)."""
+DEAD = 1e-6
+"""A gain so far below the others says that an error at that step never reaches the latents."""
 RIDGE = 1e-6
 """Added to the diagonal of a linear system, relative to it: noise that no calibration set averages out."""
 BEAM = 12
@@ -69,14 +71,28 @@ class Moments:
             return self
         resize_TS = cubic_interpolation(self.num_steps, num_steps)
         resize = np.kron(np.eye(len(self.branches)), resize_TS)
-        at = np.linspace(0, self.num_steps - 1, num_steps) if num_steps > 1 else np.zeros(1)
-        gain = np.exp(np.interp(at, np.arange(self.num_steps), np.log(self.gain)))
+        gain = gains_at(self.gain, num_steps)
         scale = (self.num_steps / num_steps) ** 2
         return Moments(self.branches, resize @ self.gram @ resize.T, gain * scale, self.mixing)
 
     def index(self, branch: str) -> int:
         """A branch's number; an unknown name is served by the first branch's moments."""
         return self.branches.index(branch) if branch in self.branches else 0
+
+
+def gains_at(gain: Array, num_steps: int) -> Array:
+    """Gains [S] interpolated to another number of steps, in logarithms.
+
+    A last step of size 0, as Hunyuan3D's sampler makes one at any number of steps, stays the last step alone.
+    """
+    known = len(gain)
+    ends = known > 2 and num_steps > 1 and gain[-1] < DEAD * gain[:-1].min() * 10
+    at = np.linspace(0, known - 1, num_steps) if num_steps > 1 else np.zeros(1)
+    counted = known - 1 if ends else known
+    found: Array = np.exp(np.interp(at, np.arange(counted), np.log(gain[:counted])))
+    if ends:
+        found[-1] = gain[-1]
+    return found
 
 
 def cubic_interpolation(known: int, wanted: int) -> Array:

@@ -78,6 +78,11 @@ class PlannedPolicy:
         self.cache_depth = self.depth if elastic else 0
         self.reads_routers = elastic and self.per_sample
 
+    @property
+    def plan(self) -> StepPlan | None:
+        """What this run follows; None before its first decision, and in a dense run."""
+        return self._plan
+
     def set_num_steps(self, num_steps: int) -> None:
         """The run turned out to have another number of steps: plan anew."""
         self._run, self._plan, self._rows = replace(self._run, num_steps=num_steps), None, None
@@ -145,7 +150,9 @@ class PlannedPolicy:
             fresh = np.broadcast_to(self._plan.fresh, (call.rows, self._run.num_steps)).copy()
             rows = self._rows = _Rows(fresh, np.zeros(call.rows))
         if logits is not None and (call.step > rows.step or rows.calls == 0):
-            self._exchange(rows, call.step, logits[:, :, 0].astype(np.float64).mean(axis=1))
+            gate = logits[:, :, 0].astype(np.float64).mean(axis=1)
+            shared = gate.reshape(call.parts, -1).mean(axis=0)
+            self._exchange(rows, call.step, np.tile(shared, call.parts))
         rows.step = call.step
         chosen: Mask = rows.fresh[:, call.step]
         return chosen
@@ -174,7 +181,7 @@ class PlannedPolicy:
         if done is None or done.shape[0] != call.rows:
             done = self._done[call.branch] = np.zeros((call.rows, len(self.units), max(steps, 1)), bool)
         planner = self.planner(steps)
-        branch = self.moments.index(call.branch)
+        branches = row_branches(call, self.moments)
         weights = np.zeros((call.rows, len(self.units), self.depth), np.float32)
         for unit, (first, last) in enumerate(self.units):
             for row in range(call.rows):
@@ -182,10 +189,17 @@ class PlannedPolicy:
                     continue
                 past = np.flatnonzero(done[row, unit, : call.step])[::-1]
                 passes = tuple(past[: min(self.depth, int(call.available[row, first]))].tolist())
-                weights[row, unit, : len(passes)] = planner.weights(branch, call.step, passes)
+                weights[row, unit, : len(passes)] = planner.weights(branches[row], call.step, passes)
             if call.step < steps:
                 done[:, unit, call.step] = (codes[:, first : last + 1] >= 0).all(axis=1)
         return weights
+
+
+def row_branches(call: CallInfo, moments: Moments) -> list[int]:
+    """Number of the moments' branch that each row of a call [R] belongs to."""
+    if call.parts == len(moments.branches):
+        return [row * call.parts // call.rows for row in range(call.rows)]
+    return [moments.index(call.branch)] * call.rows
 
 
 def _cut(segments: Units, block: int) -> Units:

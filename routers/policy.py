@@ -40,7 +40,8 @@ class CallInfo:
     step: from 0. branches: all CFG branches seen so far in the run. rows: batch rows of the call.
     costs: FLOPs per block and row; outside: FLOPs per row around the blocks; overhead: FLOPs per row of
     one router. available [R, N]: cached passes per row and block. spent, dense [R]: FLOPs so far in this
-    branch, before this call. signature: equal for calls with equal shapes.
+    branch, before this call. signature: equal for calls with equal shapes. parts: CFG branches that share the
+    call's batch, their rows one branch after the other; 1 where each branch has calls of its own.
     """
 
     step: int
@@ -54,6 +55,7 @@ class CallInfo:
     spent: NDArray[np.float64]
     dense: NDArray[np.float64]
     signature: Any = ()
+    parts: int = 1
 
 
 class Policy(Protocol):
@@ -74,7 +76,7 @@ class Policy(Protocol):
     units: Units | None
     """Blocks that are cached together, fixed once `decide` has answered the first call; None: each alone."""
     weights: NDArray[np.float32] | None
-    """[R, U, P] after `decide`: weights of the cached passes, newest first, for each row's reuse of each unit.
+    """[R, U, P] after `decide`: weights of the cached passes, newest first, for each row's reuse of a unit.
     None: reuses extrapolate in time with `order`."""
 
     def start(self, run: RunInfo) -> None:

@@ -210,6 +210,7 @@ class Run:
             spent=branch.spent.copy(),
             dense=branch.dense.copy(),
             signature=signature,
+            parts=branch.rows // self.samples if self.samples and branch.rows % self.samples == 0 else 1,
         )
         dense = outside + sum(cost.dense for cost in costs)
         started = time.perf_counter()

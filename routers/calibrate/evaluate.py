@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..bundle import Bundle, attach
+from ..plan import StepPlan
 from ..trace import Trace
-from .workload import Workload
+from .workload import Workload, require_finite
 
 RECOMMENDED_DB = 30.0
 """Latent SNR from which a budget is recommended: a thousandth of the signal's energy, below what the eye
@@ -34,7 +35,8 @@ class Quality:
 
     spent: mean FLOPs ratio; spent_low, spent_high: its range over samples. snr: energy of the dense final
     latents over that of the difference, dB (median over samples). time_ratio: median seconds of a batch
-    over the dense median.
+    over the dense median. predicted: the plans' own estimate of the SNR, from the mean error they leave over
+    the mean energy of the latents, dB; None where nothing is predicted or the bundle lacks the energy.
     """
 
     budget: float
@@ -43,6 +45,7 @@ class Quality:
     spent_high: float
     snr: float
     time_ratio: float
+    predicted: float | None = None
 
 
 def evaluate(
@@ -56,12 +59,14 @@ def evaluate(
     budgets = list(budgets)
     seconds: dict[float, list[float]] = {b: [] for b in [*budgets, 1.0]}
     found: dict[float, list[tuple[float, float]]] = {b: [] for b in budgets}
+    predicted: dict[float, float | None] = {}
     workload.run(0)  # warm
     for batch in range(workload.num_batches):
         dense, taken = _timed(workload, batch)
         seconds[1.0].append(taken)
         for budget in budgets:
-            latents, taken, trace = _elastic(transformer, bundle, workload, batch, budget)
+            latents, taken, trace, plan = _elastic(transformer, bundle, workload, batch, budget)
+            predicted[budget] = predicted_snr(bundle, plan)
             if budget != 1.0:
                 seconds[budget].append(taken)
             found[budget] += list(zip(trace.spent, _snr(latents, dense), strict=True))
@@ -72,8 +77,18 @@ def evaluate(
         spent = [s for s, _ in found[budget]]
         snr = statistics.median(db for _, db in found[budget])
         ratio = statistics.median(seconds[budget]) / reference
-        rows.append(Quality(budget, float(np.mean(spent)), min(spent), max(spent), snr, ratio))
+        rows.append(
+            Quality(budget, float(np.mean(spent)), min(spent), max(spent), snr, ratio, predicted[budget])
+        )
     return rows
+
+
+def predicted_snr(bundle: Bundle, plan: StepPlan | None) -> float | None:
+    """The SNR in dB that a plan expects of the final latents, or None (see `Quality.predicted`)."""
+    energy = bundle.metadata.get("latent_energy")
+    if plan is None or not energy or plan.error <= 0:
+        return None
+    return float(10 * np.log10(energy / plan.error))
 
 
 def recommend(rows: Sequence[Quality], threshold: float = RECOMMENDED_DB) -> float:
@@ -103,7 +118,7 @@ def prefers_routers(
         dense, _ = _timed(workload, batch)
         for budget, routed in settings:
             bundle.per_sample = routed
-            latents, _, _ = _elastic(transformer, bundle, workload, batch, budget)
+            latents, _, _, _ = _elastic(transformer, bundle, workload, batch, budget)
             means[budget, routed] += _snr(latents, dense)
         report(batch + 1, workload.num_batches)
     gains = [float(np.mean(means[b, True]) - np.mean(means[b, False])) for b in BENT]
@@ -113,20 +128,25 @@ def prefers_routers(
 
 def as_metadata(rows: Sequence[Quality]) -> list[dict[str, Any]]:
     """JSON data for `bundle.json`."""
-    return [{k: round(v, 4) for k, v in asdict(row).items()} for row in rows]
+    return [{k: None if v is None else round(v, 4) for k, v in asdict(row).items()} for row in rows]
 
 
 def _elastic(
     transformer: torch.nn.Module, bundle: Bundle, workload: Workload, batch: int, budget: float
-) -> tuple[Tensor, float, Trace]:
-    """Latents, seconds and trace of a batch at a budget."""
-    elastic = attach(transformer, bundle, budget=budget, force=True)
+) -> tuple[Tensor, float, Trace, StepPlan | None]:
+    """Latents, seconds, trace and plan of a batch at a budget. Raises NotFiniteError."""
+    elastic, policy = attach(transformer, bundle, budget=budget, force=True), bundle.policy()
     try:
-        with torch.no_grad(), elastic.scope(num_steps=workload.num_steps) as trace:
+        with (
+            torch.no_grad(),
+            elastic.scope(num_steps=workload.num_steps, samples=workload.rows, policy=policy) as trace,
+        ):
             latents, taken = _timed(workload, batch)
     finally:
         elastic.detach()
-    return latents, taken, trace
+    at = f"in the latents of batch {batch + 1} of {workload.num_batches} at budget {budget:g} (measure)"
+    require_finite(latents, at)
+    return latents, taken, trace, policy.plan
 
 
 def _timed(workload: Workload, batch: int) -> tuple[Tensor, float]:

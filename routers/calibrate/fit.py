@@ -25,6 +25,7 @@ from ..router import Router
 from ..spec import TransformerSpec
 from .gains import measure_gains, prediction_error
 from .record import Record, record
+from .state import State
 from .workload import Workload
 
 Report = Callable[[str, int, int], None]
@@ -54,15 +55,20 @@ def fit(
     guidance: float,
     settings: FitSettings | None = None,
     report: Report = lambda phase, done, total: None,
+    state: State | None = None,
 ) -> Bundle:
-    """Fit a bundle to `transformer` on a workload. The weights are not changed."""
+    """Fit a bundle to `transformer` on a workload. The weights are not changed.
+
+    state: keeps the progress; a fit that continues gives the same bundle as one in one go.
+    Raises NotFiniteError, and OSError if the state cannot be written.
+    """
     settings = settings or FitSettings()
     elastic = Elastic(transformer, spec)
     try:
-        recorded = record(elastic, workload, lambda d, t: report("record", d, t))
+        recorded = record(elastic, workload, lambda d, t: report("record", d, t), state)
         moments = first_moments(recorded, workload.branches, guidance)
         gain = measure_gains(
-            elastic, workload, recorded, moments, settings.probes, lambda d, t: report("gains", d, t)
+            elastic, workload, recorded, moments, settings.probes, lambda d, t: report("gains", d, t), state
         )
         moments = replace(moments, gain=gain)
         blocks = len(elastic.blocks)
@@ -90,6 +96,7 @@ def fit(
             "rows": workload.rows * workload.num_batches,
             "probes": settings.probes,
             "seed": settings.seed,
+            "latent_energy": float(recorded.latents.square().mean()),
             "router_correlation": [round(q, 4) for q in quality],
         },
     )

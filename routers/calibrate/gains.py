@@ -12,22 +12,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..elastic import Elastic
-from ..plan import Moments, Planner
+from ..plan import DEAD, Moments, Planner
+from ..planned import row_branches
 from ..policy import CallInfo, OpenPolicy, RunInfo
 from ..trace import REUSE, Actions
 from .record import Record
-from .workload import Workload
+from .state import Probes, State
+from .workload import Workload, run_patched
 
 TIE = 0.5
 """How strongly the log gains of neighbouring steps are tied to each other, in units of one probe."""
 
 
 class ProbePolicy(OpenPolicy):
-    """Row r predicts every block at step steps[r] from the steps before; everything else computes."""
+    """Sample r predicts every block at step steps[r] from the steps before; everything else computes.
+
+    Where CFG branches share a batch, all rows of a sample do the same.
+    """
 
     def __init__(self, steps: Sequence[int], planner: Planner) -> None:
         self.steps, self.planner = list(steps), planner
@@ -43,11 +47,10 @@ class ProbePolicy(OpenPolicy):
         assert self.units is not None
         passes = tuple(range(call.step - 1, max(call.step - 1 - self.planner.depth, -1), -1))
         self.weights = np.zeros((call.rows, len(self.units), self.planner.depth), np.float32)
-        branch = self.planner.moments.index(call.branch)
-        for row, step in enumerate(self.steps):
-            if step == call.step and passes:
+        for row, branch in enumerate(row_branches(call, self.planner.moments)):
+            if self.steps[row % len(self.steps)] == call.step and passes:
                 codes[row] = REUSE
-                self.weights[row, :, : len(passes)] = self.planner.weights(branch, step, passes)
+                self.weights[row, :, : len(passes)] = self.planner.weights(branch, call.step, passes)
         return codes
 
 
@@ -58,27 +61,58 @@ def measure_gains(
     moments: Moments,
     probes: int,
     report: Callable[[int, int], None] = lambda done, total: None,
+    state: State | None = None,
 ) -> NDArray[np.float64]:
-    """Gains [S] from `probes` single predictions, rounded up to whole batches, spread over all steps."""
+    """Gains [S] from `probes` single predictions, rounded up to whole batches, spread over all steps.
+
+    state: keeps every finished batch of probes, and gives back those of an earlier attempt. Raises
+    NotFiniteError.
+    """
     steps, rows = workload.num_steps, workload.rows
     planner = Planner(moments)
     count = -(-probes // rows) * rows
     picked = [1 + i % (steps - 1) for i in range(count)] if steps > 1 else []
-    found: list[tuple[int, float]] = []
-    for start in range(0, len(picked), rows):
-        batch = (start // rows) % workload.num_batches
-        policy = ProbePolicy(picked[start : start + rows], planner)
-        with torch.no_grad(), elastic.scope(policy=policy, num_steps=steps):
-            latents = workload.run(batch).cpu()
-        first = batch * rows
-        dense = recorded.latents[first : first + rows]
-        final = (latents - dense).float().square().flatten(1).mean(dim=1).numpy()
-        for row, step in enumerate(policy.steps):
-            local = prediction_error(planner, step, recorded.gram[(first + row) % len(recorded.gram)])
-            if local > 0 and final[row] > 0:
-                found.append((step, float(np.log(final[row] / local))))
+    found: Probes = []
+    for number, start in enumerate(range(0, len(picked), rows)):
+        done = None if state is None else state.probes(number)
+        if done is None:
+            policy = ProbePolicy(picked[start : start + rows], planner)
+            done = _probe(elastic, workload, recorded, policy, number % workload.num_batches)
+            if state is not None:
+                state.keep_probes(done)
+        found += done
         report(start + rows, len(picked))
-    return np.exp(smooth(found, steps))
+    return from_probes(found, steps)
+
+
+def _probe(elastic: Elastic, workload: Workload, recorded: Record, policy: ProbePolicy, batch: int) -> Probes:
+    """One batch, another step predicted in each sample; log gains are -inf where latents stayed equal."""
+    asked = f"gains, predicting steps {', '.join(str(step + 1) for step in policy.steps)}"
+    latents = run_patched(elastic, workload, batch, policy, asked)
+    first = batch * workload.rows
+    dense = recorded.latents[first : first + workload.rows]
+    final = (latents - dense).float().square().flatten(1).mean(dim=1).numpy()
+    found = []
+    for row, step in enumerate(policy.steps):
+        local = prediction_error(policy.planner, step, recorded.gram[(first + row) % len(recorded.gram)])
+        if local > 0:
+            found.append((step, float(np.log(final[row] / local)) if final[row] > 0 else float("-inf")))
+    return found
+
+
+def from_probes(found: Sequence[tuple[int, float]], steps: int) -> NDArray[np.float64]:
+    """Gains [S]. Steps without any effect (a sampler's last one, of size 0) are kept apart.
+
+    A gain so far below the typical one is rounding. They get DEAD times the smallest other gain, and leave
+    their neighbours alone.
+    """
+    typical = np.median([gain for _, gain in found]) if found else 0.0
+    reach = {step: max(gain for s, gain in found if s == step) for step, _ in found}
+    dead = sorted(step for step, most in reach.items() if most < typical + np.log(DEAD))
+    alive = [(step, gain) for step, gain in found if step not in dead and np.isfinite(gain)]
+    gain = np.exp(smooth(alive, steps))
+    gain[dead] = DEAD * np.delete(gain, dead).min()
+    return gain
 
 
 def prediction_error(planner: Planner, step: int, gram: NDArray[np.float64]) -> float:

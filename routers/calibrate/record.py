@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..elastic import Computed, Elastic
 from ..policy import OpenPolicy
-from .workload import Workload
+from .state import State
+from .workload import NotFiniteError, Workload, run_patched
 
 TOKENS = 256
 """Tokens per row whose deltas are compared; products are means, so a sample of tokens estimates them."""
@@ -39,10 +40,13 @@ class Record:
 
 
 class Recorder:
-    """Observer of one dense batch: keeps the stack's deltas of a sample of tokens, nothing more."""
+    """Observer of one dense batch: keeps the stack's deltas of a sample of tokens, nothing more.
 
-    def __init__(self, workload: Workload, segments: tuple[tuple[int, int], ...]) -> None:
-        self.branches = workload.branches
+    Raises NotFiniteError at the step where the blocks add NaN or an infinity.
+    """
+
+    def __init__(self, workload: Workload, segments: tuple[tuple[int, int], ...], batch: int = 0) -> None:
+        self.branches, self._workload, self._batch = workload.branches, workload, batch
         self.pooled: dict[tuple[int, int, int], Tensor] = {}
         self.modulation: dict[tuple[int, int], Tensor] = {}
         self.times = [0.0] * workload.num_steps
@@ -53,25 +57,50 @@ class Recorder:
 
     def __call__(self, seen: Computed) -> None:
         """A block was computed for every row of the batch."""
-        g = self.branches.index(seen.call.info.branch)
-        s, n = seen.call.info.step, seen.block.index
-        before, after = seen.before[0], seen.after[0]
+        info, n = seen.call.info, seen.block.index
+        s, before, after = info.step, seen.before[0], seen.after[0]
+        parts = self._parts(info.branch, info.rows)
         if n in self._starts:
             self._entry = _sampled(before)
         if n in self._ends:
             assert self._entry is not None
-            self._deltas.setdefault((g, s), []).append(_sampled(after) - self._entry)
-        if g == n == 0:
+            delta = _sampled(after) - self._entry
+            if not bool(delta.isfinite().all()):
+                at = f"step {s + 1} of {len(self.times)}"
+                raise NotFiniteError(f"in batch {self._batch + 1} of {self._workload.num_batches}, {at}")
+            for g, rows in parts:
+                self._deltas.setdefault((g, s), []).append(delta[rows])
+        if n == 0 and parts[0][0] == 0:
             self.times[s] = float(seen.call.time.flatten()[0])
-        self.pooled[g, s, n] = before.mean(dim=1).half().cpu()
-        name = seen.block.spec.modulation
+        pooled, name = before.mean(dim=1).half().cpu(), seen.block.spec.modulation
+        for g, rows in parts:
+            self.pooled[g, s, n] = pooled[rows]
         if n == 0 and name:
-            self.modulation[g, s] = seen.inputs[name][: before.shape[0]].half().cpu()
+            modulation = seen.inputs[name][: before.shape[0]].half().cpu()
+            for g, rows in parts:
+                self.modulation[g, s] = modulation[rows]
 
-    def forget_deltas(self) -> None:
-        """Free the memory that only `gram` needs."""
+    def _parts(self, branch: str, rows: int) -> list[tuple[int, slice]]:
+        """Which CFG branches a call holds, and which of its rows are theirs."""
+        if branch in self.branches:
+            return [(self.branches.index(branch), slice(None))]
+        samples = self._workload.rows
+        if rows != samples * len(self.branches):
+            raise ValueError(
+                f"a call of branch {branch!r} has {rows} rows, which are not {samples} samples in the "
+                f"branches {', '.join(self.branches)}"
+            )
+        return [(g, slice(g * samples, (g + 1) * samples)) for g in range(len(self.branches))]
+
+    def tensors(self, latents: Tensor) -> dict[str, Tensor]:
+        """All that is kept of the batch, by names that `_join` reads; the deltas behind `gram` are freed."""
+        kept = {"gram": torch.from_numpy(self.gram()), "latents": latents}
+        kept["times"] = torch.tensor(self.times, dtype=torch.float64)
+        kept |= {f"pooled.{g}.{s}.{n}": x for (g, s, n), x in self.pooled.items()}
+        kept |= {f"modulation.{g}.{s}": x for (g, s), x in self.modulation.items()}
         self._deltas.clear()
         self._entry = None
+        return kept
 
     def gram(self) -> NDArray[np.float64]:
         """[R, G * S, G * S] of this batch, in float64 on the host."""
@@ -83,40 +112,51 @@ class Recorder:
 
 
 def record(
-    elastic: Elastic, workload: Workload, report: Callable[[int, int], None] = lambda done, total: None
+    elastic: Elastic,
+    workload: Workload,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    state: State | None = None,
 ) -> Record:
-    """Run the workload densely and measure. report(done, total) is called after every batch."""
-    recorders, latents, grams = [], [], []
+    """Run the workload densely and measure. report(done, total) is called after every batch.
+
+    state: keeps every finished batch, and gives back those of an earlier attempt. Raises NotFiniteError.
+    """
+    batches: list[dict[str, Tensor]] = []
     for batch in range(workload.num_batches):
-        recorder = Recorder(workload, elastic.segments)
-        elastic.observer = recorder
-        try:
-            with torch.no_grad(), elastic.scope(policy=OpenPolicy(), num_steps=workload.num_steps):
-                latents.append(workload.run(batch).cpu())
-        finally:
-            elastic.observer = None
-        recorders.append(recorder)
-        grams.append(recorder.gram())
-        recorder.forget_deltas()
+        done = None if state is None else state.batch(batch)
+        if done is None:
+            elastic.observer = recorder = Recorder(workload, elastic.segments, batch)
+            try:
+                latents = run_patched(elastic, workload, batch, OpenPolicy(), "record")
+            finally:
+                elastic.observer = None
+            done = recorder.tensors(latents)
+            if state is not None:
+                state.keep_batch(batch, done)
+        batches.append(done)
         report(batch + 1, workload.num_batches)
-    branches, steps, blocks = len(workload.branches), workload.num_steps, len(elastic.blocks)
+    return _join(batches, len(workload.branches), workload.num_steps, len(elastic.blocks))
+
+
+def _join(batches: list[dict[str, Tensor]], branches: int, steps: int, blocks: int) -> Record:
+    """The record of all batches together."""
+
+    def all_rows(name: str) -> Tensor:
+        return torch.cat([kept[name] for kept in batches])
+
+    def modulation(g: int, s: int) -> Tensor | None:
+        name = f"modulation.{g}.{s}"
+        return all_rows(name) if name in batches[0] else None
+
     return Record(
-        gram=np.concatenate(grams),
+        gram=all_rows("gram").numpy(),
         pooled=[
-            [[torch.cat([r.pooled[g, s, n] for r in recorders]) for n in range(blocks)] for s in range(steps)]
+            [[all_rows(f"pooled.{g}.{s}.{n}") for n in range(blocks)] for s in range(steps)]
             for g in range(branches)
         ],
-        modulation=[
-            [
-                torch.cat([r.modulation[g, s] for r in recorders])
-                if (g, s) in recorders[0].modulation
-                else None
-                for s in range(steps)
-            ]
-            for g in range(branches)
-        ],
-        latents=torch.cat(latents),
-        times=recorders[0].times,
+        modulation=[[modulation(g, s) for s in range(steps)] for g in range(branches)],
+        latents=all_rows("latents"),
+        times=batches[0]["times"].tolist(),
     )
 
 

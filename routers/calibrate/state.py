@@ -1,0 +1,110 @@
+"""Progress of an unfinished calibration, kept so that it can be continued after a kill.
+
+    asked.json                  what is being calibrated, and how; a continued run must ask for the same
+    record-0000.safetensors     what one dense batch gave (`record.Recorder.tensors`)
+    gains.json                  one [[step, log gain], ...] per finished batch of probes
+
+Each file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..files import write_whole
+
+Probes = list[tuple[int, float]]
+"""(step, log of its gain) of each probe in a batch."""
+
+
+class State:
+    """A folder with the progress. Writing raises OSError where the disk is full."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._gains: list[Probes] = []
+
+    def begin(self, asked: Mapping[str, Any], resume: bool) -> bool:
+        """Start anew, or with resume go on where an earlier attempt stopped; True if there is one.
+
+        asked: JSON data. Raises ValueError, one line, if the attempt asked for something else or is damaged.
+        """
+        file = self.folder / "asked.json"
+        if resume and file.is_file():
+            self._check(_read_json(file), json.loads(json.dumps(asked)))
+            gains = self.folder / "gains.json"
+            self._gains = _read_json(gains) if gains.is_file() else []
+            return True
+        self.discard()
+        self.folder.mkdir(parents=True)
+        text = json.dumps(asked, indent=1)
+        write_whole({file: lambda path: Path(path).write_text(text, encoding="utf-8")})
+        return False
+
+    def discard(self) -> None:
+        """Remove all of it."""
+        if self.folder.is_dir():
+            shutil.rmtree(self.folder)
+
+    def batch(self, number: int) -> dict[str, Tensor] | None:
+        """What a dense batch gave, or None if it was not finished."""
+        file = self._batch_file(number)
+        if not file.is_file():
+            return None
+        try:
+            found: dict[str, Tensor] = load_file(file)
+            return found
+        except SafetensorError as error:
+            raise _damaged(file) from error
+
+    def keep_batch(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Remember a finished dense batch."""
+        own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # rows may share memory
+        write_whole({self._batch_file(number): lambda path: save_file(own, path)})
+
+    def probes(self, number: int) -> Probes | None:
+        """What a batch of probes gave, or None if it was not finished."""
+        if number >= len(self._gains):
+            return None
+        return [(int(step), float(gain)) for step, gain in self._gains[number]]
+
+    def keep_probes(self, probes: Probes) -> None:
+        """Remember the next finished batch of probes."""
+        self._gains.append(probes)
+        text = json.dumps(self._gains)
+        write_whole({self.folder / "gains.json": lambda path: Path(path).write_text(text, encoding="utf-8")})
+
+    def _batch_file(self, number: int) -> Path:
+        return self.folder / f"record-{number:04d}.safetensors"
+
+    def _check(self, before: Any, now: Mapping[str, Any]) -> None:
+        if not isinstance(before, dict):
+            raise _damaged(self.folder / "asked.json")
+        for name in {**now, **before}:
+            old, new = before.get(name), now.get(name)
+            if old != new:
+                short = all(isinstance(v, (str, int, float, type(None))) for v in (old, new))
+                change = f": it was {old!r}, now it is {new!r}" if short else ""
+                raise ValueError(
+                    f"the unfinished calibration in {str(self.folder)!r} has another {name}{change}; "
+                    "ask for the same, or leave out --resume to start anew"
+                )
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(file) from error
+
+
+def _damaged(file: Path) -> ValueError:
+    return ValueError(f"{str(file)!r} is damaged; leave out --resume to start anew")
