@@ -12,17 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from backbones import registry
-
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 BIN = Path(sys.executable).parent
-
-packaged = pytest.mark.skipif(
-    registry.DEFAULT_MODEL not in registry.rows(), reason="the packaged model is not in this checkout"
-)
-
 
 def blocks(language: str, text: str = README) -> list[str]:
     """Fenced code blocks of a language."""
@@ -90,7 +83,6 @@ def test_readme_shows_commands_that_exist():
     assert any("--dry-run" in line for line in lines)
 
 
-@packaged
 @pytest.mark.slow
 def test_readme_tour_runs_as_written(tmp_path):
     for line in edit_lines():
@@ -101,7 +93,6 @@ def test_readme_tour_runs_as_written(tmp_path):
     assert {"half.png", "more.png"} | several <= made
 
 
-@packaged
 @pytest.mark.slow
 def test_readme_python_example_runs_as_written(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
