@@ -112,7 +112,7 @@ class Elastic:
 
     def _new_run(self, policy: Policy, budget: float | None, num_steps: int, samples: int | None) -> Run:
         kinds, ragged = [b.spec.kind for b in self.blocks], [b.ragged for b in self.blocks]
-        run = Run(policy, budget, num_steps, kinds, samples, ragged, self.segments)
+        run = Run(policy, budget, num_steps, kinds, samples, ragged, self.segments, self.spec.skips)
         run.trace.notes += self._cost_notes
         return run
 

@@ -68,7 +68,7 @@ class PlannedPolicy:
         self._plan: StepPlan | None = None
         self._rows: _Rows | None = None
         self._done: dict[str, Mask] = {}
-        self._first_fresh = 0
+        self._stale = slice(0)
 
     def start(self, run: RunInfo) -> None:
         """Forget the last run's plan and passes."""
@@ -93,13 +93,13 @@ class PlannedPolicy:
         if self._run.budget >= 1.0:
             return np.full((call.rows, blocks), FULL, np.int8)
         if self._plan is None:
-            self._plan, self.units, self._first_fresh = self._solve(call)
+            self._plan, self.units, self._stale = self._solve(call)
         assert self.units is not None
         codes = np.full((call.rows, blocks), FULL, np.int8)
         if call.step < self._run.num_steps:
             fresh = self._fresh_rows(call, logits)
-            stale = self._first_fresh if self._plan.partial == call.step else blocks
-            codes[~fresh, :stale] = REUSE
+            stale = self._stale if self._plan.partial == call.step else slice(blocks)
+            codes[~fresh, stale] = REUSE
             codes[(codes == REUSE) & (call.available == 0)] = FULL
         self.weights = self._weights(call, codes)
         return codes
@@ -119,8 +119,8 @@ class PlannedPolicy:
             self.planners[key] = Planner(self.moments.at(num_steps), self.depth)
         return self.planners[key]
 
-    def _solve(self, call: CallInfo) -> tuple[StepPlan, Units, int]:
-        """The plan for this run's budget at this call's costs, its units, the partial step's first block."""
+    def _solve(self, call: CallInfo) -> tuple[StepPlan, Units, slice]:
+        """The plan for this run's budget at this call's costs, its units, what the partial step predicts."""
         steps, blocks = self._run.num_steps, len(call.costs)
         costs = np.array([cost.dense for cost in call.costs])
         stack = costs.sum() + blocks * call.overhead
@@ -128,17 +128,20 @@ class PlannedPolicy:
         computed = steps * (self._run.budget * dense - call.outside) / stack
         nearest = min(max(round(computed), 1), steps)
         if abs(nearest - computed) * stack <= SLACK * steps * dense:
-            return self.planner(steps).plan(nearest), self._run.segments, 0
+            return self.planner(steps).plan(nearest), self._run.segments, slice(0)
         count = min(max(int(computed + 1e-9), 1), steps)
-        # A partial step computes the last blocks: as many as come nearest to the budget.
-        suffix = np.concatenate([[0.0], np.cumsum(costs[::-1])])
-        price = np.where(suffix > 0, suffix + blocks * call.overhead, 0.0)
-        last = int(np.abs(price - (computed - count) * stack).argmin())
+        # A partial step computes the last blocks: as many as come nearest to the budget. Where these read
+        # what the first ones give, which a prediction does not know block by block, it computes the first.
+        skips = self._run.skips
+        share = np.concatenate([[0.0], np.cumsum(costs if skips else costs[::-1])])
+        price = np.where(share > 0, share + blocks * call.overhead, 0.0)
+        some = int(np.abs(price - (computed - count) * stack).argmin())
         planner = self.planner(steps)
-        if last in (0, blocks):
-            return planner.plan(count + (last == blocks)), self._run.segments, 0
-        plan = planner.plan(count + float(suffix[last] / costs.sum()))
-        return plan, _cut(self._run.segments, blocks - last), blocks - last
+        if some in (0, blocks):
+            return planner.plan(count + (some == blocks)), self._run.segments, slice(0)
+        plan = planner.plan(count + float(share[some] / costs.sum()))
+        cut = some if skips else blocks - some
+        return plan, _cut(self._run.segments, cut), slice(cut, blocks) if skips else slice(cut)
 
     # -- per sample ----------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ class RunInfo:
     budget: float
     segments: Units = ()
     """Stretches of blocks that work on the same residual streams; a unit lies within one."""
+    skips: bool = False
+    """Whether later blocks read what earlier ones gave: a block then needs every one before it computed."""
 
 
 @dataclass(frozen=True)

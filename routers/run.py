@@ -152,10 +152,11 @@ class Run:
         samples: int | None,
         ragged: Sequence[bool] = (),
         segments: Units = (),
+        skips: bool = False,
     ) -> None:
         """ragged: per block, whether rows of different widths can run in one call of it.
 
-        segments: stretches of blocks with the same residual streams.
+        segments: stretches of blocks with the same residual streams. skips: see `TransformerSpec`.
         """
         self.policy = policy
         self.ragged = ragged or [False] * len(kinds)
@@ -167,7 +168,7 @@ class Run:
         self.stores: dict[Hashable, ResidualCache] = {}
         self.trace = Trace(requested=budget, num_steps=num_steps, kinds=kinds)
         segments = segments or ((0, len(kinds) - 1),)
-        policy.start(RunInfo(len(kinds), num_steps, 1.0 if budget is None else budget, segments))
+        policy.start(RunInfo(len(kinds), num_steps, 1.0 if budget is None else budget, segments, skips))
 
     def set_num_steps(self, num_steps: int) -> None:
         """Correct the number of steps before the first decision depends on it (after step 0 at latest)."""

@@ -64,12 +64,14 @@ class TransformerSpec:
 
     timestep: name of the forward argument with the time `[B]` (any scale, monotone over a run).
     sample: name of the forward argument with the latents `[B, L, C]`; its batch size is the row count.
+    skips: whether later blocks also read what earlier ones gave (a U shape), past the residual streams.
     """
 
     transformer_class: str
     blocks: tuple[BlockSpec, ...]
     timestep: str = "timestep"
     sample: str = "hidden_states"
+    skips: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; inverse of `from_dict`."""

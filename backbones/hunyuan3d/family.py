@@ -79,6 +79,7 @@ TRANSFORMER_21 = TransformerSpec(
     ),
     timestep="t",
     sample="x",
+    skips=True,
 )
 """2.1: blocks with a plain MLP, then blocks with experts, in one list."""
 
