@@ -65,7 +65,7 @@ def _made(subject: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "dtype": str(transformer.dtype).split(".")[-1],
+        "dtype": str(next(transformer.parameters()).dtype).split(".")[-1],
         "threads": torch.get_num_threads(),
     }
 

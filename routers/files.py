@@ -24,6 +24,10 @@ def write_whole(files: Mapping[Path, Callable[[str], object]]) -> None:
             os.close(handle)
             written.append((Path(name), target))
             write(name)
+            # temporary files are private; what takes their place is as readable as any new file
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(name, 0o666 & ~mask)
         for temporary, target in written:
             os.replace(temporary, target)
     except SafetensorError as error:

@@ -49,6 +49,9 @@ def test_round_trip(model: torch.nn.Module, tmp_path: Path) -> None:
     )
     assert (loaded.moments.gram == bundle.moments.gram).all()
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["bundle.json", "routers.safetensors"]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert all(p.stat().st_mode == plain.stat().st_mode for p in (tmp_path / "b").iterdir())
 
 
 def test_the_three_line_api(model: torch.nn.Module, tmp_path: Path) -> None:
