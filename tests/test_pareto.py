@@ -221,6 +221,7 @@ def test_every_rival_saves_flops_and_leaves_no_trace(family: str, request: pytes
     bench.bundle.fingerprint = []
     workload = bench.workload(2)
     before, marks = workload.run(0), attributes(bench.pipe)
+    dense = dense_flops(bench)
     failed = []
     for rival in all_rivals(bench, equal=True):
         reason = rival.why_not(bench)
@@ -230,7 +231,7 @@ def test_every_rival_saves_flops_and_leaves_no_trace(family: str, request: pytes
         ratios = []
         for setting in (rival.settings[0], rival.settings[-1]):
             with rival.attached(bench, setting) as attached:
-                pictures, flops = run_quality(bench, attached, 2, dense_flops=dense_flops(bench))
+                pictures, flops = run_quality(bench, attached, 2, dense_flops=dense)
             assert len(pictures) == len(bench.prompts)
             ratios.append(flops)
         if not 0 < min(ratios) < 0.95 or max(ratios) > 1.05:
