@@ -17,6 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 BIN = Path(sys.executable).parent
 
+
 def blocks(language: str, text: str = README) -> list[str]:
     """Fenced code blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
