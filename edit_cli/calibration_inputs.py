@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from backbones import mesh_registry, registry
 from backbones.spec import MeshBackbone
 from edit_cli import values
 from edit_cli.errors import EditError
-from edit_cli.mesh_pictures import cut_out, open_rgba
 from edit_cli.outputs import PICTURE_SUFFIXES
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 POINTS = 8
 """Budgets measured by default."""
@@ -117,6 +118,11 @@ def read_images(backbone: MeshBackbone, folder: str | None, background: str) -> 
             f"--images {where!r} holds no picture; put {', '.join(PICTURE_SUFFIXES)} files of one object "
             "each there"
         )
+    from edit_cli.mesh_pictures import (
+        cut_out,
+        open_rgba,
+    )  # numpy and Pillow, which `edit --help` can do without
+
     found: dict[str, Image.Image] = {}
     for file in files:
         name = values.readable_file("IMAGE", str(file))
