@@ -9,6 +9,7 @@ Time s runs from 1 (noise) to 0 (picture): x_s = (1 - s) x_0 + s n, and the mode
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 
-class MultistepFlowScheduler(FlowMatchEulerDiscreteScheduler):
+class MultistepFlowScheduler(FlowMatchEulerDiscreteScheduler, ABC):
     """A flow scheduler that remembers one earlier model output. The first step is Euler's."""
 
     _earlier: tuple[float, Tensor] | None = None
@@ -37,9 +38,9 @@ class MultistepFlowScheduler(FlowMatchEulerDiscreteScheduler):
         self._step_index += 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=after) if return_dict else (after,)
 
+    @abstractmethod
     def advance(self, x: Tensor, v: Tensor, now: float, then: float) -> Tensor:
         """The sample at time `then` from the sample `x` and the model's `v` at time `now`."""
-        raise NotImplementedError
 
 
 class AdamsBashforth2(MultistepFlowScheduler):

@@ -82,7 +82,32 @@ class Subject(Protocol):
         """Named measures per sample of how near results are to dense ones."""
 
 
-class PictureSubject:
+class _OfSession:
+    """What subjects of both kinds take from their session."""
+
+    _session: Any
+
+    @property
+    def elastic(self) -> Elastic | None:
+        """The attached transformer."""
+        elastic: Elastic | None = self._session.elastic
+        return elastic
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline."""
+        return self._session.pipe
+
+    def attach(self) -> None:
+        """Put the blocks under control of the routers."""
+        self._session.attach()
+
+    def detach(self) -> None:
+        """Leave a clean model."""
+        self._session.detach()
+
+
+class PictureSubject(_OfSession):
     """A diffusers pipeline."""
 
     stages = STAGES
@@ -101,28 +126,9 @@ class PictureSubject:
         self.notes = self._session.notes
 
     @property
-    def elastic(self) -> Elastic | None:
-        """The attached transformer."""
-        elastic: Elastic | None = self._session.elastic
-        return elastic
-
-    @property
-    def pipe(self) -> Any:
-        """The pipeline."""
-        return self._session.pipe
-
-    @property
     def device(self) -> torch.device:
         """Where the transformer runs."""
         return torch.device(self._session.pipe._execution_device)
-
-    def attach(self) -> None:
-        """Put the blocks under control of the routers."""
-        self._session.attach()
-
-    def detach(self) -> None:
-        """Leave a clean model."""
-        self._session.detach()
 
     def run(
         self, budget: float | None, call: Callable[[Callable[[], Any]], Any] = lambda run: run()
@@ -150,7 +156,7 @@ class PictureSubject:
         }
 
 
-class MeshSubject:
+class MeshSubject(_OfSession):
     """An image-to-mesh pipeline."""
 
     stages = MESH_STAGES
@@ -172,28 +178,9 @@ class MeshSubject:
         self.notes = self._session.notes
 
     @property
-    def elastic(self) -> Elastic | None:
-        """The attached transformer."""
-        elastic: Elastic | None = self._session.elastic
-        return elastic
-
-    @property
-    def pipe(self) -> Any:
-        """The pipeline."""
-        return self._session.pipe
-
-    @property
     def device(self) -> torch.device:
         """Where the transformer runs."""
         return torch.device(self._session.pipe.device)
-
-    def attach(self) -> None:
-        """Put the blocks under control of the routers."""
-        self._session.attach()
-
-    def detach(self) -> None:
-        """Leave a clean model."""
-        self._session.detach()
 
     def run(
         self, budget: float | None, call: Callable[[Callable[[], Any]], Any] = lambda run: run()
