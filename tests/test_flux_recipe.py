@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from backbones.tiny.recipes.flux import dit, elastic, export, fast_dit, grid, guidance, picture_vae, text, vae
-from backbones.tiny.recipes.flux import latents as latents_step
+from backbones.flux import TRANSFORMER
+from backbones.tiny.recipes.elastic import fixed_subnetwork
+from backbones.tiny.recipes.flux import dit, export, fast_dit, grid, picture_vae, probe, teacher, text, vae
 from backbones.tiny.recipes.flux.sampling import FluxSampler
 from backbones.tiny.recipes.flux.training import Loop, Step, optimizers_for
 from routers.width import MlpSlicer
@@ -64,10 +65,9 @@ def wake_checkpoint(path) -> None:
     """Stand in for training: weights that two steps left near zero are lost in half precision."""
     state = torch.load(path, weights_only=True)
     generator = torch.Generator().manual_seed(0)
-    silent = () if state["extra"]["guided"] else ("guidance_embedder",)
     for weights in (state["model"], state["ema"]):
-        for name, value in weights.items():
-            if value.is_floating_point() and value.abs().mean() < 1e-3 and not any(s in name for s in silent):
+        for value in weights.values():
+            if value.is_floating_point() and value.abs().mean() < 1e-3:
                 value.add_(torch.randn(value.shape, generator=generator), alpha=0.05)
     torch.save(state, path)
 
@@ -129,29 +129,21 @@ def test_long_and_empty_prompts_fill_exactly_the_sequence(prompts):
 # Picture VAE
 
 
-def test_folded_statistics_normalise_latents_and_keep_pictures():
-    torch.manual_seed(0)
-    model = picture_vae.build_vae().eval().requires_grad_(False)
-    x = torch.rand(4, 3, 32, 32) * 2 - 1
-    before, _ = picture_vae.encode_moments(model, x)
-    picture = picture_vae.decode(model, before)
-    spread = before.std((0, 2, 3))
-    picture_vae.fold_statistics(model, before.mean((0, 2, 3)), spread)
-    latents = model.encode(x).latent_dist
-    assert torch.allclose(latents.mean.mean((0, 2, 3)), torch.zeros(picture_vae.LATENTS), atol=1e-4)
-    assert torch.allclose(latents.mean.std((0, 2, 3)), torch.ones(picture_vae.LATENTS), atol=1e-3)
-    assert torch.allclose(model.decode(latents.mean).sample, picture, atol=1e-4)
-    with pytest.raises(ValueError, match="must vary"):
-        picture_vae.fold_statistics(model, spread, torch.zeros_like(spread))
+def test_pairs_cut_the_same_window_from_pictures_and_latents(runs):
+    data = vae.Pairs(runs / "data", runs / "latents.npz", 0)
+    x, z = data.window(np.array([1, 4]), top=3, left=5, cells=8)
+    pictures = np.load(runs / "data" / "pictures.npy")
+    assert torch.equal(x, vae.to_tensor(pictures[[1, 4], 24:88, 40:104]))
+    assert torch.equal(z, data.z[[1, 4], :, 3:11, 5:13].float())
+    x, z = data.batch(5, vae.CROP)
+    assert (x.shape, z.shape) == ((5, 3, 64, 64), (5, 8, 8, 8))
 
 
 # Transformer
 
 
-@pytest.mark.parametrize("guided", [True, False])
-def test_training_forward_is_the_real_class(awake_dit, guided):
-    model = awake_dit if guided else export.without_guidance(awake_dit)
-    assert fast_dit.largest_difference(model, guided) < 1e-4
+def test_training_forward_is_the_real_class(awake_dit):
+    assert fast_dit.largest_difference(awake_dit) < 1e-4
 
 
 def test_guidance_changes_the_output(awake_dit):
@@ -183,7 +175,7 @@ def test_half_resolution_tokens_sit_at_the_centres_of_groups(awake_dit):
 def test_skipped_blocks_are_the_identity_for_their_sample_only(awake_dit, index):
     latents, sigma, words = inputs(awake_dit)
     angles, scales = fast_dit.rope(awake_dit), torch.tensor([3.5, 3.5])
-    units = elastic.hidden_units(awake_dit)
+    units = awake_dit.single_transformer_blocks[0].mlp_hidden_dim
     keep, masks = torch.ones(12, 2, 1, 1), torch.ones(12, 2, 1, units)
     keep[index, 1] = 0
     mixed = fast_dit.dit_forward(awake_dit, latents, sigma, words, angles, scales, None, keep, masks)
@@ -200,11 +192,16 @@ def test_skipped_blocks_are_the_identity_for_their_sample_only(awake_dit, index)
 def test_width_masks_are_what_the_routers_slice(awake_dit, ratio):
     latents, sigma, words = inputs(awake_dit)
     scales = torch.tensor([2.0, 5.0])
-    keep, masks = elastic.fixed_subnetwork(f"width {ratio}", 12, elastic.hidden_units(awake_dit))
+    units = awake_dit.single_transformer_blocks[0].mlp_hidden_dim
+    keep, masks = fixed_subnetwork(f"width {ratio}", 12, units)
     masked = fast_dit.dit_forward(
         awake_dit, latents, sigma, words, fast_dit.rope(awake_dit), scales, None, keep, masks
     )
-    slicers = [MlpSlicer(block, spec) for block, spec in elastic.mlps(awake_dit)]
+    slicers = [
+        MlpSlicer(block, spec.mlps[0])
+        for spec in TRANSFORMER.blocks
+        for block in awake_dit.get_submodule(spec.path)
+    ]
     assert len(slicers) == 12
     for slicer in slicers:
         slicer.attach()
@@ -223,16 +220,16 @@ def test_width_masks_are_what_the_routers_slice(awake_dit, ratio):
 def test_guided_velocity_is_plain_guidance_or_keeps_the_length():
     cond, uncond = torch.randn(2, 3, 4, 8).unbind(0)
     scales = torch.tensor([1.0, 2.0, 6.0])
-    plain = guidance.guided_velocity(cond, uncond, scales, keep_norm=0.0)
+    plain = teacher.guided_velocity(cond, uncond, scales, keep_norm=0.0)
     assert torch.allclose(plain[0], cond[0], atol=1e-6)
     assert torch.allclose(plain[1], 2 * cond[1] - uncond[1], atol=1e-5)
-    kept = guidance.guided_velocity(cond, uncond, scales)
+    kept = teacher.guided_velocity(cond, uncond, scales)
     assert torch.allclose(kept.norm(dim=-1), cond.norm(dim=-1), rtol=1e-4)
     assert torch.allclose(torch.cosine_similarity(kept, plain, dim=-1), torch.ones(3, 4), atol=1e-5)
 
 
 def test_scales_cover_the_range_and_include_one():
-    scales = guidance.draw_scales(2000, torch.Generator().manual_seed(0))
+    scales = dit.draw_scales(2000, torch.Generator().manual_seed(0))
     assert 0.05 < (scales == 1.0).float().mean() < 0.15
     assert scales.min() == 1.0
     assert 5.9 < scales.max() < 6.0
@@ -269,99 +266,86 @@ def test_loop_stops_resumes_and_averages(tmp_path):
     assert 0 < (averaged - start).norm() < (raw - start).norm()
 
 
-def test_vae_step_trains_and_writes_a_normalised_folder(runs, tmp_path, monkeypatch, capsys):
+def test_teacher_is_the_packaged_pipelines_guidance():
+    """Against QwenImagePipeline's own encoder and transformer, and its norm-preserving guidance."""
+    from diffusers import QwenImagePipeline
+
+    pipe = QwenImagePipeline.from_pretrained(teacher.FOLDER, torch_dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 64, pipe.transformer.config.in_channels, generator=generator)
+    sigma, scales = torch.tensor([0.3, 0.9]), torch.tensor([1.0, 4.0])
+    captions = ["a cat", "a red car"]
+    mine = teacher.Teacher(compile=False).velocity(latents, sigma, captions, scales)
+    parts = []
+    for prompts in (captions, [" ", " "]):
+        states, mask = pipe.encode_prompt(prompts)
+        parts.append(pipe.transformer(latents, states, mask, sigma, img_shapes=[[(1, 8, 8)]] * 2,
+                                      return_dict=False)[0])  # fmt: skip
+    cond, uncond = (part.detach() for part in parts)
+    goal = uncond + scales[:, None, None] * (cond - uncond)
+    goal *= cond.norm(dim=-1, keepdim=True) / goal.norm(dim=-1, keepdim=True)
+    # The teacher runs in bf16.
+    assert (mine - goal).norm() / goal.norm() < 0.03
+    assert torch.cosine_similarity((mine - cond)[1].flatten(), (goal - cond)[1].flatten(), dim=0) > 0.95
+
+
+def test_vae_step_trains_both_halves_and_writes_the_folder(runs, tmp_path, monkeypatch, capsys):
     from diffusers import AutoencoderKL
 
-    common = ("--data", runs / "data", "--out", tmp_path, "--batch", 3, "--crop-share", 1)
-    run_step(monkeypatch, vae, *common, "--max-steps", 2)
-    assert "EMA psnr" in capsys.readouterr().out
+    common = ("--data", runs / "data", "--latents", runs / "latents.npz", "--out", tmp_path, "--batch", 3)
+    run_step(monkeypatch, vae, *common, "--crop-share", 1, "--max-steps", 2)
+    assert "dB through its own encoder" in capsys.readouterr().out
     model = AutoencoderKL.from_pretrained(tmp_path / "vae" / "model")
     assert (model.config.scaling_factor, model.config.shift_factor) == (1.0, 0.0)
-    plain = np.array([row[2] is None for row in ROWS])
-    x = vae.to_tensor(np.load(runs / "data" / "pictures.npy")[plain])
     with torch.no_grad():
-        z = model.encode(x).latent_dist.mean
-    assert torch.allclose(z.std((0, 2, 3)), torch.ones(picture_vae.LATENTS), atol=1e-2)
+        posterior = model.encode(torch.rand(1, 3, 64, 64)).latent_dist
+    assert torch.allclose(posterior.logvar, torch.tensor(vae.LOG_VARIANCE))
+    assert posterior.mean.std() > 0
 
 
-def test_dit_guidance_elastic_export(runs, tmp_path, micro, monkeypatch, capsys):
+def test_dit_probe_grid_export(runs, tmp_path, micro, monkeypatch, capsys):
     from diffusers import FluxPipeline
 
     from backbones import registry
 
     picture_vae.build_vae().save_pretrained(tmp_path / "vae" / "model")
-    where = ("--vae", tmp_path / "vae" / "model")
-    run_step(monkeypatch, latents_step, *where, "--data", runs / "data", "--out", tmp_path / "latents.npz")
-    with np.load(tmp_path / "latents.npz") as file:
-        assert file["z128"].shape == (len(ROWS), picture_vae.LATENTS, 16, 16)
-        assert file["z64"].shape == (len(ROWS), picture_vae.LATENTS, 8, 8)
-        assert file["colour"].tolist() == [-1 if colour is None else 0 for _, _, colour, _ in ROWS]
-
-    shared = ("--data", runs / "data", "--latents", tmp_path / "latents.npz",
-              "--tokenizer", runs / "tokenizers", "--out", tmp_path, "--batch", 4,
+    shared = ("--data", runs / "data", "--latents", runs / "latents.npz",
+              "--tokenizer", runs / "tokenizers", "--out", tmp_path, "--batch", 4, "--small-batch", 4,
               "--no-compile")  # fmt: skip
-    run_step(monkeypatch, dit, *shared, "--small-batch", 4, "--max-steps", 2, "--no-guidance-distillation")
-    assert not (tmp_path / "guided").exists()
-    run_step(monkeypatch, dit, *shared, "--small-batch", 4, "--max-steps", 3)
+    run_step(monkeypatch, dit, *shared, "--max-steps", 2, "--small-share", 0.9)
+    assert "grid 4" in capsys.readouterr().out
+    run_step(monkeypatch, dit, *shared, "--max-steps", 4, "--elastic-from", 0, "--small-share", 0.5)
     out = capsys.readouterr().out
     assert "resumed at step 2" in out
-    assert "guidance: step 3" in out
-
-    monkeypatch.setattr(elastic, "PROBES", ("dense", "width 0.5"))
-    guided = tmp_path / "guided" / "last.pt"
-    run_step(monkeypatch, elastic, *shared, *where, "--dense", guided, "--order-batches", 1,
-             "--max-steps", 2, "--probe-prompts", 1)  # fmt: skip
-    out = capsys.readouterr().out
-    assert "elastic: after: dense" in out
-
-    run_step(monkeypatch, grid, *where, "--checkpoint", guided, "--tokenizer", runs / "tokenizers",
-             "--steps", 1, "--out", tmp_path / "grid.png", "a cat", "an apple")  # fmt: skip
+    assert "whole" in out
+    assert "sub" in out
+    checkpoint = tmp_path / "dit" / "last.pt"
+    files = ("--checkpoint", checkpoint, "--vae", tmp_path / "vae" / "model",
+             "--tokenizer", runs / "tokenizers")  # fmt: skip
+    run_step(monkeypatch, grid, *files, "--steps", 1, "--out", tmp_path / "grid.png", "a cat", "an apple")
     assert (tmp_path / "grid.png").stat().st_size > 1000
-
-    for step in ("elastic", "dit"):
-        wake_checkpoint(tmp_path / step / "last.pt")
-    for checkpoint, is_guided in (
-        (tmp_path / "elastic" / "last.pt", True),
-        (tmp_path / "dit" / "last.pt", False),
-    ):
-        folder = tmp_path / f"exported-{is_guided}"
-        run_step(monkeypatch, export, *where, "--checkpoint", checkpoint, "--tokenizer", runs / "tokenizers",
-                 "--out", folder)  # fmt: skip
-        pipe = FluxPipeline.from_pretrained(folder)
-        assert pipe.transformer.config.guidance_embeds is is_guided
-        assert type(pipe.tokenizer_2).__name__ == "T5Tokenizer"
-        assert pipe.tokenizer_max_length == text.CLIP_TOKENS
-        backbone = registry.resolve(str(folder))
-        assert backbone.defaults.steps == 20
-        assert backbone.defaults.max_sequence_length == text.T5_TOKENS
-        assert backbone.size_multiple == 16
+    wake_checkpoint(checkpoint)
+    monkeypatch.setattr(probe, "PROBES", ("width 0.5", "skip 3"))
+    run_step(monkeypatch, probe, *files, "--prompts", 1)
+    assert "skip 3" in capsys.readouterr().out
+    run_step(monkeypatch, export, *files, "--out", tmp_path / "exported")
+    pipe = FluxPipeline.from_pretrained(tmp_path / "exported")
+    assert pipe.transformer.config.guidance_embeds is True
+    assert type(pipe.tokenizer_2).__name__ == "T5Tokenizer"
+    assert pipe.tokenizer_max_length == text.CLIP_TOKENS
+    backbone = registry.resolve(str(tmp_path / "exported"))
+    assert backbone.defaults.steps == 20
+    assert backbone.defaults.max_sequence_length == text.T5_TOKENS
+    assert backbone.size_multiple == 16
 
 
-def test_ordering_units_changes_nothing_but_their_order(runs, prompts, micro):
-    torch.manual_seed(0)
+def test_sampling_takes_one_call_a_step(prompts, micro):
     model = dit.TinyFlux(prompts).eval().requires_grad_(False)
-    wake(model.dit)
-    latents, sigma, words = inputs(model.dit)
-    scales = torch.tensor([2.0, 5.0])
-    before = fast_dit.class_forward(model.dit, latents, sigma, words, scales)
-    weights = [block.proj_mlp.weight.clone() for block in model.dit.single_transformer_blocks]
-    index = json.loads((runs / "data" / "pictures.json").read_text())
-    data = dit.FluxTrainingSet(runs / "latents.npz", index, prompts, 0)
-    elastic.order_units(model, data, guided=True, batches=1, size=4)
-    after = fast_dit.class_forward(model.dit, latents, sigma, words, scales)
-    assert torch.allclose(before, after, atol=1e-4)
-    assert not torch.equal(weights[0], model.dit.single_transformer_blocks[0].proj_mlp.weight)
-
-
-def test_plain_sampling_takes_two_calls_a_step_and_distilled_one(prompts, micro):
-    model = dit.TinyFlux(prompts).eval().requires_grad_(False)
-    rows: list[int] = []
+    calls: list[tuple[int, float]] = []
 
     def velocity(x, sigma, words, scales):
-        rows.append(len(x))
-        assert (scales is None) == (len(x) == 4)
+        calls.append((len(x), float(scales[0])))
         return torch.zeros_like(x)
 
-    for guided in (False, True):
-        FluxSampler(model, prompts, None, guided).latents(["a cat", "apple"], steps=2, velocity=velocity)
-    assert rows == [4, 4, 2, 2]
+    FluxSampler(model, prompts, None).latents(["a cat", "apple"], steps=2, guidance=3.0, velocity=velocity)
+    assert calls == [(2, 3.0), (2, 3.0)]

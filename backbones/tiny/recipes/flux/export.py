@@ -1,9 +1,8 @@
 """Step `export`: write the complete diffusers pipeline folder, in half precision.
 
-    python -m backbones.tiny.recipes.flux.export [--checkpoint runs/flux/elastic/last.pt] [--out FOLDER]
+    python -m backbones.tiny.recipes.flux.export [--checkpoint runs/flux/dit/last.pt] [--out FOLDER]
 
 The folder loads with `FluxPipeline.from_pretrained` alone; `edit.json` holds its defaults for `edit`.
-Without distilled guidance the model is written without a guidance embedding, like FLUX.1-schnell.
 Fails when a weight does not fit fp16, when the unmodified classes disagree with the training forwards, or
 when the folder reaches 30 MB.
 """
@@ -14,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from backbones.tiny.recipes.export import MAX_BYTES, check_half
 from backbones.tiny.recipes.fast_dit import pack
@@ -28,18 +27,7 @@ CHECK_PROMPTS = ["a cat", "A Purple Cat, flat style", " ", "zxqw blorp", "a very
 TOLERANCE = 1e-3  # of transformer outputs, text states and latents of order 1, in fp32
 
 
-def without_guidance(dit: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """The same model without its (silent) guidance embedding."""
-    plain = FluxTransformer2DModel.from_config({**dit.config, "guidance_embeds": False})
-    plain.load_state_dict(
-        {name: value for name, value in dit.state_dict().items() if "guidance_embedder" not in name}
-    )
-    return plain.eval()
-
-
-def build_pipeline(
-    model: TinyFlux, prompts: Prompts, vae: AutoencoderKL, guided: bool, shift: float
-) -> FluxPipeline:
+def build_pipeline(model: TinyFlux, prompts: Prompts, vae: AutoencoderKL, shift: float) -> FluxPipeline:
     """The pipeline in fp32."""
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False),
@@ -48,7 +36,7 @@ def build_pipeline(
         tokenizer=prompts.clip,
         text_encoder_2=model.t5,
         tokenizer_2=prompts.t5,
-        transformer=model.dit if guided else without_guidance(model.dit),
+        transformer=model.dit,
     )
 
 
@@ -59,29 +47,27 @@ def differences(pipe: FluxPipeline, sampler: FluxSampler, steps: int = 3) -> dic
     mine = sampler.text(CHECK_PROMPTS)
     latents = torch.randn(len(CHECK_PROMPTS), pipe.vae.config.latent_channels, SIDE // 8, SIDE // 8,
                           generator=torch.Generator().manual_seed(0))  # fmt: skip
-    # A plain pipeline has no guidance: the recipe's picture is the unguided one too.
-    scale = GUIDANCE if sampler.guided else 1.0
-    goal = sampler.latents(CHECK_PROMPTS, steps=steps, guidance=scale, noise=pack(latents))
+    goal = sampler.latents(CHECK_PROMPTS, steps=steps, guidance=GUIDANCE, noise=pack(latents))
     found = pipe(
-        CHECK_PROMPTS, height=SIDE, width=SIDE, num_inference_steps=steps, guidance_scale=scale,
+        CHECK_PROMPTS, height=SIDE, width=SIDE, num_inference_steps=steps, guidance_scale=GUIDANCE,
         max_sequence_length=T5_TOKENS, latents=pack(latents), output_type="latent",
     ).images  # fmt: skip
     return {
         "clip": (pooled - mine[0]).abs().max().item(),
         "t5": (states - mine[1]).abs().max().item(),
-        "transformer": largest_difference(pipe.transformer, pipe.transformer.config.guidance_embeds),
+        "transformer": largest_difference(pipe.transformer),
         "latents": (found - goal).abs().max().item(),
     }
 
 
-def write(pipe: FluxPipeline, out: Path, guided: bool) -> int:
+def write(pipe: FluxPipeline, out: Path) -> int:
     """Write the folder whole, in fp16, with edit.json; returns its size in bytes."""
     for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
         check_half(name, getattr(pipe, name))
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipe.to(dtype=torch.float16).save_pretrained(part, safe_serialization=True)
-    defaults = {"width": SIDE, "height": SIDE, "steps": STEPS, "guidance": GUIDANCE if guided else 0.0,
+    defaults = {"width": SIDE, "height": SIDE, "steps": STEPS, "guidance": GUIDANCE,
                 "max_sequence_length": T5_TOKENS}  # fmt: skip
     (part / "edit.json").write_text(json.dumps(defaults, indent=2) + "\n")
     size = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
@@ -97,22 +83,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, default=RUNS / "elastic" / "last.pt")
+    parser.add_argument("--checkpoint", type=Path, default=RUNS / "dit" / "last.pt")
     parser.add_argument("--vae", type=Path, default=RUNS / "vae" / "model")
     parser.add_argument("--tokenizer", type=Path, default=RUNS / "tokenizers")
     parser.add_argument("--shift", type=float, default=SHIFT)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "flux_tiny")
     args = parser.parse_args()
     prompts = Prompts.load(args.tokenizer)
-    model, extra = load_model(args.checkpoint, prompts)
+    model = load_model(args.checkpoint, prompts)
     vae = AutoencoderKL.from_pretrained(args.vae)
-    pipe = build_pipeline(model, prompts, vae, extra["guided"], args.shift)
+    pipe = build_pipeline(model, prompts, vae, args.shift)
     pipe.set_progress_bar_config(disable=True)
-    found = differences(pipe, FluxSampler(model, prompts, vae, extra["guided"]))
+    found = differences(pipe, FluxSampler(model, prompts, vae))
     print("export: the pipeline differs from the recipe by", found)
     if not max(found.values()) < TOLERANCE:
         raise ValueError(f"the training forwards and the unmodified classes disagree: {found}")
-    size = write(pipe, args.out, extra["guided"])
+    size = write(pipe, args.out)
     print(f"export: {size / 1e6:.1f} MB -> {args.out}")
 
 

@@ -1,6 +1,6 @@
 """Step `grid`: pictures of a checkpoint, to look at.
 
-python -m backbones.tiny.recipes.flux.grid [--checkpoint runs/flux/guided/last.pt] ["a cat" ...] --out g.png
+python -m backbones.tiny.recipes.flux.grid [--checkpoint runs/flux/dit/last.pt] ["a cat" ...] --out g.png
 """
 
 import argparse
@@ -19,7 +19,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("prompts", nargs="*", help="default: the 100 common prompts and the trial words")
-    parser.add_argument("--checkpoint", type=Path, default=RUNS / "guided" / "last.pt")
+    parser.add_argument("--checkpoint", type=Path, default=RUNS / "dit" / "last.pt")
     parser.add_argument("--vae", type=Path, default=RUNS / "vae" / "model")
     parser.add_argument("--tokenizer", type=Path, default=RUNS / "tokenizers")
     parser.add_argument("--out", type=Path, default=RUNS / "grid.png")

@@ -1,12 +1,11 @@
-"""AutoencoderKL, unmodified and small: 8x, 8 latent channels, normalised inside its own 1x1 convolutions.
+"""AutoencoderKL, unmodified and small: 8x, 8 latent channels.
 
-FluxPipeline knows one scaling and one shift factor for all channels. The class has 1x1 convolutions on both
-sides of the latents, so each channel's mean and deviation are folded into those, and the factors are 1 and 0.
+FluxPipeline knows one scaling and one shift factor for all channels. This VAE speaks qwen-image-tiny's
+latents after their normalisation per channel, so the factors are 1 and 0.
 
 Shapes: x (B, 3, H, W) in [-1, 1]; z (B, LATENTS, H/8, W/8).
 """
 
-import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
@@ -32,19 +31,3 @@ def encode_moments(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, Tensor]:
 def decode(vae: AutoencoderKL, z: Tensor) -> Tensor:
     """Pictures (B, 3, 8h, 8w) from latents, not clamped."""
     return vae.decoder(vae.post_quant_conv(z))
-
-
-@torch.no_grad()
-def fold_statistics(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Change the latents in place to (z - mean) / std per channel; pictures stay the same.
-
-    mean, std: per latent channel (LATENTS,), std > 0.
-    """
-    if not (std > 0).all():
-        raise ValueError(f"every latent channel must vary, standard deviations are {std.tolist()}")
-    enter, leave = vae.quant_conv, vae.post_quant_conv
-    enter.weight[:LATENTS] /= std[:, None, None, None]
-    enter.bias[:LATENTS] = (enter.bias[:LATENTS] - mean) / std
-    enter.bias[LATENTS:] -= 2 * std.log()
-    leave.bias += leave.weight[:, :, 0, 0] @ mean
-    leave.weight *= std[None, :, None, None]

@@ -14,7 +14,6 @@ from torch import Tensor
 from backbones.tiny.recipes.fast_dit import GRID, unpack
 from backbones.tiny.recipes.flux.dit import load_model
 from backbones.tiny.recipes.flux.fast_dit import dit_forward, rope
-from backbones.tiny.recipes.flux.guidance import guided_velocity
 from backbones.tiny.recipes.flux.picture_vae import decode
 from backbones.tiny.recipes.flux.text import T5_TOKENS, Prompts
 from backbones.tiny.recipes.sampling import Sampler
@@ -25,19 +24,14 @@ SIDE, STEPS, GUIDANCE, SHIFT = 128, 20, 3.5, 1.0  # the packaged pipeline's defa
 class FluxSampler(Sampler):
     """Turns prompts into pictures with a TinyFlux (`model`), its Prompts (`tokens`) and the VAE.
 
-    A model with distilled guidance is called once a step with the scale; a plain one twice (true guidance).
+    Guidance is distilled: one call a step, told the scale.
     """
-
-    def __init__(self, model: torch.nn.Module, tokens: Prompts, vae: AutoencoderKL, guided: bool):
-        super().__init__(model, tokens, vae)
-        self.guided = guided
 
     @classmethod
     def load(cls, checkpoint: Path, vae: Path, tokenizer: Path) -> "FluxSampler":
         """The EMA weights of a checkpoint, ready to sample."""
         prompts = Prompts.load(tokenizer)
-        model, extra = load_model(checkpoint, prompts)
-        return cls(model, prompts, AutoencoderKL.from_pretrained(vae).eval(), extra["guided"])
+        return cls(load_model(checkpoint, prompts), prompts, AutoencoderKL.from_pretrained(vae).eval())
 
     def text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Pooled CLIP state (B, D_clip) and T5 states (B, L, D_t5)."""
@@ -48,28 +42,21 @@ class FluxSampler(Sampler):
                 shift: float = SHIFT, velocity=None, noise: Tensor | None = None) -> Tensor:  # fmt: skip
         """Packed latents (B, N, C) after flow-matching Euler.
 
-        velocity: replaces the dense model: (latents, sigma (B,), text, scales (B,) or None) -> velocity.
+        velocity: replaces the dense model: (latents, sigma (B,), text, scales (B,)) -> velocity.
         noise: packed start (B, N, C); default: drawn from `seed`.
         """
         velocity, size = velocity or self.dense, len(prompts)
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(size, GRID * GRID, self.model.dit.config.in_channels, generator=generator)
         x = x if noise is None else noise
-        twice = not self.guided and guidance > 1
-        text = self.text([*prompts, *[""] * size] if twice else prompts)
-        scales = torch.full((size,), float(guidance)) if self.guided else None
+        text, scales = self.text(prompts), torch.full((size,), float(guidance))
         sigmas = torch.linspace(1.0, 1 / steps, steps)
         sigmas = torch.cat([shift * sigmas / (1 + (shift - 1) * sigmas), torch.zeros(1)])
         for now, then in itertools.pairwise(sigmas):
-            if twice:
-                pair = velocity(x.repeat(2, 1, 1), now.expand(2 * size), text, scales).float()
-                predicted = guided_velocity(*pair.chunk(2), guidance)
-            else:
-                predicted = velocity(x, now.expand(size), text, scales).float()
-            x = x + (then - now) * predicted
+            x = x + (then - now) * velocity(x, now.expand(size), text, scales).float()
         return x
 
-    def dense(self, x: Tensor, sigma: Tensor, text: tuple[Tensor, Tensor], scales: Tensor | None) -> Tensor:
+    def dense(self, x: Tensor, sigma: Tensor, text: tuple[Tensor, Tensor], scales: Tensor) -> Tensor:
         """The whole model's velocity."""
         return dit_forward(self.model.dit, x, sigma, text, rope(self.model.dit, T5_TOKENS), scales)
 

@@ -45,7 +45,6 @@ class Loop:
     name: first word of progress lines. optimizers: Muon, then AdamW (see `optimizers_for`).
     checkpoint: the file to write and to resume from. lr: peak learning rate of Muon. ema: decay in [0, 1).
     schedule: a key of SCHEDULES. max_steps: stop after so many steps in all; 0: no limit.
-    extra: plain values stored in the checkpoint beside the weights.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Loop:
     seed: int = 0
     max_steps: int = 0
     log_every: int = 50
-    extra: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +121,7 @@ class Loop:
         """Write the checkpoint whole."""
         states = [optimizer.state_dict() for optimizer in self.optimizers]
         save(self.checkpoint, model=self.model.state_dict(), optimizers=states, ema=self.average,
-             step=self.step, used=self.used, extra=self.extra)  # fmt: skip
+             step=self.step, used=self.used)  # fmt: skip
 
     def load_average(self) -> nn.Module:
         """The model with its EMA weights in place, in eval mode."""
@@ -167,7 +165,7 @@ def optimizers_for(
 def arguments(description: str, minutes: float, lr: float, ema: float) -> argparse.ArgumentParser:
     """The options that every training step shares."""
     parser = common_arguments(description, str(RUNS), minutes)
-    parser.set_defaults(latents=RUNS / "latents.npz", tokenizer=RUNS / "tokenizers")
+    parser.set_defaults(tokenizer=RUNS / "tokenizers")
     parser.add_argument("--lr", type=float, default=lr, help="peak learning rate of Muon")
     parser.add_argument("--ema", type=float, default=ema)
     parser.add_argument("--max-steps", type=int, default=0, help="stop after so many steps; 0: no limit")

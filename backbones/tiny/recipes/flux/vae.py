@@ -1,10 +1,15 @@
-"""Step `vae`: train the picture autoencoder from scratch.
+"""Step `vae`: an AutoencoderKL with the latents of qwen-image-tiny's picture VAE.
 
-    python -m backbones.tiny.recipes.flux.vae [--minutes 20]
+    python -m backbones.tiny.recipes.flux.vae [--minutes 25]
 
-Loss as for qwen-image-tiny: L1 + gradient L1 + (1 - SSIM) + a small KL term, with noise added to the latents
-that the decoder sees. Writes runs/flux/vae/last.pt (to resume) and runs/flux/vae/model/, the diffusers
-folder.
+The encoder learns the cached, normalised latents of step `latents`, the decoder the pictures from them, each
+on its own: losses of step `vae` for the picture (L1, gradient L1, 1 - SSIM), squared error for the latents.
+So both tiny text-to-image models live in one latent space, and one can teach the other. The decoder sees
+up to NOISE of noise, because what it will decode comes from a diffusion model. There is no KL term: the
+posterior is given a small fixed variance. Writes runs/flux/vae/last.pt (to resume) and
+runs/flux/vae/model/, the diffusers folder.
+
+Shapes: B batch; x (B, 3, H, W) in [-1, 1]; z (B, LATENTS, H/8, W/8).
 """
 
 import math
@@ -16,18 +21,16 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from backbones.tiny.recipes.flux.picture_vae import (
-    LATENTS,
-    build_vae,
-    decode,
-    encode_moments,
-    fold_statistics,
-)
+from backbones.tiny.recipes.decoder import loss_terms
+from backbones.tiny.recipes.flux.picture_vae import LATENTS, build_vae, decode, encode_moments
 from backbones.tiny.recipes.flux.training import Loop, Step, arguments
-from backbones.tiny.recipes.vae import WEIGHTS, load_pictures, loss_terms, to_tensor
+from backbones.tiny.recipes.vae import WEIGHTS, load_pictures, to_tensor
 
-SIDE, CROP = 128, 64  # px
-JITTER = 0.1  # largest noise on the decoder's latents, relative to their deviation
+SIDE, CROP, CELL = 128, 64, 8  # px; a latent covers CELL x CELL
+NOISE = 0.15  # largest noise on the decoder's latents, relative to their deviation of 1
+PLAIN_SHARE = 0.6  # of each batch is original art
+LATENT_WEIGHT = 0.3
+LOG_VARIANCE = -10.0  # of the posterior, fixed
 
 
 def is_kernel(name: str, p: Tensor) -> bool:
@@ -35,59 +38,72 @@ def is_kernel(name: str, p: Tensor) -> bool:
     return p.dim() == 4 and p.numel() > 1000
 
 
-class Pictures:
-    """Seeded batches of crops, a third of them original art: it is what most prompts ask for."""
+class Pairs:
+    """Seeded batches of pictures with their cached latents, most of them original art."""
 
-    def __init__(self, folder: Path, seed: int):
-        self.pictures, index = load_pictures(folder)
-        plain = np.array([row[2] is None for row in index["rows"]])
+    def __init__(self, pictures: Path, latents: Path, seed: int):
+        self.pictures, _ = load_pictures(pictures)
+        cached = np.load(latents)
+        self.rows, self.z = cached["row"], torch.from_numpy(cached["z128"])
+        plain = cached["colour"] < 0
         self.plain, self.recoloured = np.flatnonzero(plain), np.flatnonzero(~plain)
         self.rng = np.random.default_rng(seed)
 
-    def batch(self, size: int, crop: int) -> Tensor:
-        """(size, 3, crop, crop) in [-1, 1], one window for the whole batch."""
-        third = size // 3
-        rows = [self.rng.choice(self.plain, third), self.rng.choice(self.recoloured, size - third)]
-        top, left = self.rng.integers(0, SIDE + 1 - crop, 2)
-        rows = np.sort(np.concatenate(rows))
+    def batch(self, size: int, crop: int) -> tuple[Tensor, Tensor]:
+        """Pictures (size, 3, crop, crop) and their latents, one window for the whole batch."""
+        art = round(PLAIN_SHARE * size) if len(self.recoloured) else size
+        ids = np.concatenate([self.rng.choice(self.plain, art), self.rng.choice(self.recoloured, size - art)])
+        top, left = self.rng.integers(0, (SIDE - crop) // CELL + 1, 2)
+        return self.window(ids, top, left, crop // CELL)
+
+    def window(self, ids: np.ndarray, top: int = 0, left: int = 0, cells: int = SIDE // CELL
+               ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The same cells of the pictures and of the latents."""
+        z = self.z[torch.from_numpy(ids)][:, :, top : top + cells, left : left + cells].float()
+        rows, columns = (slice(CELL * at, CELL * (at + cells)) for at in (top, left))
         # Not channels last: group norm's backward pass is far slower there.
-        return to_tensor(self.pictures[rows, top : top + crop, left : left + crop]).contiguous()
+        return to_tensor(self.pictures[self.rows[ids], rows, columns]).contiguous(), z
 
 
-def vae_step(vae: AutoencoderKL, x: Tensor, generator: torch.Generator) -> Step:
-    """The loss of one batch; the decoder sees a posterior sample plus up to JITTER of noise."""
+def vae_step(vae: AutoencoderKL, x: Tensor, z: Tensor, generator: torch.Generator) -> Step:
+    """The loss of one batch: decoder from noisy true latents, encoder to true latents."""
+    strength = NOISE * torch.rand(len(x), 1, 1, 1, generator=generator)
+    noisy = z + strength * torch.randn(z.shape, generator=generator)
     with torch.autocast("cpu", torch.bfloat16):
-        mean, logvar = (part.float() for part in encode_moments(vae, x))
-        logvar = logvar.clamp(-12, 8)
-        noise = torch.randn(mean.shape, generator=generator)
-        strength = torch.rand(len(x), 1, 1, 1, generator=generator) * JITTER * mean.detach().std()
-        jitter = torch.randn(mean.shape, generator=generator) * strength
-        y = decode(vae, mean + noise * (0.5 * logvar).exp() + jitter).float()
-    terms = loss_terms(x, y, mean, logvar)
-    loss = sum(WEIGHTS[name] * term for name, term in terms.items())
-    shown = {name: term.item() for name, term in terms.items()}
+        y = decode(vae, noisy).float()
+        mean = encode_moments(vae, x)[0].float()
+    terms = loss_terms(x, y)
+    latent = F.mse_loss(mean, z)
+    loss = sum(WEIGHTS[name] * term for name, term in terms.items()) + LATENT_WEIGHT * latent
+    shown = {name: term.item() for name, term in terms.items()} | {"latent": latent.item()}
     shown["psnr"] = 10 * math.log10(4 / F.mse_loss(y.clamp(-1, 1), x).item())
     return Step(loss, len(x), shown)
 
 
 @torch.no_grad()
-def finish(out: Path, vae: AutoencoderKL, data: Pictures, count: int = 256) -> None:
-    """Measure the latents on original art, fold their statistics in, and save the diffusers folder."""
-    sample = to_tensor(data.pictures[data.plain[:: max(1, len(data.plain) // count)]])
-    mean, _ = encode_moments(vae, sample)
-    spread = mean.std((0, 2, 3))
-    fold_statistics(vae, mean.mean((0, 2, 3)), spread)
-    z, _ = encode_moments(vae, sample)
-    psnr = 10 * math.log10(4 / F.mse_loss(decode(vae, z).clamp(-1, 1), sample).item())
-    deviations = ", ".join(f"{value:.3f}" for value in spread.tolist())
-    print(f"vae: EMA psnr {psnr:.2f} dB on {len(sample)} plain pictures; latent std was {deviations}")
-    print(f"vae: now mean {z.mean().item():.4f}, std {z.std().item():.4f}")
+def finish(out: Path, vae: AutoencoderKL, data: Pairs, count: int = 256) -> None:
+    """Fix the posterior's variance, measure both halves on original art, and save the diffusers folder."""
+    vae.quant_conv.weight[LATENTS:] = 0
+    vae.quant_conv.bias[LATENTS:] = LOG_VARIANCE
+    chosen = data.plain[:: max(1, len(data.plain) // count)]
+    errors = []
+    for ids in np.array_split(chosen, max(1, len(chosen) // 32)):
+        x, z = data.window(ids)
+        mean, _ = encode_moments(vae, x)
+        found = [decode(vae, z).clamp(-1, 1) - x, decode(vae, mean).clamp(-1, 1) - x, mean - z]
+        errors.append([len(ids) * part.square().mean().item() for part in found])
+    decoded, round_trip, latent = np.sum(errors, axis=0) / len(chosen)
+    print(
+        f"vae: EMA {10 * math.log10(4 / decoded):.2f} dB from the latents, "
+        f"{10 * math.log10(4 / round_trip):.2f} dB through its own encoder, latent error {latent:.3f}, "
+        f"on {len(chosen)} plain pictures"
+    )
     vae.save_pretrained(out)
 
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = arguments(__doc__, minutes=20.0, lr=2e-3, ema=0.998)
+    parser = arguments(__doc__, minutes=25.0, lr=2e-3, ema=0.998)
     parser.set_defaults(batch=24)
     parser.add_argument(
         "--crop-share", type=float, default=0.7, help="share of the time spent on 64 px crops"
@@ -96,18 +112,18 @@ def main() -> None:
     torch.manual_seed(args.seed)
     vae = build_vae()
     loop = Loop.from_args("vae", vae, is_kernel, "vae", args)
-    data = Pictures(args.data, args.seed + loop.step)
+    data = Pairs(args.data, args.latents, args.seed + loop.step)
     size = sum(p.numel() for p in vae.parameters()) / 1e6
     print(f"vae: {size:.2f} M parameters, {LATENTS} channels, step {loop.step}", flush=True)
 
     def take(progress: float) -> Step:
         # Crops first: four times the optimiser steps for the same pixels; whole pictures at the end.
         crops = progress < args.crop_share
-        x = data.batch(args.batch if crops else max(3, args.batch * 2 // 3), CROP if crops else SIDE)
-        return vae_step(vae, x, loop.generator)
+        x, z = data.batch(args.batch if crops else max(3, args.batch * 2 // 3), CROP if crops else SIDE)
+        return vae_step(vae, x, z, loop.generator)
 
     loop.run(take)
-    finish(args.out / "vae" / "model", loop.load_average(), data)
+    finish(args.out / "vae" / "model", loop.load_average().requires_grad_(False), data)
 
 
 if __name__ == "__main__":
