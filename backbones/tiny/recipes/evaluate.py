@@ -1,23 +1,26 @@
-"""Step `evaluate`: judge the packaged pipeline folder on the 100 common prompts.
+"""Step `evaluate`: judge a packaged pipeline folder on the 100 common prompts.
 
     python -m backbones.tiny.recipes.evaluate [--seeds 0 1] [--out docs/images/tiny-qwen-grid.png]
+    python -m backbones.tiny.recipes.evaluate --folder backbones/tiny/flux_tiny
 
-Runs the plain `QwenImagePipeline` at the packaged defaults, prints the classifier's top-1 and top-5 accuracy
-and the concepts it missed, and writes the first seed's pictures as a grid.
+Runs the plain diffusers pipeline, without elasticity, at the folder's defaults (`edit.json`), prints the
+classifier's top-1 and top-5 accuracy and the concepts it missed, and writes the first seed's pictures as a
+grid.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import DiffusionPipeline, QwenImagePipeline
 
 from backbones.tiny.classifier import load_classifier
 from backbones.tiny.recipes.captions import common_prompts
 from backbones.tiny.recipes.concepts import load_concepts
 from backbones.tiny.recipes.grid import WORDS
-from backbones.tiny.recipes.sampling import GUIDANCE, NEGATIVE, STEPS, contact_sheet
+from backbones.tiny.recipes.sampling import NEGATIVE, contact_sheet
 
 PACKAGED = Path(__file__).parent.parent / "qwen_image_tiny"
 
@@ -27,22 +30,28 @@ def concept_of() -> dict[str, str]:
     return {word: c.name for c in load_concepts() for word in (c.name, *c.synonyms)}
 
 
+def call_options(pipe: DiffusionPipeline, folder: Path, steps: int | None, guidance: float | None) -> dict:
+    """The pipeline's call arguments: the folder's own defaults, unless steps or guidance are given."""
+    defaults = json.loads((folder / "edit.json").read_text())
+    scale = defaults["guidance"] if guidance is None else guidance
+    options = {key: defaults[key] for key in ("width", "height", "max_sequence_length") if key in defaults}
+    options["num_inference_steps"] = steps or defaults["steps"]
+    if isinstance(pipe, QwenImagePipeline):
+        return {**options, "true_cfg_scale": scale, "negative_prompt": NEGATIVE}
+    return {**options, "guidance_scale": scale}
+
+
 def generate(
-    pipe: QwenImagePipeline, prompts: list[str], seed: int, batch: int, **options
+    pipe: DiffusionPipeline, prompts: list[str], seed: int, batch: int, **options
 ) -> list[np.ndarray]:
     """Pictures (128, 128, 3) uint8, each from its own generator, so that the batch size does not matter."""
     pictures = []
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
         generators = [torch.Generator().manual_seed(seed * 1000 + start + row) for row in range(len(some))]
-        images = pipe(
-            some,
-            negative_prompt=[NEGATIVE] * len(some),
-            height=128,
-            width=128,
-            generator=generators,
-            **options,
-        ).images
+        if "negative_prompt" in options:
+            options["negative_prompt"] = [NEGATIVE] * len(some)
+        images = pipe(some, generator=generators, **options).images
         pictures += [np.asarray(image) for image in images]
     return pictures
 
@@ -54,17 +63,17 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=PACKAGED)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--steps", type=int, help="default: the folder's")
+    parser.add_argument("--guidance", type=float, help="default: the folder's")
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate.png"))
     parser.add_argument(
         "--words", type=Path, help="also draw the colour, style and synonym prompts to this file"
     )
     args = parser.parse_args()
-    pipe = QwenImagePipeline.from_pretrained(args.folder, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(args.folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": args.steps, "true_cfg_scale": args.guidance}
+    options = call_options(pipe, args.folder, args.steps, args.guidance)
     names, classifier = concept_of(), load_classifier()
     prompts = [prompt for prompt, _ in common_prompts()]
     labels = [names[noun.removeprefix("ear of ")] for _, noun in common_prompts()]
