@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from backbones import static
 from backbones.model_files import ModelNotFoundError, hub_message, is_small, require_hub
 from backbones.single_file import load_denoiser
 from backbones.spec import Backbone, Lora, Placement
@@ -75,6 +76,11 @@ def load_pipeline(backbone: Backbone, placement: Placement, transformer: Any = N
         )
     with quiet_libraries():
         own = backbone.file is not None and transformer is None
+        if transformer is None and not own:
+            try:
+                transformer = static.load_transformer(backbone, dtype)
+            except ModelNotFoundError as error:
+                raise LoadError(str(error)) from error
         # a single file is read last: what else is missing shows at once, not after 24 GB
         components = {"transformer": transformer} if own or transformer is not None else {}
         pipe = _from_pretrained(backbone, dtype, components)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from backbones import registry
+from backbones import registry, static
 from backbones.model_files import GIB
 from edit_cli.console import two_columns
 from edit_cli.errors import bad_input
@@ -127,6 +127,8 @@ def _meta_transformer(name: str, backbone: Any) -> tuple[Any, Any, Any]:
     vae = registry.component_config(backbone, "vae")
     with torch.device("meta"):
         transformer = getattr(diffusers, backbone.family.transformer.transformer_class).from_config(config)
+        if backbone.file is None:
+            static.narrow_like(transformer, backbone.family.transformer, backbone.folder)
     return transformer.eval(), config, vae
 
 

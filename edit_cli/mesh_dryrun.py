@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from backbones import mesh_registry
+from backbones import mesh_registry, static
 from backbones.model_files import GIB
 from edit_cli.dryrun import BYTES, plan_table, planned
 from edit_cli.errors import bad_input
@@ -60,6 +60,7 @@ def _job_flops(plan: MeshPlan, job: MeshJob) -> float:
     context = params.get("context_in_dim") or params.get("context_dim")
     with torch.device("meta"):
         transformer = build("model", config["model"])
+        static.narrow_like(transformer, plan.backbone.family.transformer, plan.backbone.folder)
         inputs = {
             "x": torch.empty(rows, vae["num_latents"], vae["embed_dim"]),
             "t": torch.empty(rows),

@@ -1,7 +1,7 @@
 """A transformer made smaller for good: blocks left out, MLPs cut to their first hidden units.
 
-Nothing is decided at run time: the result has no routers and no patches, only fewer and smaller weights, and so it
-can be compiled as one graph and exported.
+Nothing is decided at run time: the result has no routers and no patches, only fewer and smaller weights, and
+so it can be compiled as one graph and exported.
 
 Shapes: D dim, F hidden units of an MLP.
 """
@@ -97,9 +97,9 @@ def places(transformer: nn.Module, spec: TransformerSpec) -> list[tuple[Block, i
 def drop_groups(transformer: nn.Module, spec: TransformerSpec) -> list[tuple[int, ...]]:
     """Blocks that can only be left out together, by number in execution order.
 
-    In a U-shaped transformer each block of the second half reads what its mirror image in the first gave, so both
-    go or stay, and the middle one stays. With an even number of blocks the halves are no mirror images after a
-    removal, and none can go.
+    In a U-shaped transformer each block of the second half reads what its mirror image in the first gave, so
+    both go or stay, and the middle one stays. With an even number of blocks none has a mirror image, and none
+    can go.
     """
     count = len(find_blocks(transformer, spec, None))
     if not spec.skips:
@@ -112,8 +112,8 @@ def drop_groups(transformer: nn.Module, spec: TransformerSpec) -> list[tuple[int
 def frozen(transformer: nn.Module, spec: TransformerSpec, shape: StaticShape) -> nn.Module:
     """A copy of a transformer in this shape. Only narrowed weights are copied, all others are shared.
 
-    The configuration is the original's: whoever saves the copy changes its number of blocks. Raises ValueError if
-    the shape does not fit.
+    The configuration is the original's: whoever saves the copy changes its number of blocks. Raises
+    ValueError if the shape does not fit.
     """
     if "_edit_elastic" in transformer.__dict__:
         raise ValueError("routers are attached to this transformer: detach them first")
@@ -132,8 +132,8 @@ def frozen(transformer: nn.Module, spec: TransformerSpec, shape: StaticShape) ->
 def narrow(transformer: nn.Module, spec: TransformerSpec, shape: StaticShape) -> None:
     """Cut the MLPs of a transformer, in place, to the first hidden units that a shape names.
 
-    The transformer has as many blocks as the shape keeps; it may lie on the meta device. Raises ValueError if the
-    shape does not fit.
+    The transformer has as many blocks as the shape keeps; it may lie on the meta device. Raises ValueError if
+    the shape does not fit.
     """
     found = places(transformer, spec)
     counts = {path: sum(block.spec.path == path for block, _ in found) for path in shape.units}

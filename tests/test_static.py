@@ -58,12 +58,12 @@ def test_narrowed_skeleton_takes_the_saved_weights(case: Case) -> None:
     assert {k: v.shape for k, v in only_dropped.state_dict().items()} == {
         k: v.shape for k, v in small.state_dict().items()
     }
-    with pytest.raises(ValueError, match="the static shape (describes|asks for)"):
+    with pytest.raises(ValueError, match=r"the static shape (describes|asks for)"):
         narrow(frozen(model, case.spec, shape_of(model, case.spec, set(), {0: 0.25})), case.spec, again)
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_choice_meets_the_budget_with_less_harm_than_its_opposite(case: Case) -> None:
+def test_choice_meets_the_budget(case: Case) -> None:
     model = case.transformer()
     dense = case.run(model)
     with record_calls(model, (0, 1)) as calls:
@@ -73,19 +73,19 @@ def test_choice_meets_the_budget_with_less_harm_than_its_opposite(case: Case) ->
     assert len(calls) == 2
     order_units(model, case.spec, calls)
     assert torch.allclose(case.run(model), dense, atol=1e-5)
-    widths_only = case.spec.skips and case.name != "hunyuan3d-2.1"
-    budget = 0.9 if widths_only else 0.7
+    budget = 0.7
     chosen = choose(model, case.spec, calls, budget)
     assert budget - 0.25 < chosen.flops <= budget + 1e-6
     assert chosen.error > 0
-    trial = Trial(model, case.spec, calls)
-    with trial.attached():
-        groups = [set(g) for g in drop_groups(model, case.spec)]
-        if chosen.removal.dropped:
-            # what it dropped first is no worse than the worst single drop
-            worst = max(trial.error(Removal(frozenset(g))) for g in groups)
-            best = min(trial.error(Removal(frozenset(g))) for g in groups if g <= chosen.removal.dropped)
-            assert best <= worst
+    small = frozen(model, case.spec, chosen.shape)
+    with torch.no_grad():
+        errors = [
+            float((small(**c)[0] - model(**c)[0]).square().sum() / model(**c)[0].square().sum())
+            if case.name in ("qwen", "flux")
+            else float((small(**c) - model(**c)).square().sum() / model(**c).square().sum())
+            for c in calls
+        ]
+    assert sum(errors) / 2 == pytest.approx(chosen.error, rel=1e-3)
 
 
 def test_a_unit_order_puts_the_heavy_units_first() -> None:
@@ -112,7 +112,7 @@ def test_mirrored_blocks_go_together() -> None:
 def test_impossible_budget() -> None:
     case = CASES[0]
     model = case.transformer()
-    with pytest.raises(ValueError, match="a static model of budget 0.01 is not possible here"):
+    with pytest.raises(ValueError, match=r"a static model of budget 0\.01 is not possible here"):
         choose(model, case.spec, [case.inputs(1, 0.5, 0)], 0.01)
 
 
@@ -133,7 +133,7 @@ def test_other_shapes_are_refused(data, message: str) -> None:
         StaticShape.from_dict(data)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name != "hunyuan3d-2.1"], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_compiles_as_one_graph(case: Case) -> None:
     model = case.transformer()
     removal = a_removal(case, model)

@@ -20,8 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from backbones import static
+
 from .config import COMPONENTS, SECTIONS, build, read_config
 from .errors import CheckpointError
+from .family import TRANSFORMER_2, TRANSFORMER_21
 from .folders import find_weights, resolve_folder
 from .pipeline import Hunyuan3DPipeline
 
@@ -110,11 +113,19 @@ def load_weights(module: nn.Module, state: State, name: str) -> None:
     module.requires_grad_(False).eval()
 
 
-def build_component(name: str, spec: Mapping[str, Any], state: State) -> nn.Module:
-    """A module of a config section with its weights. A VAE without encoder weights becomes a decoder only."""
+def build_component(
+    name: str, spec: Mapping[str, Any], state: State, folder: Path | None = None
+) -> nn.Module:
+    """A module of a config section with its weights. A VAE without encoder weights becomes a decoder only.
+
+    folder: where a static transformer's shape is looked up. Raises ModelNotFoundError, CheckpointError.
+    """
     overrides = {"with_encoder": any(key.startswith("encoder.") for key in state)} if name == "vae" else {}
     with torch.device("meta"):
         module = build(name, spec, **overrides)
+        if name == "model" and static.read_shape(folder) is not None:
+            kinds = {kind.transformer_class: kind for kind in (TRANSFORMER_2, TRANSFORMER_21)}
+            static.narrow_like(module, kinds[type(module).__name__], folder)
     load_weights(module, state, name)
     return module
 
@@ -146,7 +157,11 @@ def load_pipeline(
         raise CheckpointError(f"{folder}: the weights lack {sorted(absent)}")
     if vae:
         states.pop("vae", None)
-    parts = {name: build_component(name, config[name], states[name]) for name in COMPONENTS if name in states}
+    parts = {
+        name: build_component(name, config[name], states[name], folder)
+        for name in COMPONENTS
+        if name in states
+    }
     pipe: Hunyuan3DPipeline = build(
         "pipeline",
         config.get("pipeline", {"target": "Hunyuan3DDiTFlowMatchingPipeline"}),

@@ -152,15 +152,31 @@ class MixtureOfExperts(nn.Module):
         slots = indices_Tk.flatten()
         order = slots.argsort(stable=True)
         rows = tokens_TD.index_select(0, order // self.gate.top_k)
-        counts = self._rows_per_expert(slots)
-        outputs = [
-            expert(part)
-            for expert, part in zip(self.experts, rows.split(counts), strict=True)
-            if part.shape[0] > 0
-        ]
-        routed = torch.empty_like(rows).index_copy(0, order, torch.cat(outputs))
+        if torch.compiler.is_compiling():
+            outputs = self._traced(rows, slots[order])
+        else:
+            counts = self._rows_per_expert(slots)
+            parts = zip(self.experts, rows.split(counts), strict=True)
+            outputs = torch.cat([expert(part) for expert, part in parts if part.shape[0] > 0])
+        routed = torch.empty_like(rows).index_copy(0, order, outputs)
         routed_TD = (routed.unflatten(0, (-1, self.gate.top_k)) * weights_Tk[..., None]).sum(dim=1)
         return routed_TD.view_as(x) + self.shared_experts(x)
+
+    def _traced(self, rows: Tensor, expert: Tensor) -> Tensor:
+        """The same for torch.compile and torch.export, which cannot split by numbers that are data.
+
+        rows `[R, D]` in the order of their experts `[R]`. One product over all experts, with their weights
+        stacked in every call.
+        """
+        ends = (expert[:, None] <= torch.arange(len(self.experts), device=rows.device)).sum(dim=0)
+
+        def product(x: Tensor, layers: list[nn.Linear]) -> Tensor:
+            weights = torch.stack([layer.weight.T for layer in layers])
+            biases = torch.stack([layer.bias for layer in layers])
+            return F.grouped_mm(x, weights, offs=ends.to(torch.int32)) + biases[expert]
+
+        hidden = F.gelu(product(rows, [e.net[0].proj for e in self.experts]))
+        return product(hidden, [e.net[2] for e in self.experts])
 
     def _rows_per_expert(self, slots: Tensor) -> list[int]:
         num_experts = len(self.experts)

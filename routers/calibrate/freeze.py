@@ -1,8 +1,8 @@
-"""Choose what a static transformer leaves out: the removals that change the model's output least, measured.
+"""Choose what a static transformer leaves out: the removals that change the output least, measured.
 
-Skips and narrower MLPs are tried one by one on recorded calls of the dense model. The one with the least harm per
-saved FLOP is kept, until the budget is met (lazy greedy selection: a candidate measured earlier is measured again
-only when it comes to the top). Then what fits again is widened again.
+Skips and narrower MLPs are tried one by one on recorded calls of the dense model. The one with the least harm
+per saved FLOP is kept, until the budget is met (lazy greedy selection: a candidate measured earlier is
+measured again only when it comes to the top). Then what fits again is widened again.
 
 Shapes: B rows, L tokens, F hidden units.
 """
@@ -224,7 +224,7 @@ def choose(
 ) -> Choice:
     """The removal that meets `budget`, a share of the dense FLOPs in (0, 1], with the least harm found.
 
-    The units of the MLPs should be in order (`order_units`). Raises ValueError for a budget that cannot be met.
+    The units of the MLPs should be in order (`order_units`). Raises ValueError for a budget out of reach.
     """
     trial = Trial(transformer, spec, calls)
     with trial.attached():
@@ -235,7 +235,7 @@ def choose(
 
 
 def _remove(trial: Trial, budget: float, report: Report) -> tuple[Removal, float]:
-    """Lazy greedy: the queue is ordered by harm per saved FLOP, entries name the round they were measured in."""
+    """Lazy greedy: the queue is ordered by harm per saved FLOP and knows when each was measured."""
     groups = drop_groups(trial.transformer, trial.spec)
     now, error, turn = Removal(), 0.0, 0
     # the lower end of the queue's numbers breaks ties, so that equal candidates come in a fixed order
@@ -311,8 +311,8 @@ def _unreachable(trial: Trial, budget: float, now: Removal) -> str:
     reason = ""
     if trial.spec.skips and not drop_groups(trial.transformer, trial.spec):
         reason = (
-            " (blocks of this model read what earlier ones gave and come in no mirrored pairs, so none can be "
-            "dropped)"
+            " (later blocks of this model read what earlier ones gave and have no mirror image, so none "
+            "can be dropped)"
         )
     return (
         f"a static model of budget {budget:g} is not possible here: with all removals it still costs "
