@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from backbones.spec import Family
+from backbones.loading import image_to_image
+from backbones.spec import Backbone, Family
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -106,3 +107,27 @@ def embed(pipe: Hunyuan3DPipeline, pictures: Sequence[Image.Image]) -> dict[str,
         raise ValueError("a workload needs at least one picture")
     found = [pipe.prepare(picture) for picture in pictures]
     return {name: torch.cat([one[name].cpu() for one in found]) for name in found[0]}
+
+
+@torch.no_grad()
+def encode(
+    pipe: Any, backbone: Backbone, pictures: Sequence[Image.Image], width: int, height: int, seed: int
+) -> Tensor:
+    """Latents `[N, L, C]` float32 on the host, as the transformer sees them, of pictures cut to a size.
+
+    Raises LoadError for a family without a way from pictures to latents.
+    """
+    from PIL import ImageOps
+
+    other, found = image_to_image(pipe, backbone), []
+    device, dtype = pipe.vae.device, pipe.vae.dtype
+    for i, picture in enumerate(pictures):
+        fitted = ImageOps.fit(picture, (width, height))
+        pixels = other.image_processor.preprocess(fitted, height, width).to(device, dtype)
+        if hasattr(pipe.vae.config, "temperal_downsample"):  # a video VAE: one frame
+            pixels = pixels.unsqueeze(2)
+        generator = torch.Generator("cpu").manual_seed(seed + i)
+        latents = other._encode_vae_image(image=pixels, generator=generator)
+        shape = latents.shape[1], latents.shape[-2], latents.shape[-1]
+        found.append(other._pack_latents(latents, 1, *shape).float().cpu())
+    return torch.cat(found)

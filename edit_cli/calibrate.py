@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from edit_cli import calibrate_train as t
 from edit_cli import mesh_options, values
 from edit_cli import options as o
 from edit_cli.calibration_inputs import Asked, parse_budgets
@@ -59,6 +60,7 @@ def calibrate(
     remove_background: mesh_options.RemoveBackground = None,
     evaluate: Evaluate = None,
     resume: Resume = False,
+    method: t.Method = "fit",
     budgets: Budgets = "0.35:1.0",
     samples: Samples = "32",
     probes: Probes = "80",
@@ -66,16 +68,23 @@ def calibrate(
     guidance: o.Guidance = None,
     seed: o.Seed = None,
     batch_size: o.BatchSize = None,
+    train: t.Train = None,
+    train_steps: t.TrainSteps = None,
+    learning_rate: t.LearningRate = None,
+    lora_rank: t.LoraRank = None,
+    mixed_precision: t.Precision = None,
+    gradient_checkpointing: t.Checkpointing = False,
+    data: t.Data = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Fit a bundle to a model in minutes. The model's weights are not changed.
+    """Make a bundle for a model: fit one in minutes, or train routers as the paper does.
 
-    Runs the dense model on calibration prompts (or pictures, for meshes), measures how well each step's work
-    is predicted from the steps before and what an error at it does to the result, and fits small routers that
-    tell samples apart.
+    Fitting runs the dense model on calibration prompts (or pictures, for meshes), measures how well each step
+    is predicted from those before and what an error does to the result, and fits small routers that
+    tell samples apart. Training teaches routers which blocks to skip and how wide to run the others.
 
     [dim]edit calibrate -m qwen-image-tiny -o bundle
     edit generate "a cat" --routers bundle --budget 0.5[/dim]
@@ -86,21 +95,30 @@ def calibrate(
         raise EditError("--resume continues a calibration and --evaluate makes none; leave one of them out")
     if output is not None and Path(output).is_file():
         raise EditError(f"--output {output!r} is a file; give a folder for the bundle")
+    training = {
+        "--train": train, "--train-steps": train_steps, "--learning-rate": learning_rate,
+        "--lora-rank": lora_rank, "--mixed-precision": mixed_precision,
+        "--gradient-checkpointing": gradient_checkpointing, "--data": data,
+    }  # fmt: skip
+    points, count = parse_budgets(budgets), values.integer("--probes", probes, 8, 10**6)
+    number = values.seed("--seed", seed[0]) if seed else 0
     asked = Asked(
         model=model,
         prompts=prompts_file,
         images=images,
         background=values.one_of("--remove-background", remove_background or "auto", BACKGROUNDS),
-        budgets=parse_budgets(budgets),
+        budgets=points,
         samples=values.integer("--samples", samples, 4, 4096),
-        probes=values.integer("--probes", probes, 8, 10**6),
+        probes=count,
         steps=None if steps is None else values.integer("--steps", steps, 2, values.MAX_STEPS),
         guidance=None if guidance is None else values.guidance("--guidance", guidance),
-        seed=values.seed("--seed", seed[0]) if seed else 0,
+        seed=number,
         batch_size=None if batch_size is None else values.integer("--batch-size", batch_size, 1, 1024),
         device=device or "auto",
         dtype=dtype or "auto",
         resume=resume,
+        training=t.settings(method, points, count, number, training),
+        data=data,
     )
     if asked.meshes and images is not None and not Path(images).expanduser().is_dir():
         what = "is no folder" if Path(images).expanduser().exists() else "does not exist"
@@ -115,11 +133,14 @@ def run(asked: Asked, output: Path | None, evaluate: str | None, json_output: bo
 
     with bad_input():
         session = calibration.Calibration.open(asked)
+    quiet = quiet or not session.is_main
     try:
         with progress(not quiet) as bars, bad_input():
             if output is not None:
                 session.begin(output)
-            bundle = session.fit(bars) if evaluate is None else session.load(evaluate)
+            bundle = session.make(output, bars) if output is not None else session.load(evaluate or "")
+            if not session.is_main:  # other processes of a training end here
+                return
             rows = session.measure(bundle, bars)
     except NotFiniteError as error:
         raise RunError(str(error)) from error

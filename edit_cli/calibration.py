@@ -18,12 +18,13 @@ import routers
 from backbones import loading, mesh_registry, registry
 from backbones.model_files import is_small
 from backbones.spec import Backbone, MeshBackbone, Placement
-from backbones.workload import MeshWorkload, PipelineWorkload, embed
-from edit_cli import __version__
+from backbones.workload import MeshWorkload, PipelineWorkload, embed, encode
+from edit_cli import __version__, calibrate_train
 from edit_cli.calibration_inputs import Asked, read_images
 from edit_cli.console import print_warning
 from edit_cli.errors import EditError, RunError, bad_input
 from edit_cli.mesh_session import MeshSession
+from edit_cli.pictures import open_rgb
 from edit_cli.prompts import default_prompts, read_prompts
 from edit_cli.stages import StageClock
 from routers.bundle import architecture, fingerprint
@@ -41,7 +42,8 @@ SMALL_BATCH = 4
 class Calibration:
     """A loaded model with its calibration and held-out requests.
 
-    inputs: what the requests are made of, prompts or hashes of pictures.
+    inputs: what the requests are made of, prompts or hashes of pictures. processes: of a training
+    (accelerate). data [samples, L, C]: latents of the pictures it learns from.
     """
 
     asked: Asked
@@ -52,16 +54,34 @@ class Calibration:
     inputs: list[str]
     settings: FitSettings
     state: State | None = None
+    processes: Any = None
+    data: torch.Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def open(cls, asked: Asked) -> Calibration:
         """Load a model and make the requests. Raises EditError or ValueError for bad input."""
-        return _open_meshes(asked) if asked.meshes else _open_pictures(asked)
+        # before the model is loaded: it goes to the device of this process
+        processes = None
+        if asked.training is not None:
+            processes = calibrate_train.open_processes(asked.training, asked.device)
+        session = _open_meshes(asked) if asked.meshes else _open_pictures(asked)
+        session.processes = processes
+        return session
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process reports and writes: of several in a training, the first."""
+        return self.processes is None or bool(self.processes.is_main_process)
 
     def begin(self, output: Path) -> None:
         """Start the state beside the output, or go on with it. Raises EditError."""
         self.state = State(output.parent / f".{output.name}.calibrate-state")
+        if not self.is_main:
+            self.processes.wait_for_everyone()
+            with bad_input():
+                self.state.begin(self._request(), True)
+            return
         unfinished = self.state.folder.is_dir()
         try:
             if output.exists() and not os.access(output, os.W_OK):
@@ -74,6 +94,17 @@ class Calibration:
             print_warning(f"nothing to resume beside {str(output)!r}: starting anew")
         elif unfinished and not found:
             print_warning("an unfinished calibration was discarded; --resume would have continued it")
+        if self.processes is not None:
+            self.processes.wait_for_everyone()
+
+    def make(self, output: Path, bars: Any) -> routers.Bundle:
+        """A new bundle by the asked method."""
+        if self.asked.training is None:
+            return self.fit(bars)
+        start = time.perf_counter()
+        bundle = calibrate_train.train(self, output, bars)
+        self.seconds["train"] = time.perf_counter() - start
+        return bundle
 
     def fit(self, bars: Any) -> routers.Bundle:
         """A new bundle for this model. Raises RunError if the state cannot be kept."""
@@ -116,7 +147,7 @@ class Calibration:
         bundle.recommended_budget = recommend(rows)
         bundle.metadata |= {
             "quality": as_metadata(rows),
-            "settings": asdict(self.settings),
+            **({} if self.asked.training else {"settings": asdict(self.settings)}),
             "images" if self.asked.meshes else "prompts": len(set(self.inputs)),
             "inputs_sha256": _digest(self.inputs),
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
@@ -147,12 +178,28 @@ class Calibration:
             "seed": train.seed,
             "probes": self.settings.probes,
             **size,
+            **self._training_request(),
+        }
+
+    def _training_request(self) -> dict[str, Any]:
+        if self.asked.training is None:
+            return {"method": "fit"}
+        data = None if self.data is None else hashlib.sha256(self.data.numpy().tobytes()).hexdigest()
+        return {
+            "method": "train",
+            "data": data,
+            **calibrate_train.request(self.asked.training, self.processes),
         }
 
 
 def _open_pictures(asked: Asked) -> Calibration:
     backbone = registry.resolve(asked.model or registry.DEFAULT_MODEL)
-    lines = [entry["prompt"] for entry in read_prompts(asked.prompts or str(default_prompts(backbone)))]
+    pictures: list[tuple[Path, str]] = []
+    if asked.data is not None:
+        pictures = calibrate_train.read_data(asked.data)
+        lines = [prompt for _, prompt in pictures]
+    else:
+        lines = [entry["prompt"] for entry in read_prompts(asked.prompts or str(default_prompts(backbone)))]
     pipe = loading.load_pipeline(backbone, Placement(device=asked.device, dtype=asked.dtype))
     pipe.set_progress_bar_config(disable=True)
     defaults = backbone.defaults
@@ -165,7 +212,12 @@ def _open_pictures(asked: Asked) -> Calibration:
     held_out = _cycle(lines[::-1], max(HELD_OUT, rows))
     judge = replace(train, prompts=held_out, seed=asked.seed + 10_000)
     settings = FitSettings(probes=asked.probes, seed=asked.seed)
-    return Calibration(asked, backbone, pipe, train, judge, list(train.prompts), settings)
+    session = Calibration(asked, backbone, pipe, train, judge, list(train.prompts), settings)
+    if pictures:
+        found = [open_rgb(str(file)) for file, _ in pictures]
+        latents = encode(pipe, backbone, found, train.width, train.height, asked.seed)
+        session.data = latents[[i % len(latents) for i in range(asked.samples)]]
+    return session
 
 
 def _open_meshes(asked: Asked) -> Calibration:

@@ -12,6 +12,7 @@ from backbones.spec import MeshBackbone
 from edit_cli import values
 from edit_cli.errors import EditError
 from edit_cli.outputs import PICTURE_SUFFIXES
+from routers.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +27,8 @@ OWN_PICTURES = "calibration"
 class Asked:
     """Checked options; None where the model's default holds. budgets: to measure, ascending.
 
-    images: a folder. background: see `mesh_pictures.cut_out`.
+    images: a folder. background: see `mesh_pictures.cut_out`. training: None for
+    --method fit. data: a folder.
     """
 
     model: str | None
@@ -43,6 +45,8 @@ class Asked:
     device: str
     dtype: str
     resume: bool
+    training: TrainSettings | None = None
+    data: str | None = None
 
     @property
     def meshes(self) -> bool:
@@ -51,7 +55,11 @@ class Asked:
             raise EditError(
                 "--images is for models that make meshes and --prompts for others; give one of them"
             )
+        if self.data is not None and self.prompts is not None:
+            raise EditError("--data brings its own prompts; leave --prompts out")
         found = self.model is not None and _makes_meshes(self.model)
+        if self.data is not None and (found or self.images is not None):
+            raise EditError("--data is for models that make pictures; for meshes leave it out")
         if found and self.prompts is not None:
             raise EditError(
                 f"--prompts is for models that make pictures and {self.model!r} makes meshes; "

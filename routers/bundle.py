@@ -2,6 +2,7 @@
 
     routers.safetensors   router weights ("routers.<i>.<key>") and moments ("moments.<name>")
     bundle.json           block map, base model and its fingerprint, what it was fitted for, measured quality
+    backbone.safetensors  only where the backbone was trained with the routers: its LoRA or all its weights
 
 One bundle serves every budget from its minimum to 1: the plan for a budget is solved when a run starts.
 """
@@ -29,10 +30,23 @@ from .planned import PlannedPolicy
 from .policy import OpenPolicy
 from .router import Router
 from .spec import TransformerSpec
+from .train import backbone as trained_backbone
+from .train.backbone import BackboneWeights
+from .train.policy import Profile, TrainedPolicy
+from .train.router import BudgetRouter
 
-FORMAT = 2
+FORMAT, TRAINED_FORMAT = 2, 3
+"""A bundle made by training says 3, so that versions that cannot run it refuse it."""
 MOMENTS = ("gram", "gain", "mixing")
 FINGERPRINT_TENSORS, FINGERPRINT_VALUES = 32, 8
+
+
+@dataclass
+class Trained:
+    """What `calibrate --method train` adds: how its routers spread what they spend, backbone weights."""
+
+    profile: Profile
+    backbone: BackboneWeights | None = None
 
 
 @dataclass
@@ -54,11 +68,19 @@ class Bundle:
     metadata: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
     path: str = ""
+    trained: Trained | None = None
     planners: dict[tuple[int, int], Planner] = field(default_factory=dict, repr=False)
     """Plans solved so far, by number of steps and cache depth."""
 
-    def policy(self, *, per_sample: bool | None = None, batch_mean: bool = False) -> PlannedPolicy:
-        """A budget policy on these moments. per_sample None: as calibration found better."""
+    def policy(
+        self, *, per_sample: bool | None = None, batch_mean: bool = False
+    ) -> PlannedPolicy | TrainedPolicy:
+        """A budget policy on these moments. per_sample None: as calibration found better.
+
+        Trained routers decide themselves: there `per_sample` False means the batch's mean.
+        """
+        if self.trained is not None:
+            return TrainedPolicy(self.trained.profile, batch_mean=batch_mean or per_sample is False)
         use_routers = self.per_sample if per_sample is None else per_sample
         return PlannedPolicy(self.moments, self.planners, per_sample=use_routers, batch_mean=batch_mean)
 
@@ -79,8 +101,16 @@ class Bundle:
         }
         for name in MOMENTS:
             tensors[f"moments.{name}"] = torch.from_numpy(getattr(self.moments, name))
+        trained, files = self.trained, {}
+        backbone = None if trained is None else trained.backbone
+        if trained is not None:
+            tensors["profile.budgets"] = torch.from_numpy(trained.profile.budgets)
+            tensors["profile.spend"] = torch.from_numpy(trained.profile.spend)
+        if backbone is not None:
+            own = {name: tensor.contiguous() for name, tensor in backbone.tensors.items()}
+            files[folder / trained_backbone.FILE] = lambda path: save_file(own, path)
         description = {
-            "format": FORMAT,
+            "format": FORMAT if trained is None else TRAINED_FORMAT,
             "base_model": self.base_model,
             "architecture": self.architecture,
             "fingerprint": self.fingerprint,
@@ -94,13 +124,18 @@ class Bundle:
             "recommended_budget": self.recommended_budget,
             "metadata": self.metadata,
         }
+        if trained is not None:
+            description["backbone"] = None if backbone is None else backbone.description()
         text = json.dumps(description, indent=1) + "\n"
         write_whole(
             {
+                **files,
                 folder / "routers.safetensors": lambda path: save_file(tensors, path),
                 folder / "bundle.json": lambda path: Path(path).write_text(text, encoding="utf-8"),
             }
         )
+        if not files:
+            (folder / trained_backbone.FILE).unlink(missing_ok=True)
 
 
 def load_bundle(path: str | Path) -> Bundle:
@@ -114,8 +149,10 @@ def load_bundle(path: str | Path) -> Bundle:
             raise ValueError(f"{folder} is not a bundle folder: {file.name} is missing")
     try:
         data = json.loads(description_file.read_text(encoding="utf-8"))
-        if data.get("format") != FORMAT:
-            raise ValueError(f"format {data.get('format')!r}, this version reads {FORMAT}")
+        if data.get("format") not in (FORMAT, TRAINED_FORMAT):
+            raise ValueError(
+                f"format {data.get('format')!r}, this version reads {FORMAT} and {TRAINED_FORMAT}"
+            )
         with safe_open(weights_file, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
         moments = {name: tensors[f"moments.{name}"].double().numpy() for name in MOMENTS}
@@ -126,6 +163,7 @@ def load_bundle(path: str | Path) -> Bundle:
                 routers.setdefault(int(index), {})[name] = value
         digest = hashlib.sha256(description_file.read_bytes() + weights_file.read_bytes()).hexdigest()
         return Bundle(
+            trained=_read_trained(folder, data, tensors),
             spec=TransformerSpec.from_dict(data["spec"]),
             moments=Moments(tuple(data["branches"]), **moments),
             routers=[routers[i] for i in range(len(routers))],
@@ -135,6 +173,15 @@ def load_bundle(path: str | Path) -> Bundle:
         )
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder} is no readable bundle: {type(error).__name__}: {error}") from error
+
+
+def _read_trained(folder: Path, data: dict[str, Any], tensors: dict[str, Tensor]) -> Trained | None:
+    """What training added to a bundle. Raises ValueError, KeyError."""
+    if data["format"] != TRAINED_FORMAT:
+        return None
+    profile = Profile(*(tensors[f"profile.{name}"].double().numpy() for name in ("budgets", "spend")))
+    backbone = data["backbone"]
+    return Trained(profile, None if backbone is None else BackboneWeights.read(folder, backbone))
 
 
 _PLAIN_FIELDS = (
@@ -177,15 +224,25 @@ def attach(
     loaded.check_budget(budget)
     check_fits(loaded, transformer, force)
     routers = [build_router(state) for state in loaded.routers]
-    return Elastic(
-        transformer, loaded.spec, loaded.policy, routers, budget=budget, num_steps=loaded.num_steps
-    )
+    backbone = None if loaded.trained is None else loaded.trained.backbone
+    undo = None if backbone is None else backbone.apply(transformer)
+    try:
+        elastic = Elastic(
+            transformer, loaded.spec, loaded.policy, routers, budget=budget, num_steps=loaded.num_steps
+        )
+    except ValueError:
+        if undo is not None:
+            undo()
+        raise
+    elastic.on_detach = undo
+    return elastic
 
 
 def build_router(state: dict[str, Tensor]) -> Router:
     """A router from its tensors, frozen, in float32."""
     hidden, dim = state["down.weight"].shape
-    router = Router(dim, state["time.weight"].shape[1] if "time.weight" in state else 0, hidden)
+    kind = BudgetRouter if "budget.weight" in state else Router
+    router = kind(dim, state["time.weight"].shape[1] if "time.weight" in state else 0, hidden)
     router.load_state_dict({key: value.float() for key, value in state.items()})
     return router.eval().requires_grad_(False)
 

@@ -37,6 +37,11 @@ def find(path: str | Path) -> Path | None:
 def pack(folder: str | Path, target: str | Path) -> None:
     """Write a bundle folder as one file, which appears whole or not at all. Raises ValueError, OSError."""
     folder, target = Path(folder), Path(target)
+    if (folder / "backbone.safetensors").exists():
+        raise ValueError(
+            f"{folder} holds trained weights of the backbone, which do not go into one file; "
+            "pass the folder on as it is"
+        )
     description = (folder / DESCRIPTION).read_text(encoding="utf-8")
     tensors, _ = _read(folder / WEIGHTS)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")

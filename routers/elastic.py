@@ -67,6 +67,7 @@ class Elastic:
         self.make_policy = policy
         self.observer: Callable[[Computed], None] | None = None
         self.timer: Timeline | None = None
+        self.on_detach: Callable[[], None] | None = None
         self.blocks = _find_blocks(transformer, spec, routers)
         self.segments = _segments(self.blocks)
         self._stackable = RouterStack.fits([block.router for block in self.blocks])
@@ -178,6 +179,9 @@ class Elastic:
         self._patches = []
         self._run = self._implicit = self._call = None
         self.transformer.__dict__.pop("_edit_elastic", None)
+        undo, self.on_detach = self.on_detach, None
+        if undo is not None:
+            undo()
 
     @contextmanager
     def _cache_context(
@@ -273,7 +277,7 @@ class Elastic:
             with self._timed("router", block.index):
                 gate, widths = self._route(block, inputs, before)
             groups = self._require_run().decide_block(call, block.index, gate, widths)
-        elif self._reads_stack() and any(group.code >= 0 for group in groups):
+        elif self._reads_stack() and (self._reads_skipped() or any(group.code >= 0 for group in groups)):
             modulation = inputs.get(block.spec.modulation) if block.spec.modulation else None
             with self._timed("router", block.index):
                 call.pooled[block.index] = before[0].mean(dim=1), modulation
@@ -317,7 +321,13 @@ class Elastic:
                 delta = group.cache.delta(
                     group.unit, group.last, group.rows, time, policy.order, index, group.weights
                 )
-                return tuple(x + d for x, d in zip(before, delta, strict=True))
+                after = tuple(x + d for x, d in zip(before, delta, strict=True))
+                if group.peer is not None and group.peer_weights is not None:
+                    more = group.peer.delta(
+                        group.unit, group.last, group.rows, time, policy.order, index, group.peer_weights
+                    )
+                    after = after[0] + more[0], *after[1:]
+                return after
         if policy.reads_routers and block.router is not None and not self._stackable:
             with self._timed("router", block.index):
                 self._remember_logits(block, call, index, inputs, before)
@@ -332,10 +342,15 @@ class Elastic:
     def _reads_stack(self) -> bool:
         return self._stackable and self._require_run().policy.reads_routers
 
+    def _reads_skipped(self) -> bool:
+        return bool(getattr(self._require_run().policy, "reads_skipped", False))
+
     def _stack(self, run: Run, device: torch.device) -> RouterStack:
-        """All routers as one; made anew in every run, because training may change them in between."""
+        """All routers as one, told the budget; made anew in every run, because training changes them."""
         if run.routers is None:
-            run.routers = RouterStack([cast(Router, block.router) for block in self.blocks], device)
+            budget = 1.0 if run.trace.requested is None else run.trace.requested
+            routers = [cast(Router, block.router).at(budget) for block in self.blocks]
+            run.routers = RouterStack(routers, device)
         return run.routers
 
     def _route(

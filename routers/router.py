@@ -45,6 +45,10 @@ class Router(nn.Module):
         """Stream [B, L, D], modulation [B, E] -> gate logit [B], width logits [B, 4], the router's dtype."""
         return self.heads(stream.mean(dim=1), modulation)
 
+    def at(self, budget: float) -> Router:
+        """The router for runs at a budget: this one, unless it was trained to be told (`train.router`)."""
+        return self
+
     def heads(self, pooled: Tensor, modulation: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `forward`, from tokens pooled to [B, D] (what calibration records)."""
         dtype = self.down.weight.dtype
@@ -81,7 +85,7 @@ class RouterStack:
     @staticmethod
     def fits(routers: Sequence[nn.Module | None]) -> bool:
         """Whether these can be stacked."""
-        shapes = {tuple(p.shape for p in r.parameters()) if type(r) is Router else None for r in routers}
+        shapes = {tuple(p.shape for p in r.parameters()) if isinstance(r, Router) else None for r in routers}
         return len(shapes) == 1 and None not in shapes
 
     def __call__(self, pooled_NBD: Tensor, modulation_NBE: Tensor | None) -> Tensor:

@@ -47,6 +47,9 @@ class Group:
     parts: list[tuple[float, int]] = field(default_factory=list)
     index: Tensor | None = None
     weights: Weights | None = None
+    peer: ResidualCache | None = None
+    """The other CFG branch's cache, where a reuse of the first stream looks at it too, with these weights."""
+    peer_weights: Weights | None = None
 
 
 @dataclass
@@ -223,6 +226,7 @@ class Run:
             actions = self._feasible(self.policy.decide(info, self._read(branch)), info.available)
             self._keep_units(branch, blocks)
             planned = plan_groups(actions, branch.cache, self.ragged, branch.units, self.policy.weights)
+            self._add_peer(planned, branch.units)
             place([group for block in planned for group in block], time_.device)
             groups = [*planned]
         return Call(info, branch, time_, actions, groups, started, dense, self.policy.immediate)
@@ -245,6 +249,18 @@ class Run:
         call.groups[block] = groups
         place(groups, gate.device)
         return groups
+
+    def _add_peer(self, groups: list[list[Group]], units: Units) -> None:
+        """Let reuses look at the passes of the CFG branch that the policy names, weighted as it says."""
+        found: tuple[str, NDArray[np.float32]] | None = getattr(self.policy, "peer", None)
+        if found is None:
+            return
+        cache, weights = self.branches[found[0]].cache, found[1]
+        for first, _ in units:
+            for group in groups[first]:
+                if group.code == REUSE and group.last >= 0:
+                    group.peer = cache
+                    group.peer_weights = _shared_weights(weights[:, group.unit], group.rows)
 
     def _keep_units(self, branch: Branch, blocks: int) -> None:
         """Give the branch a cache of the policy's units, unless it has one."""
@@ -269,7 +285,7 @@ class Run:
         if modulation is not None and any(m is not modulation for _, m in seen):
             modulation = torch.stack([m.to(first.device) for _, m in seen if m is not None])
         new = routers(x, modulation)
-        computed = call.actions >= 0
+        computed = (call.actions >= 0) | bool(getattr(self.policy, "reads_skipped", False))
         if not computed.all():
             old = torch.stack([torch.zeros_like(new[0]) if x is None else x for x in call.branch.logits])
             mask = torch.from_numpy(computed.T.copy())
@@ -426,6 +442,9 @@ def place(groups: Sequence[Group], device: torch.device) -> None:
         if isinstance(group.weights, Tensor):
             weights = group.weights.pin_memory() if device.type == "cuda" else group.weights
             group.weights = weights.to(device, non_blocking=True)
+        if isinstance(group.peer_weights, Tensor):
+            weights = group.peer_weights.pin_memory() if device.type == "cuda" else group.peer_weights
+            group.peer_weights = weights.to(device, non_blocking=True)
 
 
 def _all_reuse(groups: list[Group]) -> bool:

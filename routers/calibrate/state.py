@@ -56,7 +56,7 @@ class State:
 
     def batch(self, number: int) -> dict[str, Tensor] | None:
         """What a dense batch gave, or None if it was not finished."""
-        file = self._batch_file(number)
+        file = self.batch_file(number)
         if not file.is_file():
             return None
         try:
@@ -68,7 +68,7 @@ class State:
     def keep_batch(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Remember a finished dense batch."""
         own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # rows may share memory
-        write_whole({self._batch_file(number): lambda path: save_file(own, path)})
+        write_whole({self.batch_file(number): lambda path: save_file(own, path)})
 
     def probes(self, number: int) -> Probes | None:
         """What a batch of probes gave, or None if it was not finished."""
@@ -82,7 +82,8 @@ class State:
         text = json.dumps(self._gains)
         write_whole({self.folder / "gains.json": lambda path: Path(path).write_text(text, encoding="utf-8")})
 
-    def _batch_file(self, number: int) -> Path:
+    def batch_file(self, number: int) -> Path:
+        """Where a dense batch is kept."""
         return self.folder / f"record-{number:04d}.safetensors"
 
     def _check(self, before: Any, now: Mapping[str, Any]) -> None:

@@ -1,0 +1,131 @@
+"""Weights of the backbone that were trained with the routers: LoRA or all of them, on and off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..spec import TransformerSpec
+
+FILE = "backbone.safetensors"
+"""Beside `bundle.json`."""
+KINDS = ("routers", "lora", "full")
+"""What may be trained. The routers always are."""
+
+
+@dataclass
+class BackboneWeights:
+    """kind: "lora" or "full". tensors: by parameter name; for LoRA those of the adapters alone.
+
+    rank: of the LoRA; its scale is 1. targets: full names of the linears that have an adapter.
+    """
+
+    kind: str
+    tensors: dict[str, Tensor]
+    rank: int = 0
+    targets: tuple[str, ...] = ()
+
+    def description(self) -> dict[str, Any]:
+        """JSON data for `bundle.json`; the tensors go into FILE."""
+        return {"kind": self.kind, "rank": self.rank, "targets": list(self.targets)}
+
+    @classmethod
+    def read(cls, folder: Path, description: Mapping[str, Any]) -> BackboneWeights:
+        """Raises ValueError, one line, where the file is missing or damaged."""
+        file = folder / FILE
+        if not file.is_file():
+            raise ValueError(f"{file.name} is missing, which holds the backbone's trained weights")
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file.name} is damaged: {error}") from error
+        return cls(description["kind"], tensors, description["rank"], tuple(description["targets"]))
+
+    def apply(self, transformer: nn.Module) -> Callable[[], None]:
+        """Put the weights into a transformer; the returned function takes them out again.
+
+        What was there before stays in memory, so that it comes back bit by bit. Raises ValueError if the
+        weights do not fit.
+        """
+        with torch.no_grad():
+            return self._apply_lora(transformer) if self.kind == "lora" else self._apply_full(transformer)
+
+    def _apply_lora(self, transformer: nn.Module) -> Callable[[], None]:
+        undo = add_lora(transformer, self.targets, self.rank)
+        parameters = dict(transformer.named_parameters())
+        for name, tensor in self.tensors.items():
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                undo()
+                raise ValueError(f"the bundle's LoRA has {name} {list(tensor.shape)}, which does not fit")
+            parameters[name].copy_(tensor)
+            parameters[name].requires_grad_(False)
+        return undo
+
+    def _apply_full(self, transformer: nn.Module) -> Callable[[], None]:
+        parameters = dict(transformer.named_parameters())
+        wrong = [n for n, t in self.tensors.items() if n not in parameters or parameters[n].shape != t.shape]
+        if wrong or len(self.tensors) != len(parameters):
+            raise ValueError(
+                f"the bundle's weights do not fit this model ({wrong[0] if wrong else 'number'})"
+            )
+        before = {name: parameter.data for name, parameter in parameters.items()}
+        for name, tensor in self.tensors.items():
+            own = parameters[name]
+            own.data = tensor.to(own.device, own.dtype, copy=True)
+
+        def undo() -> None:
+            for name, data in before.items():
+                parameters[name].data = data.to(parameters[name].device)
+
+        return undo
+
+
+def lora_targets(transformer: nn.Module, spec: TransformerSpec) -> tuple[str, ...]:
+    """Full names of every linear inside the blocks, in order. A fused linear is one of them."""
+    found = []
+    for path in dict.fromkeys(block.path for block in spec.blocks):
+        for i, block in enumerate(attrgetter(path)(transformer)):
+            names = [name for name, module in block.named_modules() if type(module) is nn.Linear]
+            found += [f"{path}.{i}.{name}" for name in names]
+    return tuple(found)
+
+
+def add_lora(transformer: nn.Module, targets: tuple[str, ...], rank: int) -> Callable[[], None]:
+    """Give linears an adapter each (peft; B starts at 0, scale 1); the returned function removes them."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    missing = [name for name in targets if not _has(transformer, name)]
+    if missing:
+        raise ValueError(f"the bundle's LoRA is for {missing[0]}, which this transformer has not")
+    flags = {name: p.requires_grad for name, p in transformer.named_parameters()}
+    originals = {name: transformer.get_submodule(name) for name in targets}
+    attributes = set(transformer.__dict__)
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), transformer, adapter_name="elastic"
+    )
+
+    def undo() -> None:
+        for name, module in originals.items():
+            parent, _, child = name.rpartition(".")
+            setattr(transformer.get_submodule(parent), child, module)
+        for name in set(transformer.__dict__) - attributes:
+            del transformer.__dict__[name]
+        for name, parameter in transformer.named_parameters():
+            parameter.requires_grad_(flags[name])
+
+    return undo
+
+
+def _has(transformer: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(transformer.get_submodule(name), nn.Linear)
+    except AttributeError:
+        return False

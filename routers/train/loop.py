@@ -1,0 +1,361 @@
+"""`calibrate --method train`: the paper's own training (arXiv 2602.13993), for all budgets at once.
+
+1. record: the dense model's calls, their arguments and answers;
+2. gains: what an error at one step does to the final latents, which weighs the steps;
+3. train: routers, told a random budget per sample, alone or with the backbone;
+4. profile: what the routers spend at each step of a run, by which a run lands on its budget.
+
+Shapes: R rows, L tokens, C channels, K budgets, S steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..bundle import Bundle, Trained, architecture, fingerprint
+from ..calibrate.fit import first_moments
+from ..calibrate.gains import measure_gains
+from ..calibrate.state import State
+from ..calibrate.workload import Workload
+from ..elastic import Elastic
+from ..plan import Moments
+from ..spec import TransformerSpec
+from . import progress
+from .backbone import BackboneWeights, add_lora, lora_targets
+from .objective import Draw, Draws, Routers, decide, expected_spend, relative_error
+from .policy import Profile
+from .settings import TrainSettings
+from .student import Student
+from .trajectory import RecordedCall, Trajectories, record_batch
+
+Report = Callable[[str, int, int, str], None]
+"""(phase, done, of, what to say beside it)."""
+Log = Callable[[int, dict[str, float]], None]
+PROFILE_BUDGETS = 9
+
+
+class LossNotFiniteError(ArithmeticError):
+    """A loss term or the gradient became NaN or infinite."""
+
+    def __init__(self, term: str, value: float, step: int, steps: int, kept: int) -> None:
+        after = f"the state after step {kept} is kept" if kept else "no state was kept yet"
+        super().__init__(
+            f"{term} is {value:g} at step {step} of {steps}; {after}: "
+            "continue with --resume and a lower --learning-rate, or another --dtype"
+        )
+
+
+@dataclass
+class Training:
+    """Everything a training works on. processes: an accelerate.Accelerator. data [samples, L, C]: latents of
+    pictures that the prompts describe, or None. Their time must be the share of noise in them.
+    """
+
+    transformer: nn.Module
+    spec: TransformerSpec
+    workload: Workload
+    settings: TrainSettings
+    processes: Any
+    state: State | None = None
+    data: Tensor | None = None
+    report: Report = lambda phase, done, total, beside: None
+    log: Log = lambda step, terms: None
+
+    def run(self, base_model: str, guidance: float) -> Bundle:
+        """Train and return the bundle, the same in every process; the transformer is left as it was.
+
+        Raises LossNotFiniteError, NotFiniteError, ValueError, OSError.
+        """
+        prints = architecture(self.transformer), fingerprint(self.transformer)
+        recorded, moments = self._record(guidance)
+        student = Student(self.transformer, self.spec, self.settings.save_memory)
+        undo, backbone = self._open_backbone()
+        torch.manual_seed(self.settings.seed)
+        pooled, modulation = recorded.features(0, recorded.calls(0)[0], 0, self.device)
+        time_dim = 0 if modulation is None else modulation.shape[-1]
+        routers = Routers(len(pooled), pooled.shape[-1], time_dim, self.settings.hidden).to(self.device)
+        student.attach()
+        try:
+            last = self._optimise(student, routers, backbone, recorded, moments)
+        finally:
+            student.detach()
+            kept = {name: p.detach().cpu().clone() for name, p in backbone.items()}
+            undo()
+        return Bundle(
+            spec=self.spec,
+            moments=moments,
+            routers=[{k: v.cpu() for k, v in router.state_dict().items()} for router in routers.blocks],
+            base_model=base_model,
+            architecture=prints[0],
+            fingerprint=prints[1],
+            num_steps=self.workload.num_steps,
+            guidance=guidance,
+            times=recorded.tensor(0, "times").tolist(),
+            per_sample=True,
+            min_budget=self.settings.low,
+            trained=Trained(self._profile(routers, recorded), self._weights(kept)),
+            metadata={
+                "method": "train",
+                "training": asdict(self.settings),
+                "processes": self.processes.num_processes,
+                "rows": self.workload.rows * self.workload.num_batches,
+                "data": None if self.data is None else len(self.data),
+                "loss": {name: round(value, 6) for name, value in last.items()},
+            },
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return next(self.transformer.parameters()).device
+
+    # -- before --------------------------------------------------------------------------------
+
+    def _record(self, guidance: float) -> tuple[Trajectories, Moments]:
+        """Run the dense model, batches shared out among the processes, and weigh its steps."""
+        elastic, total = Elastic(self.transformer, self.spec), self.workload.num_batches
+        recorded = Trajectories(self.workload, self.spec, len(elastic.blocks))
+        processes = self.processes
+        try:
+            for batch in range(total):
+                shared = self.state is not None
+                if shared and batch % processes.num_processes != processes.process_index:
+                    continue
+                if self.state is not None and self.state.batch(batch) is not None:
+                    continue
+                tensors = record_batch(elastic, self.workload, batch)
+                if self.state is None:
+                    recorded.hold(batch, tensors)
+                else:
+                    self.state.keep_batch(batch, tensors)
+                self.report("record", batch + 1, total, "")
+            processes.wait_for_everyone()
+            self.report("record", total, total, "")
+            if self.state is not None:
+                recorded.open(self.state)
+            record = recorded.record()
+            moments = first_moments(record, self.workload.branches, guidance)
+            gain = measure_gains(
+                elastic, self.workload, record, moments, self.settings.probes,
+                lambda done, of: self.report("gains", done, of, ""),
+                self.state if processes.is_main_process else None,
+            )  # fmt: skip
+        finally:
+            elastic.detach()
+        return recorded, replace(moments, gain=gain)
+
+    def _open_backbone(self) -> tuple[Callable[[], None], dict[str, nn.Parameter]]:
+        """Make the backbone's part trainable: how to undo it, and its parameters by name."""
+        transformer, flags = self.transformer, [p.requires_grad for p in self.transformer.parameters()]
+        transformer.requires_grad_(False)
+
+        def close() -> None:
+            for parameter, flag in zip(transformer.parameters(), flags, strict=True):
+                parameter.requires_grad_(flag)
+
+        if self.settings.train == "routers":
+            return close, {}
+        torch.manual_seed(self.settings.seed)
+        if self.settings.train == "lora":
+            remove = add_lora(transformer, lora_targets(transformer, self.spec), self.settings.rank)
+            adapters = {n: p for n, p in transformer.named_parameters() if ".lora_" in n}
+            for parameter in adapters.values():
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+            return lambda: _both(remove, close), adapters
+        before = {name: p.data for name, p in transformer.named_parameters()}
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.float().clone()
+            parameter.requires_grad_(True)
+
+        def put_back() -> None:
+            for name, parameter in transformer.named_parameters():
+                parameter.data = before[name]
+            close()
+
+        return put_back, dict(transformer.named_parameters())
+
+    # -- training ------------------------------------------------------------------------------
+
+    def _optimise(
+        self,
+        student: Student,
+        routers: Routers,
+        backbone: dict[str, nn.Parameter],
+        recorded: Trajectories,
+        moments: Moments,
+    ) -> dict[str, float]:
+        """Train; the last step's loss terms."""
+        own, settings = self.settings, self.settings
+        named = {f"router.{n}": p for n, p in routers.named_parameters()}
+        named |= {f"backbone.{n}": p for n, p in backbone.items()}
+        groups = [{"params": list(routers.parameters()), "lr": own.rate}]
+        if backbone:
+            groups.append({"params": list(backbone.values()), "lr": own.backbone_rate})
+        optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+        start = 0 if self.state is None else progress.restore(self.state.folder, named, optimiser)
+        draws = Draws(recorded, self.workload, moments, own.low, own.seed)
+        terms: dict[str, float] = {}
+        kept = start
+        for step in range(start, settings.steps):
+            for group, rate in zip(optimiser.param_groups, (own.rate, own.backbone_rate), strict=False):
+                group["lr"] = rate * rate_at(step, own.steps)
+            optimiser.zero_grad(set_to_none=True)
+            drawn = draws.draw(step, self.processes.process_index, self.processes.num_processes)
+            terms = self._backward(student, routers, recorded, *drawn, step)
+            terms["gradient"] = self._average(list(named.values()))
+            for term, value in terms.items():
+                if not math.isfinite(value):
+                    what = term if term == "gradient" else f"the {term} loss"
+                    raise LossNotFiniteError(what, value, step + 1, own.steps, kept)
+            optimiser.step()
+            done = step + 1
+            if self.state is not None and (done % own.every == 0 or done == own.steps):
+                if self.processes.is_main_process:
+                    progress.keep(self.state.folder, done, named, optimiser)
+                self.processes.wait_for_everyone()
+                kept = done
+            self.log(done, {**terms, "rate": optimiser.param_groups[0]["lr"]})
+            self.report("train", done, own.steps, f"loss {terms['total']:.4f}")
+        return terms
+
+    def _backward(
+        self,
+        student: Student,
+        routers: Routers,
+        recorded: Trajectories,
+        draw: Draw,
+        generator: torch.Generator,
+        step: int,
+    ) -> dict[str, float]:
+        """Gradients of one draw; its loss terms, averaged over the processes."""
+        device, own = self.device, self.settings
+        call = recorded.call(draw.batch, draw.branch, draw.step, device)
+        budget = draw.budget.to(device)
+        if own.train == "routers":
+            seen = recorded.features(draw.batch, draw.branch, draw.step - 1, device)
+        else:  # the backbone has moved on from what was recorded
+            seen = student.features(recorded.call(draw.batch, draw.branch, draw.step - 1, device))
+        gate, width = routers(*seen, budget)
+        decision = decide(gate, width, noise_at(step, own), generator)
+        with student.deciding(decision):
+            with self.processes.autocast():
+                answered = student(call)
+            parts = {"distillation": relative_error(answered, call.output, draw.weight.to(device))}
+            if self.data is not None and own.denoise and draw.branch != "uncond":
+                parts["denoising"] = own.denoise * self._denoise(student, call, draw, generator)
+            spend = expected_spend(routers, recorded, draw.batch, draw.branch, budget).mean(dim=0)
+            parts["cost"] = own.cost * (spend - budget).square().mean()
+            total = torch.stack(list(parts.values())).sum()
+            self.processes.backward(total)
+        found = torch.stack([total.detach(), *(x.detach() for x in parts.values())])
+        # not every process has a denoising term, so each is averaged on its own
+        names = ("distillation", "denoising", "cost")
+        table = torch.stack([parts[n].detach() if n in parts else found.new_zeros(()) for n in names])
+        table = self.processes.reduce(torch.cat([found[:1], table]), "mean")
+        values = dict(zip(("total", *names), table.tolist(), strict=True))
+        if self.data is None:
+            del values["denoising"]
+        # what broke is named before the sum that it broke
+        return {**{n: v for n, v in values.items() if n != "total"}, "total": values["total"]}
+
+    def _denoise(
+        self, student: Student, call: RecordedCall, draw: Draw, generator: torch.Generator
+    ) -> Tensor:
+        """Rectified flow on data: at time t the latents are (1 - t) data + t noise, the velocity
+        is noise - data.
+        """
+        assert self.data is not None
+        first, name = draw.batch * self.workload.rows, self.spec.sample
+        rows = [i % len(self.data) for i in range(first, first + self.workload.rows)]
+        data = self.data[rows].to(self.device)
+        noise = torch.randn(data.shape, generator=generator).to(self.device)
+        time = call.inputs[self.spec.timestep].float().view(-1, *([1] * (data.dim() - 1)))
+        noised = ((1 - time) * data + time * noise).to(call.inputs[name].dtype)
+        with self.processes.autocast():
+            answered = student(replace(call, inputs={**call.inputs, name: noised}))
+        return relative_error(answered, noise - data, torch.ones(len(data), device=self.device))
+
+    def _average(self, parameters: list[nn.Parameter]) -> float:
+        """Average the gradients over the processes, and clip them: their norm before."""
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.processes.num_processes > 1:
+            flat = self.processes.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        return float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip))
+
+    # -- after ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _profile(self, routers: Routers, recorded: Trajectories) -> Profile:
+        """Mean expected spend at PROFILE_BUDGETS budgets, over all recorded rows."""
+        budgets = np.linspace(self.settings.low, 1.0, PROFILE_BUDGETS)
+        spend = []
+        for budget in budgets:
+            found = []
+            for batch in range(recorded.num_batches):
+                for branch in recorded.calls(batch):
+                    rows = recorded.plain(batch)[branch]["rows"]
+                    asked = torch.full((rows,), float(budget), device=self.device)
+                    found.append(expected_spend(routers, recorded, batch, branch, asked).mean(1))
+            spend.append(torch.stack(found).mean(0).cpu().double().numpy())
+        return Profile(budgets, np.stack(spend))
+
+    def _weights(self, tensors: dict[str, Tensor]) -> BackboneWeights | None:
+        if self.settings.train == "routers":
+            return None
+        if self.settings.train == "full":
+            dtype = next(self.transformer.parameters()).dtype
+            return BackboneWeights("full", {name: t.to(dtype) for name, t in tensors.items()})
+        targets = lora_targets(self.transformer, self.spec)
+        return BackboneWeights("lora", tensors, self.settings.rank, targets)
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> None:
+    first()
+    second()
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Share of the learning rate: warm-up over 5 % of the steps, then a cosine down to a tenth."""
+    warm = max(1, round(0.05 * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def noise_at(step: int, settings: TrainSettings) -> float:
+    """Scale of the noise on the decisions: 1, then falling to 0 over the last share `settle`."""
+    fading = settings.settle * settings.steps
+    return 1.0 if fading == 0 else min(1.0, (settings.steps - step) / fading)
+
+
+def log_to(folder: Path, start_anew: bool) -> tuple[Log, Callable[[], None]]:
+    """A log that TensorBoard reads, and how to close it. Raises ImportError without tensorboard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writers: list[Any] = []
+
+    def log(step: int, terms: dict[str, float]) -> None:
+        if not writers:  # what an attempt wrote after the state it left is overwritten
+            writers.append(SummaryWriter(str(folder), purge_step=None if start_anew else step))
+        for name, value in terms.items():
+            writers[0].add_scalar(name if name in ("rate", "gradient") else f"loss/{name}", value, step)
+
+    def close() -> None:
+        for writer in writers:
+            writer.close()
+
+    return log, close

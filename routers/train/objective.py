@@ -1,0 +1,131 @@
+"""What is minimised: distance to the dense model, distance to data, and spend away from the budget.
+
+Decisions are drawn with Gumbel noise and taken hard, with the gradient of the soft probabilities (straight-
+through; Jang et al., arXiv 1611.01144). A fixed threshold would open and close the same blocks again and
+again and learn of the others from a soft gradient alone; with noise each row tries sub-networks in proportion
+to their probability, which is also what the cost term counts. The noise fades out, because decisions are
+taken without it later.
+
+Shapes: R rows, N blocks, S steps, W widths, D dim, E time embedding dim, G CFG branches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..calibrate.workload import Workload
+from ..plan import Moments
+from ..spec import WIDTHS
+from .router import BudgetRouter
+from .student import Decision
+from .trajectory import Trajectories
+
+
+class Routers(nn.Module):
+    """The routers of all blocks, read together."""
+
+    def __init__(self, blocks: int, dim: int, time_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(BudgetRouter(dim, time_dim, hidden) for _ in range(blocks))
+
+    def forward(self, pooled: Tensor, modulation: Tensor | None, budget: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled [N, R, D], modulation [R, E], budgets [R] -> gate logits [R, N], width logits [R, N, W]."""
+        found = [
+            router.at_budgets(x, modulation, budget)  # type: ignore[operator]
+            for router, x in zip(self.blocks, pooled, strict=True)
+        ]
+        return torch.stack([gate for gate, _ in found], 1), torch.stack([width for _, width in found], 1)
+
+
+def decide(gate: Tensor, width: Tensor, noise: float, generator: torch.Generator) -> Decision:
+    """Hard decisions with soft gradients from logits. noise in [0, 1]: scale of the Gumbel noise, drawn on
+    the CPU, so that a seed means the same on every device.
+    """
+    # the difference of two Gumbel variables is logistic
+    uniform = torch.rand(gate.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(gate.device)
+    soft_gate = torch.sigmoid(gate + noise * torch.logit(uniform))
+    uniform = torch.rand(width.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(gate.device)
+    soft_width = torch.softmax(width - noise * torch.log(-torch.log(uniform)), dim=-1)
+    hard_gate = (soft_gate > 0.5).to(gate.dtype)
+    hard_width = nn.functional.one_hot(soft_width.argmax(-1), len(WIDTHS)).to(gate.dtype)
+    return Decision(
+        hard_gate + (soft_gate - soft_gate.detach()), hard_width + (soft_width - soft_width.detach())
+    )
+
+
+def expected_spend(
+    routers: Routers, recorded: Trajectories, batch: int, branch: str, budget: Tensor
+) -> Tensor:
+    """Share of dense FLOPs [S, R] that each step of a batch is expected to spend at budgets [R].
+
+    From the recorded inputs of the routers alone, so that a whole run costs no pass of the backbone. Routers
+    decide one step ahead, and the first step is dense.
+    """
+    device = budget.device
+    costs, steps = recorded.costs(batch, branch, device), recorded.num_steps
+    seen = [recorded.features(batch, branch, s, device) for s in range(steps - 1)]
+    pooled = torch.cat([x for x, _ in seen], dim=1)
+    modulation = torch.cat([m for _, m in seen if m is not None]) if seen[0][1] is not None else None
+    gate, width = routers(pooled, modulation, budget.repeat(steps - 1))
+    mean_width = torch.softmax(width, -1) @ torch.tensor(WIDTHS, device=device)
+    spend = costs.at(torch.sigmoid(gate), mean_width).view(steps - 1, -1).float()
+    return torch.cat([torch.ones_like(spend[:1]), spend])
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one optimiser step is made of. budget [R]; rows of a sample in several CFG branches share theirs.
+
+    weight [R]: of each row's error.
+    """
+
+    batch: int
+    branch: str
+    step: int
+    budget: Tensor
+    weight: Tensor
+
+
+class Draws:
+    """Which recorded call is trained on at which step: a function of seed, step and process, nothing else.
+
+    So a training that is continued sees what it would have seen. Calls are drawn in proportion to the square
+    root of what an error there does to the final latents, and weighted by the other root.
+    """
+
+    def __init__(
+        self, recorded: Trajectories, workload: Workload, moments: Moments, low: float, seed: int
+    ) -> None:
+        self.recorded, self.samples, self.low, self.seed = recorded, workload.rows, low, seed
+        gain = torch.from_numpy(moments.gain.copy()).float()[1:]
+        mixing = torch.from_numpy(moments.mixing.copy()).float().square()
+        self.importance_GS = mixing[:, None] * gain
+        self.importance_GS /= self.importance_GS.mean()
+
+    def draw(self, step: int, process: int, processes: int) -> tuple[Draw, torch.Generator]:
+        """The draw of an optimiser step in one of several processes, and the generator for its noise."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step * processes + process)
+        batch = int(torch.randint(self.recorded.num_batches, (1,), generator=generator))
+        names = self.recorded.calls(batch)
+        shared = len(names) < len(self.importance_GS)
+        table = self.importance_GS.mean(0, keepdim=True) if shared else self.importance_GS
+        root = table.flatten().sqrt()
+        chosen = int(torch.multinomial(root, 1, generator=generator))
+        call, at = divmod(chosen, table.shape[1])
+        factor = float(root[chosen] * root.sum() / table.sum())
+        budget = self.low + (1 - self.low) * torch.rand(self.samples, generator=generator)
+        parts = len(self.importance_GS) if shared else 1
+        weight = torch.full((self.samples * parts,), factor)
+        if shared:
+            own = self.importance_GS[:, at] / table[0, at].clamp_min(1e-12)
+            weight *= own.repeat_interleave(self.samples)
+        return Draw(batch, names[call], at + 1, budget.repeat(parts), weight), generator
+
+
+def relative_error(answered: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean over rows of the squared error, over the target's mean energy."""
+    error = (answered.float() - target.float()).flatten(1).square().mean(1)
+    return (weight * error).mean() / target.float().square().mean().clamp_min(1e-12)

@@ -1,0 +1,135 @@
+"""Decisions of trained routers, made to land on the asked budget.
+
+The routers were trained to be told the budget and to spend it over a whole run. What is left to do at run
+time is small: in every call each row is given its share of what is left, as the routers want to spread it
+over the steps, and opens the blocks in the order of their gate logits until the share is spent; widths take
+up the rest. The first call of a run has no logits yet and computes everything, as in training.
+
+Shapes: R rows, N blocks, S steps, K known budgets, W widths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..policy import CallInfo, RunInfo, Units
+from ..spec import WIDTHS
+from ..trace import FULL, SKIP, Actions
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What trained routers spend at each step of a run: budgets [K] ascending, spend [K, S] (ratios)."""
+
+    budgets: Array
+    spend: Array
+
+    def at(self, budget: float, num_steps: int) -> Array:
+        """[num_steps] for any budget and step count, interpolated; the first step is dense."""
+        rows = np.stack([np.interp(budget, self.budgets, column) for column in self.spend.T])
+        known = np.linspace(0, 1, max(len(rows) - 1, 1))
+        later = np.interp(
+            np.linspace(0, 1, max(num_steps - 1, 1)), known, rows[1:] if len(rows) > 1 else rows
+        )
+        return np.concatenate([[1.0], later])[:num_steps]
+
+
+class TrainedPolicy:
+    """A budget policy on trained routers. batch_mean: all rows follow the batch's mean logits.
+
+    Raises ValueError in `decide` where a budget cannot be reached in so few steps.
+    """
+
+    cache_depth, order, reads_routers, immediate = 0, 0, True, False
+    reads_skipped = True
+    """The routers of skipped blocks are read too: what is closed now may open in the next step."""
+    stores: NDArray[np.int8] | None = None
+    units: Units | None = None
+    weights: NDArray[np.float32] | None = None
+    plan: None = None
+    """There is no plan of whole steps (see `PlannedPolicy.plan`)."""
+
+    def __init__(self, profile: Profile, *, batch_mean: bool = False) -> None:
+        self.profile, self.batch_mean = profile, batch_mean
+        self._run = RunInfo(0, 1, 1.0)
+
+    def start(self, run: RunInfo) -> None:
+        """A new run begins."""
+        self._run = run
+        self.reads_routers = run.budget < 1.0
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """The run turned out to have another number of steps."""
+        self._run = replace(self._run, num_steps=num_steps)
+
+    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
+        """Action codes int8 [R, N]; logits [R, N, 5] of the branch's previous call, or None."""
+        codes = np.full((call.rows, len(call.costs)), FULL, np.int8)
+        if logits is None or self._run.budget >= 1.0 or call.step >= self._run.num_steps:
+            return codes
+        if self.batch_mean:
+            logits = np.broadcast_to(logits.mean(axis=0), logits.shape)
+        table = cost_table(call)
+        around = call.outside + len(call.costs) * call.overhead
+        dense = call.outside + float(table[:, -1].sum())
+        steps = self._run.num_steps
+        total = self._run.budget * steps * dense
+        later = self.profile.at(self._run.budget, steps)[call.step + 1 :] * dense
+        for row in range(call.rows):
+            wanted = around + expected_cost(logits[row], table)
+            left = total - call.spent[row]
+            share = left * wanted / (wanted + later.sum())
+            # never more than dense, nor so little (so much) that the rest of the run cannot make up for it
+            most = left - len(later) * around
+            share = min(max(share, left - len(later) * (around + table[:, -1].sum())), most)
+            codes[row] = allocate(logits[row], table, share - around)
+        return codes
+
+    def decide_block(
+        self, call: CallInfo, block: int, gate: NDArray[np.float32], widths: NDArray[np.float32]
+    ) -> Actions:
+        """Not an immediate policy."""
+        raise AssertionError("TrainedPolicy decides before the blocks run")
+
+
+def cost_table(call: CallInfo) -> Array:
+    """FLOPs of each block at each width [N, W]."""
+    return np.array([[cost.at(width) for width in WIDTHS] for cost in call.costs])
+
+
+def expected_cost(logits: NDArray[np.float32], table: Array) -> float:
+    """FLOPs that the blocks of a call cost when gates and widths are drawn from logits [N, 5]."""
+    gate = 1 / (1 + np.exp(-np.clip(logits[:, 0].astype(np.float64), -30, 30)))
+    width = np.exp(logits[:, 1:].astype(np.float64) - logits[:, 1:].max(axis=1, keepdims=True))
+    width /= width.sum(axis=1, keepdims=True)
+    return float((gate * (width * table).sum(axis=1)).sum())
+
+
+def allocate(logits: NDArray[np.float32], table: Array, target: float) -> Actions:
+    """Codes [N] that cost as near to `target` FLOPs as it gets, following logits [N, 5].
+
+    Blocks open at their most probable width, in the order of their gates, while that brings the cost nearer
+    to the target. What then is missing widens the most open blocks, what is too much narrows the least open.
+    """
+    order = np.argsort(-logits[:, 0], kind="stable")
+    width = logits[:, 1:].argmax(axis=1)
+    codes = np.full(len(table), SKIP, np.int8)
+    spent = 0.0
+    for block in order:
+        price = table[block, width[block]]
+        if abs(spent + price - target) > abs(spent - target):
+            break
+        codes[block], spent = width[block], spent + price
+    opened = order[codes[order] >= 0]
+    for block in opened if spent < target else opened[::-1]:
+        own = table[block] - table[block, codes[block]]
+        best = int(np.abs(spent + own - target).argmin())
+        if abs(spent + own[best] - target) < abs(spent - target):
+            spent += float(own[best])
+            codes[block] = best
+    return codes

@@ -1,0 +1,133 @@
+"""The student: a transformer whose blocks obey soft decisions, so that gradients reach the routers.
+
+A block gives x + gate * (block(x) - x) on all its residual streams, and a mask on the hidden units of its
+image MLP stands for the width. At run time decisions save the work instead; here everything is computed,
+which is what tells a gate whether it would have been better open.
+
+Shapes: R rows, L tokens, D dim, F hidden units, N blocks, W widths.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..block import Block
+from ..elastic import _find_blocks
+from ..patching import Patch, patch_forward, restore_forward
+from ..spec import WIDTHS, TransformerSpec
+from ..width import MlpSlicer
+from .trajectory import RecordedCall, answer
+
+
+@dataclass(frozen=True)
+class Decision:
+    """gate [R, N] and width shares [R, N, W] of a call, 0 or 1 in value, with straight-through gradients."""
+
+    gate: Tensor
+    width: Tensor
+
+    def ratio(self) -> Tensor:
+        """MLP widths [R, N] as ratios."""
+        return self.width @ torch.tensor(WIDTHS, device=self.width.device)
+
+
+class Student:
+    """Patches a transformer's blocks. save_memory: recompute each block in the backward pass."""
+
+    def __init__(self, transformer: nn.Module, spec: TransformerSpec, save_memory: bool = False) -> None:
+        self.transformer, self.save_memory = transformer, save_memory
+        self.blocks = _find_blocks(transformer, spec, None)
+        self._decision: Decision | None = None
+        self._inputs: list[tuple[Tensor, Tensor | None]] | None = None
+        self._patches: list[tuple[nn.Module, Patch]] = []
+        self._hooks: list[Any] = []
+
+    def attach(self) -> None:
+        """Patch every block, and hook its MLPs as they are now (adapters included)."""
+        for block in self.blocks:
+            forward = functools.partial(self._forward, block)
+            self._patches.append((block.module, patch_forward(block.module, forward)))
+            for slicer in block.slicers:
+                hook = functools.partial(self._mask, block.index, slicer)
+                linear = block.module.get_submodule(slicer.spec.out_linear)
+                self._hooks.append(linear.register_forward_pre_hook(hook))
+
+    def detach(self) -> None:
+        """Leave a clean transformer."""
+        for hook in self._hooks:
+            hook.remove()
+        for module, patch in reversed(self._patches):
+            restore_forward(module, patch)
+        self._hooks, self._patches, self._decision = [], [], None
+
+    @contextmanager
+    def deciding(self, decision: Decision) -> Iterator[None]:
+        """Obey a decision inside the context; the backward pass belongs into it too."""
+        self._decision = decision
+        try:
+            yield
+        finally:
+            self._decision = None
+
+    def __call__(self, call: RecordedCall) -> Tensor:
+        """The prediction [R, L, C] for a recorded call's arguments."""
+        return answer(self.transformer(**call.inputs))
+
+    @torch.no_grad()
+    def features(self, call: RecordedCall) -> tuple[Tensor, Tensor | None]:
+        """The routers' inputs as the student makes them, all blocks open: pooled [N, R, D], modulation."""
+        seen: list[tuple[Tensor, Tensor | None]] = []
+        self._inputs = seen
+        try:
+            self.transformer(**call.inputs)
+        finally:
+            self._inputs = None
+        return torch.stack([pooled for pooled, _ in seen]), seen[0][1]
+
+    def _forward(self, block: Block, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = block.bind(args, kwargs)
+        before = block.streams(inputs)
+        if self._inputs is not None:
+            modulation = inputs[block.spec.modulation] if block.spec.modulation else None
+            self._inputs.append((before[0].float().mean(dim=1), modulation))
+        decision = self._decision
+        if decision is None:
+            return original(*args, **kwargs)
+
+        def compute(*streams: Tensor) -> tuple[Tensor, ...]:
+            named = {**inputs, **dict(zip(block.spec.streams, streams, strict=True))}
+            return block.unpack(original(**named))
+
+        if self.save_memory and torch.is_grad_enabled():
+            after = checkpoint(compute, *before, use_reentrant=False)
+        else:
+            after = compute(*before)
+        gate = decision.gate[:, block.index, None, None]
+        return block.pack([x + gate.to(x.dtype) * (y - x) for x, y in zip(before, after, strict=True)])
+
+    def _mask(self, index: int, slicer: MlpSlicer, _module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if self._decision is None:
+            return None
+        x = args[0]
+        mask_RF = unit_mask(self._decision.width[:, index], slicer)
+        mask = mask_RF.view(len(mask_RF), *([1] * (x.dim() - 2)), -1).to(x.dtype)
+        if slicer.column_offset:
+            own = x[..., slicer.column_offset :] * mask
+            return (torch.cat([x[..., : slicer.column_offset], own], dim=-1), *args[1:])
+        return (x * mask, *args[1:])
+
+
+def unit_mask(width: Tensor, slicer: MlpSlicer) -> Tensor:
+    """Which hidden units [R, F] belong to width shares [R, W]: all up to the chosen width's last."""
+    ends = [slicer.units(ratio) for ratio in WIDTHS]
+    sizes = torch.tensor([end - start for start, end in zip([0, *ends], ends, strict=False)])
+    wide_enough = width.flip(-1).cumsum(-1).flip(-1)
+    return wide_enough.repeat_interleave(sizes.to(width.device), dim=-1)

@@ -1,0 +1,256 @@
+"""Recorded runs of the dense model: what training distils from.
+
+Beside what `calibrate.record` keeps of a batch (moments, the routers' inputs, final latents), every
+transformer call is kept: its arguments, so that it can be made again, and what the dense model answered.
+
+Shapes: R rows, L tokens, C channels, D dim, E time embedding dim, N blocks, S steps, G CFG branches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..calibrate.record import Record, Recorder, _join
+from ..calibrate.state import State
+from ..calibrate.workload import Workload, run_patched
+from ..elastic import Computed, Elastic
+from ..patching import patch_forward, restore_forward
+from ..policy import OpenPolicy
+from ..spec import TransformerSpec
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs of a call per row: dense [N] and mlp [N] as `cost.BlockCost`, outside the blocks."""
+
+    dense: Tensor
+    mlp: Tensor
+    outside: float
+
+    def at(self, gate: Tensor, width: Tensor) -> Tensor:
+        """Share of dense FLOPs [...] at gates [..., N] and widths [..., N] in [0, 1]."""
+        spent = (gate * (self.dense - (1 - width) * self.mlp)).sum(-1) + self.outside
+        return spent / (self.dense.sum() + self.outside)
+
+
+@dataclass
+class RecordedCall:
+    """One dense call. inputs: its arguments. output [R, L, C]. branches: of its rows [R], numbered."""
+
+    inputs: dict[str, Any]
+    output: Tensor
+    costs: Costs
+    branches: Tensor
+
+
+class CallRecorder:
+    """Keeps the arguments and answers of the transformer in one batch; blocks are watched by a `Recorder`."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.tensors: dict[str, Tensor] = {}
+        self.plain: dict[str, Any] = {}
+        self._seen: Computed | None = None
+        self._first: dict[str, dict[str, Tensor]] = {}
+
+    def observe(self, seen: Computed) -> None:
+        """A block was computed."""
+        self._seen = seen
+        self.recorder(seen)
+
+    def forward(self, names: Sequence[str], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Replaces the transformer's forward."""
+        output = original(*args, **kwargs)
+        assert self._seen is not None
+        info = self._seen.call.info
+        key = f"{info.branch}.{info.step}"
+        tensors, plain = flatten({**dict(zip(names, args, strict=False)), **kwargs})
+        if info.branch not in self._first:
+            self._first[info.branch] = {}
+            self.plain[info.branch] = {
+                "values": plain,
+                "dense": [cost.dense for cost in info.costs],
+                "mlp": [cost.mlp for cost in info.costs],
+                "outside": info.outside,
+                "rows": info.rows,
+            }
+        known = self._first[info.branch]
+        for name, tensor in tensors.items():
+            # what is the same in all steps, embeddings of prompts above all, is kept once
+            if name in known and _same(known[name], tensor):
+                continue
+            known.setdefault(name, tensor)
+            self.tensors[f"in.{key}.{name}"] = tensor.detach().cpu().clone()
+        self.tensors[f"out.{key}"] = answer(output).detach().cpu()
+        return output
+
+    def kept(self, latents: Tensor) -> dict[str, Tensor]:
+        """All tensors of the batch, the plain values among them as JSON in bytes."""
+        text = json.dumps(self.plain).encode()
+        plain = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        return {**self.recorder.tensors(latents), **self.tensors, "plain": plain}
+
+
+def record_batch(elastic: Elastic, workload: Workload, batch: int) -> dict[str, Tensor]:
+    """Run one batch densely; what `Trajectories` reads. Raises NotFiniteError, ValueError."""
+    watcher = CallRecorder(Recorder(workload, elastic.segments, batch))
+
+    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return watcher.forward(elastic.names, original, *args, **kwargs)
+
+    patch = patch_forward(elastic.transformer, forward)
+    elastic.observer = watcher.observe
+    try:
+        latents = run_patched(elastic, workload, batch, OpenPolicy(), "record")
+    finally:
+        elastic.observer = None
+        restore_forward(elastic.transformer, patch)
+    return watcher.kept(latents)
+
+
+class Trajectories:
+    """The recorded batches of a workload, read from files as they are needed or held in memory."""
+
+    def __init__(self, workload: Workload, spec: TransformerSpec, blocks: int) -> None:
+        self.branches, self.num_steps, self.rows = workload.branches, workload.num_steps, workload.rows
+        self.num_batches, self.spec, self.blocks = workload.num_batches, spec, blocks
+        self._held: dict[int, Mapping[str, Tensor] | Any] = {}
+        self._plain: dict[int, Any] = {}
+
+    def hold(self, batch: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a batch in memory."""
+        self._held[batch] = tensors
+
+    def open(self, state: State) -> None:
+        """Read batches from a calibration's state, memory-mapped."""
+        for batch in range(self.num_batches):
+            self._held[batch] = safe_open(state.batch_file(batch), framework="pt")
+
+    def tensor(self, batch: int, name: str) -> Tensor:
+        """One tensor of a batch."""
+        held = self._held[batch]
+        found: Tensor = held[name] if isinstance(held, Mapping) else held.get_tensor(name)
+        return found
+
+    def has(self, batch: int, name: str) -> bool:
+        """Whether a batch has a tensor."""
+        return name in self._held[batch].keys()  # noqa: SIM118 - a file is no mapping
+
+    def plain(self, batch: int) -> Any:
+        """Arguments that are no tensors, and costs, by the name of the call's branch."""
+        if batch not in self._plain:
+            self._plain[batch] = json.loads(bytes(self.tensor(batch, "plain").tolist()))
+        return self._plain[batch]
+
+    def calls(self, batch: int) -> list[str]:
+        """Names of the branches that are called for themselves; rows of several may share a call."""
+        return list(self.plain(batch))
+
+    def call(self, batch: int, branch: str, step: int, device: torch.device) -> RecordedCall:
+        """A call of a step, its tensors on a device."""
+        plain, tensors = self.plain(batch)[branch], {}
+        for name in plain["values"]["tensors"]:
+            key = f"in.{branch}.{step}.{name}"
+            key = key if self.has(batch, key) else f"in.{branch}.0.{name}"
+            tensors[name] = self.tensor(batch, key).to(device)
+        rows = plain["rows"]
+        numbers = self._numbers(branch, rows)
+        return RecordedCall(
+            inputs=unflatten(tensors, plain["values"]),
+            output=self.tensor(batch, f"out.{branch}.{step}").to(device),
+            costs=self.costs(batch, branch, device),
+            branches=torch.tensor(numbers).repeat_interleave(rows // len(numbers)),
+        )
+
+    def costs(self, batch: int, branch: str, device: torch.device) -> Costs:
+        """FLOPs of a branch's calls."""
+        plain = self.plain(batch)[branch]
+        dense, mlp = (torch.tensor(plain[name], device=device).double() for name in ("dense", "mlp"))
+        return Costs(dense, mlp, plain["outside"])
+
+    def features(
+        self, batch: int, branch: str, step: int, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """The routers' inputs in a call: pooled [N, R, D] and modulation [R, E] or None."""
+        numbers = self._numbers(branch, self.plain(batch)[branch]["rows"])
+        pooled = torch.stack(
+            [
+                torch.cat([self.tensor(batch, f"pooled.{g}.{step}.{n}") for g in numbers])
+                for n in range(self.blocks)
+            ]
+        )
+        if not self.has(batch, f"modulation.{numbers[0]}.{step}"):
+            return pooled.float().to(device), None
+        modulation = torch.cat([self.tensor(batch, f"modulation.{g}.{step}") for g in numbers])
+        return pooled.float().to(device), modulation.float().to(device)
+
+    def record(self) -> Record:
+        """What `calibrate.fit` works with."""
+        names = ("gram", "latents", "times", "pooled", "modulation")
+        batches = [
+            {k: self.tensor(b, k) for k in self._held[b].keys() if k.split(".")[0] in names}  # noqa: SIM118
+            for b in range(self.num_batches)
+        ]
+        return _join(batches, len(self.branches), self.num_steps, self.blocks)
+
+    def _numbers(self, branch: str, rows: int) -> list[int]:
+        if branch in self.branches:
+            return [self.branches.index(branch)]
+        return list(range(len(self.branches)))
+
+
+def answer(output: Any) -> Tensor:
+    """The prediction in what a transformer returns."""
+    if isinstance(output, Tensor):
+        return output
+    found: Tensor = output[0] if isinstance(output, tuple) else output.sample
+    return found
+
+
+def flatten(arguments: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Arguments as tensors by name ("contexts.main" inside a mapping), and the rest as JSON data.
+
+    Raises ValueError for an argument that is neither.
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    mappings = []
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, Mapping) and value and all(isinstance(v, Tensor) for v in value.values()):
+            mappings.append(name)
+            tensors |= {f"{name}.{inner}": tensor for inner, tensor in value.items()}
+        else:
+            try:
+                values[name] = json.loads(json.dumps(value))
+            except TypeError as error:
+                raise ValueError(
+                    f"the transformer's argument {name} is a {type(value).__name__}, which cannot be recorded"
+                ) from error
+    return tensors, {"plain": values, "tensors": list(tensors), "mappings": mappings}
+
+
+def unflatten(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `flatten`. Tuples come back as lists, which transformers unpack alike."""
+    arguments: dict[str, Any] = dict(values["plain"])
+    for name, tensor in tensors.items():
+        owner, _, inner = name.partition(".")
+        if owner in values["mappings"]:
+            arguments.setdefault(owner, {})[inner] = tensor
+        else:
+            arguments[name] = tensor
+    return arguments
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))
