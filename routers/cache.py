@@ -212,7 +212,7 @@ def _weighted(deltas: list[Streams], weights: Weights) -> Streams:
         factors = [w.reshape(-1, 1, 1).to(deltas[0][0].dtype) for w in weights[:, : len(deltas)].unbind(1)]
         streams_P = zip(*deltas, strict=True)
         return tuple(_sum([d * w for d, w in zip(stream_P, factors, strict=True)]) for stream_P in streams_P)
-    known = [(streams, w) for streams, w in zip(deltas, weights, strict=False) if w]
+    known = [(streams, w) for streams, w in zip(deltas, weights, strict=False) if w] or [(deltas[0], 0.0)]
     totals = [d * known[0][1] for d in known[0][0]]
     for streams, w in known[1:]:
         totals = [total.add_(d, alpha=w) for total, d in zip(totals, streams, strict=True)]

@@ -13,6 +13,10 @@ closed form, errors that add up or cancel between steps and CFG branches include
 searched by removing steps one at a time, the best few choices kept, and then exchanging steps while that
 helps.
 
+Between two whole steps lies a half one: the first CFG branch is computed, and the second is predicted from
+its own past *and* from what the first has just added, by weights from the same Gram matrix. A sampler that
+calls its branches one after the other can do that; what remains is a partial step's.
+
 Shapes: G CFG branches, S calibrated steps, T steps of a run, P passes a prediction is made from.
 """
 
@@ -20,12 +24,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+Levels = NDArray[np.int8]
 Found = tuple[Mask, float]
 """Computed steps [T], and the squared error that computing only these leaves."""
 DEPTH = 3
@@ -37,6 +43,13 @@ RIDGE = 1e-6
 """Added to the diagonal of a linear system, relative to it: noise that no calibration set averages out."""
 BEAM = 12
 """Choices of steps that the search keeps while it removes steps one at a time."""
+HALF, WHOLE = 1, 2
+"""Levels of a step: how many of two CFG branches are computed."""
+EARLY = 0.25
+"""Share of a run's steps, from the first, that are never half ones: what half a step repairs there is less
+than its moments say (docs/notes/planning.md)."""
+GAIN = 1e-3
+"""Relative gain below which moving one branch pass ends."""
 REACH = 4
 """Steps a computed step is moved at most in one exchange of the search."""
 
@@ -114,14 +127,16 @@ def cubic_interpolation(known: int, wanted: int) -> Array:
 @dataclass(frozen=True)
 class StepPlan:
     """fresh [T]: steps at which the whole stack is computed; the first always is. partial: the one further
-    step at which only the last blocks are, for a budget between two whole steps, or None. fraction: which
-    share of the stack's FLOPs it has. error: predicted squared error of the final latents.
+    step at which only the first blocks are, for a budget between two whole steps, or None. fraction: which
+    share of the stack's FLOPs it has. error: predicted squared error of the final latents. half [T]: steps at
+    which only the first CFG branch is computed; None where branches share their batch, or there is one.
     """
 
     fresh: Mask
     partial: int | None
     fraction: float
     error: float
+    half: Mask | None = None
 
 
 @dataclass
@@ -131,7 +146,11 @@ class Planner:
     moments: Moments
     depth: int = DEPTH
     _weights: dict[tuple[int, int, tuple[int, ...]], Array] = field(default_factory=dict)
-    _errors: dict[tuple[int, tuple[int, ...]], Array] = field(default_factory=dict)
+    _crossed: dict[tuple[int, tuple[int, ...], tuple[int, ...]], tuple[Array, Array]] = field(
+        default_factory=dict
+    )
+    _errors: dict[tuple[int, tuple[int, ...], tuple[int, ...], int], Array] = field(default_factory=dict)
+    _levels: dict[int, tuple[Levels, float]] = field(default_factory=dict)
     _beams: dict[int, list[Found]] = field(default_factory=dict)
     _best: dict[int, Found] = field(default_factory=dict)
 
@@ -158,16 +177,95 @@ class Planner:
             self._weights[key] = np.linalg.solve(gram + ridge, self.moments.gram[known, base + step])
         return self._weights[key]
 
-    def _step_error(self, step: int, passes: tuple[int, ...]) -> Array:
-        """[G * T]: what predicting a step from these passes adds to the final latents, in `_root`'s basis."""
-        key = step, passes
+    def cross_weights(
+        self, step: int, passes: tuple[int, ...], peers: tuple[int, ...]
+    ) -> tuple[Array, Array]:
+        """Weights [P] of the second branch's passes and [P] of the first's: the second's delta at `step`.
+
+        Newest first; the first branch's newest pass is the one at `step` itself.
+        """
+        key = step, passes, peers
+        if key not in self._crossed:
+            known = np.array([*(self.num_steps + p for p in passes), *peers], int)
+            gram = self.moments.gram[np.ix_(known, known)]
+            ridge = RIDGE * np.trace(gram) / len(known) * np.eye(len(known))
+            found = np.linalg.solve(gram + ridge, self.moments.gram[known, self.num_steps + step])
+            self._crossed[key] = found[: len(passes)], found[len(passes) :]
+        return self._crossed[key]
+
+    def _step_error(
+        self, step: int, passes: tuple[int, ...], peers: tuple[int, ...] = (), level: int = 0
+    ) -> Array:
+        """[G * T]: what predicting a step from these passes adds to the final latents, in `_root`'s basis.
+
+        level HALF: only the second branch is predicted. peers: the first branch's passes, if others.
+        """
+        key = step, passes, peers, level
         if key not in self._errors:
             total = np.zeros(len(self.moments.gram))
             for branch, mix in enumerate(self.moments.mixing):
-                base, weights = branch * self.num_steps, self.weights(branch, step, passes)
-                total += mix * (weights @ self._root[base + np.array(passes)] - self._root[base + step])
+                base = branch * self.num_steps
+                if level == HALF:
+                    if branch == 0:
+                        continue
+                    own, other = self.cross_weights(step, passes, peers)
+                    guess = own @ self._root[base + np.array(passes)] + other @ self._root[np.array(peers)]
+                else:
+                    seen = peers if peers and branch == 0 else passes
+                    guess = self.weights(branch, step, seen) @ self._root[base + np.array(seen)]
+                total += mix * (guess - self._root[base + step])
             self._errors[key] = total * np.sqrt(self.moments.gain[step])
         return self._errors[key]
+
+    def levels_error(self, levels: Levels) -> float:
+        """Squared error of the final latents if steps are computed at these levels [T]: 0, HALF or WHOLE."""
+        first: tuple[int, ...] = ()
+        second: tuple[int, ...] = ()
+        total = np.zeros(len(self.moments.gram))
+        for step, level in enumerate(levels.tolist()):
+            if level:
+                first = (step, *first)[: self.depth]
+            if level == WHOLE:
+                second = (step, *second)[: self.depth]
+            else:
+                total += self._step_error(step, second, first, level)
+        return float(total @ total)
+
+    def best_levels(self, halves: int) -> tuple[Levels, float]:
+        """Levels [T] of steps that together compute `halves` branch passes, and the error they leave."""
+        if halves not in self._levels:
+            fresh, _ = self.best(halves // WHOLE)
+            starts = [WHOLE * fresh.astype(np.int8)]
+            if halves % WHOLE:
+                larger = WHOLE * self.best(halves // WHOLE + 1)[0].astype(np.int8)
+                starts = [_raised(starts[0], s) for s in np.flatnonzero(~fresh)]
+                starts += [_raised(larger, s, -1) for s in np.flatnonzero(larger)[1:]]
+            elif WHOLE < halves < WHOLE * self.num_steps:
+                fewer, _ = self.best_levels(halves - 1)
+                starts += [_raised(fewer, s) for s in np.flatnonzero(fewer < WHOLE)]
+            starts = [s for s in starts if self._late(s)]
+            ranked = sorted(((s, self.levels_error(s)) for s in starts), key=lambda pair: pair[1])
+            self._levels[halves] = self._transfer(*ranked[0])
+        return self._levels[halves]
+
+    def _late(self, levels: Levels) -> bool:
+        """Whether half steps stay out of the start of a run."""
+        return not (levels[: int(EARLY * self.num_steps)] == HALF).any()
+
+    def _transfer(self, levels: Levels, error: float) -> tuple[Levels, float]:
+        """Move single branch passes from step to step near by, the best move each time, while that helps."""
+        while True:
+            moved = [
+                _raised(_raised(levels, giver, -1), taker)
+                for giver in np.flatnonzero(levels)[1:]
+                for taker in range(max(1, giver - REACH), min(self.num_steps, giver + REACH + 1))
+                if taker != giver and levels[taker] < WHOLE
+            ]
+            ranked = [(m, self.levels_error(m)) for m in moved if self._late(m)]
+            best = min(ranked, key=lambda pair: pair[1], default=(levels, error))
+            if best[1] >= error * (1 - GAIN):
+                return levels, error
+            levels, error = best
 
     def error(self, fresh: Mask) -> float:
         """Squared error of the final latents if just these steps are computed; fresh [T] starts with True."""
@@ -221,6 +319,22 @@ class Planner:
                     break
         return fresh, error
 
+    def split_plan(self, computed: float) -> StepPlan:
+        """As `plan`, half steps included: for two CFG branches that are called one after the other."""
+        computed = min(max(computed, 1.0), float(self.num_steps))
+        halves = int(WHOLE * computed + 1e-9)
+        fraction = computed - halves / WHOLE
+        levels, error = self.best_levels(halves)
+        partial = None
+        if fraction >= 1e-6:  # further blocks of a step that is not computed at all, where that helps most
+            lowest = int(levels.min())  # HALF where no step is left out: then blocks of the second branch
+            open_steps = np.flatnonzero(levels == lowest)
+            helped = [self.levels_error(_raised(levels, s, WHOLE - lowest)) for s in open_steps]
+            partial = int(open_steps[int(np.argmin(helped))])
+            share = fraction * WHOLE / (WHOLE - lowest)
+            error += share * min(0.0, min(helped) - error)
+        return StepPlan(levels == WHOLE, partial, fraction, error, levels == HALF)
+
     def plan(self, computed: float) -> StepPlan:
         """The best plan that computes the stack `computed` times, a fraction included; at least once."""
         computed = min(max(computed, 1.0), float(self.num_steps))
@@ -243,6 +357,13 @@ class Planner:
 
         chosen = min(candidates, key=expected)
         return StepPlan(chosen[0], chosen[2], fraction, expected(chosen))
+
+
+def _raised(levels: Levels, step: int | np.signedinteger[Any], by: int = 1) -> Levels:
+    """A copy with one step's level raised."""
+    changed = levels.copy()
+    changed[step] += by
+    return changed
 
 
 def _flipped(fresh: Mask, *steps: int) -> Mask:

@@ -28,17 +28,22 @@ def samples(moments: Moments, count: int = 4000) -> np.ndarray:
 
 
 def drive(
-    policy: PlannedPolicy, steps: int, budget: float, logits: np.ndarray | None = None, rows: int = 3
+    policy: PlannedPolicy,
+    steps: int,
+    budget: float,
+    logits: np.ndarray | None = None,
+    rows: int = 3,
+    names: tuple[str, ...] = BRANCHES,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run a policy on a model that exists only as costs: spent ratio per row, and codes [T, G, R, N]."""
     policy.start(RunInfo(BLOCKS, steps, budget, ((0, BLOCKS - 1),)))
-    spent = {name: np.zeros(rows) for name in BRANCHES}
-    passes = {name: np.zeros((rows, BLOCKS), int) for name in BRANCHES}
-    codes = np.zeros((steps, 2, rows, BLOCKS), np.int8)
+    spent = {name: np.zeros(rows) for name in names}
+    passes = {name: np.zeros((rows, BLOCKS), int) for name in names}
+    codes = np.zeros((steps, len(names), rows, BLOCKS), np.int8)
     costs = np.array([cost.dense for cost in COSTS])
-    for step, (g, name) in itertools.product(range(steps), enumerate(BRANCHES)):
+    for step, (g, name) in itertools.product(range(steps), enumerate(names)):
         call = CallInfo(
-            step, name, BRANCHES[: g + 1] if step == 0 else BRANCHES, rows, COSTS, OUTSIDE, 0.0,
+            step, name, names[: g + 1] if step == 0 else names, rows, COSTS, OUTSIDE, 0.0,
             np.minimum(passes[name], 3), spent[name].copy(), np.full(rows, step * DENSE),
         )  # fmt: skip
         chosen = policy.decide(call, None if logits is None or step == 0 else logits[step, g])
@@ -47,7 +52,7 @@ def drive(
         assert policy.units is None or policy.weights is not None
         for first, last in policy.units or ():
             passes[name][:, first : last + 1] += (chosen[:, first : last + 1] >= 0).all(axis=1)[:, None]
-    return (spent["cond"] + spent["uncond"]) / (2 * steps * DENSE), codes
+    return np.sum([*spent.values()], axis=0) / (len(names) * steps * DENSE), codes
 
 
 def test_weights_give_the_least_squared_error() -> None:
@@ -126,7 +131,8 @@ def test_rows_decide_as_they_would_alone() -> None:
 def test_branches_of_a_row_do_the_same() -> None:
     logits = np.random.default_rng(2).normal(0, 1.5, (20, 2, 3, BLOCKS, 5)).astype(np.float32)
     _, codes = drive(PlannedPolicy(make_moments(BRANCHES, 20)), 20, 0.6, 3 * logits)
-    assert (codes[:, 0] == codes[:, 1]).all()
+    half = (codes[:, 0] == FULL).all(axis=2) & (codes[:, 1] == REUSE).all(axis=2)
+    assert ((codes[:, 0] == codes[:, 1]).all(axis=2) | half).all() and half.sum() <= 3 * 3
 
 
 def test_a_row_whose_error_rises_computes_earlier() -> None:
@@ -150,13 +156,49 @@ def test_batch_mean_gives_every_row_the_same_decisions() -> None:
     assert (codes == codes[:, :, :1]).all()
 
 
-def test_a_partial_step_computes_the_last_blocks_and_keeps_two_units() -> None:
+def test_a_partial_step_computes_the_first_blocks() -> None:
     policy = PlannedPolicy(make_moments(BRANCHES, 20))
-    _, codes = drive(policy, 20, 0.52)
+    _, codes = drive(policy, 20, 0.515)
     partial = [c for c in codes[:, 0, 0] if (c == REUSE).any() and (c == FULL).any()]
-    assert len(partial) == 1 and policy.units is not None and len(policy.units) == 2
-    first, last = policy.units[1]
-    assert (partial[0][first : last + 1] == FULL).all() and (partial[0][:first] == REUSE).all()
+    assert len(partial) == 1 and policy.units is not None and len(policy.units) in (2, 3)
+    cut = int((partial[0] == FULL).sum())
+    assert (partial[0][:cut] == FULL).all() and cut in {first for first, _ in policy.units}
+
+
+def test_half_steps_stay_in_runs_that_call_both_branches() -> None:
+    """The first branch alone: the same budget is met with whole steps and a partial one."""
+    policy = PlannedPolicy(make_moments(BRANCHES, 20))
+    spent, _ = drive(policy, 20, 0.54, names=("cond",))
+    assert spent == pytest.approx(0.54, abs=0.01)
+    assert policy.plan is not None and policy.plan.half is None
+    spent, codes = drive(policy, 20, 0.54)
+    assert spent == pytest.approx(0.54, abs=0.005)
+    assert policy.plan is not None and policy.plan.half is not None and policy.plan.half.any()
+    step = int(np.flatnonzero(policy.plan.half)[0])
+    assert (codes[step, 0] == FULL).all() and (codes[step, 1] == REUSE).all()
+
+
+def test_half_steps_lie_between_whole_ones() -> None:
+    """Half a step's predicted error is what happens; a plan with one is worth its FLOPs."""
+    moments = make_moments(BRANCHES, 10)
+    planner, deltas = Planner(moments), samples(moments)
+    assert all(planner.best_levels(2 * n)[1] <= planner.best(n)[1] * (1 + 1e-6) for n in range(3, 9))
+    levels = np.array([2, 2, 0, 2, 1, 0, 2, 0, 1, 0], np.int8)
+    total, first, second = np.zeros(len(deltas)), [0], [0]
+    for step in range(1, 10):
+        first = [step, *first][:3] if levels[step] else first
+        second = [step, *second][:3] if levels[step] == 2 else second
+        if levels[step] == 2:
+            continue
+        known = deltas[:, [10 + p for p in second] + (first if levels[step] else [])]
+        target = deltas[:, 10 + step]
+        off = known @ np.linalg.lstsq(known, target, rcond=None)[0] - target
+        total += moments.mixing[1] * np.sqrt(moments.gain[step]) * off
+        if not levels[step]:
+            known = deltas[:, first]
+            off = known @ np.linalg.lstsq(known, deltas[:, step], rcond=None)[0] - deltas[:, step]
+            total += moments.mixing[0] * np.sqrt(moments.gain[step]) * off
+    assert planner.levels_error(levels) == pytest.approx(float(np.mean(total**2)), rel=0.1)
 
 
 def test_full_budget_computes_everything_and_reads_nothing() -> None:
