@@ -239,29 +239,29 @@ def _remove(trial: Trial, budget: float, report: Report) -> tuple[Removal, float
     groups = drop_groups(trial.transformer, trial.spec)
     now, error, turn = Removal(), 0.0, 0
     # the lower end of the queue's numbers breaks ties, so that equal candidates come in a fixed order
-    queue: list[tuple[float, int, int, Any]] = []
+    queue: list[tuple[float, int, int, float, Any]] = []
     candidates = [("drop", group) for group in groups]
     candidates += [("narrow", (b.index,)) for b in trial.blocks if b.slicers]
     for number, candidate in enumerate(candidates):
-        queue.append((-float("inf"), number, -1, candidate))
+        queue.append((-float("inf"), number, -1, 0.0, candidate))
     heapq.heapify(queue)
     while trial.flops(now) > budget + 1e-9:
         if not queue:
             raise ValueError(_unreachable(trial, budget, now))
-        score, number, measured, candidate = heapq.heappop(queue)
+        _, number, measured, harm, candidate = heapq.heappop(queue)
         tried = _apply(trial, now, candidate)
         if tried is None:
             continue
         if measured != turn:
             saved = trial.flops(now) - trial.flops(tried)
             if saved > 0:
-                score = (trial.error(tried) - error) / saved
-                heapq.heappush(queue, (score, number, turn, candidate))
+                harm = trial.error(tried)
+                heapq.heappush(queue, ((harm - error) / saved, number, turn, harm, candidate))
             continue
-        now, error, turn = tried, trial.error(tried), turn + 1
+        now, error, turn = tried, harm, turn + 1
         report(trial.flops(now), error)
         if candidate[0] == "narrow":
-            heapq.heappush(queue, (score, number, -1, candidate))
+            heapq.heappush(queue, (-float("inf"), number, -1, 0.0, candidate))
     return now, error
 
 
