@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import routers
 from backbones.spec import Backbone
 from backbones.workload import PipelineWorkload
+from benchmarks import scores
 from benchmarks.mixes import CostReader
+from benchmarks.solvers import solver
 from routers.elastic import Elastic
 from routers.patching import patch_forward, restore_forward
 from routers.policy import CallInfo, Policy
@@ -39,7 +43,7 @@ class Bench:
     memo: dict[str, Any] = field(default_factory=dict)
     """What rivals measured on the dense model, kept for their other settings."""
 
-    def workload(self, rows: int, prompts: list[str] | None = None) -> PipelineWorkload:
+    def workload(self, rows: int, prompts: list[str] | None = None) -> Any:
         """The requests in batches of `rows`."""
         return PipelineWorkload(
             self.pipe,
@@ -79,15 +83,42 @@ class Bench:
         assert reader.call is not None, "the pipeline called its transformer"
         return reader.call
 
-    def pictures(self, rows: int, num_steps: int) -> list[Image.Image]:
-        """Every request, decoded, with whatever is attached at the moment."""
+    score = "psnr"
+    """The score that rivals are compared by."""
+    things = "prompts"
+    """What the requests are."""
+
+    def make(self, workload: Any, batch: int, num_steps: int) -> list[Any]:
+        """The results of one batch: decoded pictures."""
+        return list(workload.run(batch, num_steps=num_steps, output_type="pil"))
+
+    def solver(self, name: str) -> AbstractContextManager[None]:
+        """The pipeline with another solver on the same times."""
+        return solver(self.pipe, name)
+
+    def results(self, rows: int, num_steps: int) -> list[Any]:
+        """Every request's result, with whatever is attached at the moment."""
         workload = self.workload(rows)
-        found = [
-            p
-            for b in range(workload.num_batches)
-            for p in workload.run(b, num_steps=num_steps, output_type="pil")
-        ]
+        found = [r for b in range(workload.num_batches) for r in self.make(workload, b, num_steps)]
         return found[: len(self.prompts)]
+
+    def pack(self, results: list[Any]) -> NDArray[Any]:
+        """Results as one array, to keep as references: [P, H, W, 3] uint8."""
+        return np.stack([np.asarray(picture.convert("RGB")) for picture in results])
+
+    def unpack(self, array: NDArray[Any]) -> list[Any]:
+        """What `pack` packed."""
+        return [Image.fromarray(picture) for picture in array]
+
+    def judge(self, results: list[Any], known: dict[str, list[Any]]) -> dict[str, list[float]]:
+        """Scores of every prompt's picture against the `known` "dense" and "truth"."""
+        found: dict[str, Any] = {}
+        for suffix, name in (("", "dense"), ("_truth", "truth")):
+            found[f"psnr{suffix}"], found[f"ssim{suffix}"] = scores.likeness(results, known[name])
+        hits = scores.accuracy(results, self.prompts)
+        if hits is not None:
+            found["top1"], found["top5"] = hits
+        return {name: [round(float(v), 5) for v in values] for name, values in found.items()}
 
 
 class DenoisingClock:
@@ -168,6 +199,7 @@ def untouched(pipe: Any) -> Iterator[None]:
     """Put every module, the pipeline and its class back as they were, whatever a library left behind."""
     owners = [pipe, *(part for part in pipe.transformer.modules())]
     before = [dict(vars(owner)) for owner in owners]
+    children = [dict(part._modules) for part in owners[1:]]
     kind = type(pipe)
     class_before = dict(vars(kind))
     try:
@@ -178,6 +210,9 @@ def untouched(pipe: Any) -> Iterator[None]:
             for name in set(now) - set(attributes):
                 del now[name]
             now.update(attributes)
+        for part, own in zip(owners[1:], children, strict=True):  # replaced for a while, they change order
+            part._modules.clear()
+            part._modules.update(own)
         for name in set(vars(kind)) - set(class_before):
             delattr(kind, name)
         for name, value in class_before.items():
@@ -187,8 +222,8 @@ def untouched(pipe: Any) -> Iterator[None]:
 
 def run_quality(
     bench: Bench, attached: Attached, rows: int, dense_flops: float | None = None
-) -> tuple[list[Image.Image], float]:
-    """All pictures of an attached rival, and its FLOPs: as a ratio to `dense_flops`, without these in total.
+) -> tuple[list[Any], float]:
+    """All results of an attached rival, and its FLOPs: as a ratio to `dense_flops`, without these in total.
 
     Engines of this package count their own (`Trace`, held to the counter by a test): the first call of a
     shape measures costs on the side, which the counter would book as well.
@@ -198,7 +233,7 @@ def run_quality(
         clock = FlopClock()
         watch = nullcontext() if attached.traced else watched(bench.transformer, clock)
         with attached.generation() as trace, watch:
-            pictures += workload.run(batch, num_steps=attached.num_steps, output_type="pil")
+            pictures += bench.make(workload, batch, attached.num_steps)
         if attached.traced:
             spent, dense = spent + trace.flops["spent"], dense + trace.flops["dense"]
         elif not clock.calls:
@@ -208,7 +243,7 @@ def run_quality(
     return pictures[: len(bench.prompts)], ratio
 
 
-def run_timed(bench: Bench, attached: Attached, workload: PipelineWorkload, batch: int) -> float:
+def run_timed(bench: Bench, attached: Attached, workload: Any, batch: int) -> float:
     """Denoising seconds of one batch, after a single step to warm up."""
     with attached.generation():
         workload.run(batch, num_steps=1)

@@ -1,4 +1,4 @@
-"""Tables and the plot of a comparison: every point, and all rivals at equal measured time.
+"""Tables of a comparison: every point, and all rivals at equal measured time.
 
 Shapes: P prompts.
 """
@@ -9,12 +9,11 @@ import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.pareto_store import Point, write_whole
+from benchmarks.pareto_store import Point
 from benchmarks.scores import Values, mean_interval
 
 RATIOS = (0.4, 0.5, 0.6, 0.7, 0.8)
@@ -24,10 +23,18 @@ LABELS = {
     "ssim": "SSIM to dense",
     "psnr_truth": "PSNR to many steps, dB",
     "ssim_truth": "SSIM to many steps",
+    "iou": "IoU to dense",
+    "chamfer": "Chamfer distance to dense, share of the box",
+    "iou_truth": "IoU to many steps",
+    "chamfer_truth": "Chamfer distance to many steps",
     "top1": "top-1",
     "top5": "top-5",
 }
 """Score -> heading."""
+EQUAL_SCORES = ("psnr", "psnr_truth", "iou", "chamfer", "iou_truth", "top5")
+"""Scores that get a table at equal time."""
+LOWER = ("chamfer", "chamfer_truth")
+"""Scores where less is better."""
 FIRST = "elastic"
 """The rival that the others are compared with."""
 
@@ -36,9 +43,8 @@ FIRST = "elastic"
 class EqualTime:
     """A rival at a time ratio, between its neighbouring points.
 
-    behind: elastic's mean minus this one's, and
-    the 95 % interval of that difference over the same prompts; None for
-    elastic itself, or without it.
+    behind: by how much elastic's mean is better than this one's, and the 95 % interval of that difference
+    over the same prompts; None for elastic itself, or without it.
     """
 
     rival: str
@@ -56,12 +62,27 @@ def time_ratio(point: Point, rows: int) -> float | None:
     return statistics.median(times) if times else None
 
 
-def frontier(points: Iterable[Point], rows: int, score: str) -> list[tuple[float, Values]]:
-    """(time ratio, scores [P]) of the points that no cheaper point of the rival equals, by rising time."""
-    timed = [(ratio, np.array(p.scores[score])) for p in points if (ratio := time_ratio(p, rows)) is not None]
+def main_score(points: Sequence[Point]) -> str:
+    """What rivals are compared by: PSNR of pictures, IoU of meshes."""
+    return "psnr" if "psnr" in points[0].scores else "iou"
+
+
+def curve(points: Iterable[Point], rows: int | None, score: str) -> list[tuple[float, Values]]:
+    """(time ratio, scores [P]) of all points, by rising time. rows: batch size; None: by FLOPs."""
+    rated = ((point, point.flops if rows is None else time_ratio(point, rows)) for point in points)
+    timed = [(ratio, np.array(p.scores[score])) for p, ratio in rated if ratio is not None]
+    return sorted(timed, key=lambda pair: pair[0])
+
+
+def frontier(points: Iterable[Point], rows: int | None, score: str) -> list[tuple[float, Values]]:
+    """(time ratio, scores [P]) of the points that no cheaper point of the rival equals, by rising time.
+
+    rows: batch size; None: FLOPs ratios in place of time ratios.
+    """
+    sign = -1 if score in LOWER else 1
     best: list[tuple[float, Values]] = []
-    for ratio, values in sorted(timed, key=lambda pair: pair[0]):
-        if not best or values.mean() > best[-1][1].mean():
+    for ratio, values in curve(points, rows, score):
+        if not best or sign * values.mean() > sign * best[-1][1].mean():
             best.append((ratio, values))
     return best
 
@@ -80,20 +101,22 @@ def at_time(curve: Sequence[tuple[float, Values]], ratio: float) -> Values | Non
     return curve[-1][1]
 
 
-def equal_time(points: Sequence[Point], score: str = "psnr") -> list[EqualTime]:
+def equal_time(points: Sequence[Point], score: str) -> list[EqualTime]:
     """Every rival at every ratio and batch size, best first."""
     found = []
     for rows in batch_sizes(points):
         curves = {name: frontier(some, rows, score) for name, some in by_rival(points).items()}
         for ratio in RATIOS:
-            here = {name: at_time(curve, ratio) for name, curve in curves.items()}
+            here = {name: at_time(line, ratio) for name, line in curves.items()}
             ours = here.get(FIRST)
             rated = []
             for name, values in here.items():
                 if values is not None:
-                    behind = None if ours is None or name == FIRST else mean_interval(ours - values)
+                    sign = -1 if score in LOWER else 1
+                    lead = None if ours is None else sign * (ours - values)
+                    behind = None if lead is None or name == FIRST else mean_interval(lead)
                     rated.append(EqualTime(name, rows, ratio, *mean_interval(values), behind))
-            found += sorted(rated, key=lambda row: -row.mean)
+            found += sorted(rated, key=lambda row: row.mean if score in LOWER else -row.mean)
     return found
 
 
@@ -138,8 +161,14 @@ def point_rows(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def equal_rows(found: Sequence[EqualTime], digits: int = 2) -> tuple[list[str], list[list[str]]]:
+def digits_of(score: str) -> int:
+    """Decimals that are shown."""
+    return 2 if score.startswith("psnr") else 4 if score.startswith(("iou", "chamfer")) else 3
+
+
+def equal_rows(found: Sequence[EqualTime], score: str) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table at equal time."""
+    digits = digits_of(score)
     head = ["batch", "time", "rival", "mean (95 % interval)", "elastic ahead by (95 % interval)"]
     rows = [
         [
@@ -152,26 +181,6 @@ def equal_rows(found: Sequence[EqualTime], digits: int = 2) -> tuple[list[str], 
         for row in found
     ]
     return head, rows
-
-
-def verdicts(found: Sequence[EqualTime]) -> list[str]:
-    """One line per batch size and ratio: whether elastic is ahead of the best other, and by how much."""
-    lines = []
-    for rows, ratio in sorted({(row.rows, row.ratio) for row in found}):
-        here = [row for row in found if (row.rows, row.ratio) == (rows, ratio)]
-        others = [row for row in here if not row.rival.startswith(FIRST) and row.behind is not None]
-        if not others:
-            lines.append(f"batch {rows}, time {ratio:g}: elastic is not there to compare")
-            continue
-        best = max(others, key=lambda row: row.mean)
-        assert best.behind is not None
-        mean, low, high = best.behind
-        state = "ahead of" if low > 0 else "behind" if high < 0 else "level with"
-        lines.append(
-            f"batch {rows}, time {ratio:g}: elastic is {state} {best.rival}, {mean:+.2f} dB "
-            f"({low:+.2f} to {high:+.2f})"
-        )
-    return lines
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -192,52 +201,11 @@ def as_json(points: Sequence[Point], about: Mapping[str, Any]) -> dict[str, Any]
         }
         for point in points
     ]
-    return {**about, "points": rows, "equal_time": [vars(row) for row in equal_time(points)]}
-
-
-def plot(points: Sequence[Point], target: Path, title: str) -> None:
-    """Quality over measured time, one column per batch size; elastic in front. Raises ImportError."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    sizes, scores = batch_sizes(points), [s for s in ("psnr", "psnr_truth") if s in points[0].scores]
-    figure, axes = pyplot.subplots(
-        len(scores),
-        len(sizes),
-        figsize=(5.2 * len(sizes) + 2.6, 3.9 * len(scores)),
-        squeeze=False,
-        sharex=True,
-        layout="constrained",
-    )
-    colours = pyplot.get_cmap("tab20").colors
-    for row, score in enumerate(scores):
-        for column, size in enumerate(sizes):
-            axis = axes[row][column]
-            for number, (name, some) in enumerate(by_rival(points).items()):
-                ours = name == FIRST
-                curve = frontier(some, size, score)
-                style: dict[str, Any] = {
-                    "color": "black" if ours else colours[(number * 2 + number // 10) % 20],
-                    "linewidth": 2.6 if ours else 1.2,
-                    "marker": "o" if ours else "oxs^vD+*P"[number % 9],
-                    "markersize": 5,
-                    "zorder": 3 if ours else 2,
-                }
-                axis.plot([t for t, _ in curve], [v.mean() for _, v in curve], label=name, **style)
-            axis.grid(alpha=0.25)
-            axis.set_title(f"batch {size}" if row == 0 else "")
-            if column == 0:
-                axis.set_ylabel(LABELS[score])
-            if row == len(scores) - 1:
-                axis.set_xlabel("measured denoising time / dense")
-            axis.set_xlim(0.2, 1.1)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
-    figure.suptitle(title)
-    write_whole(target, lambda path: figure.savefig(path, dpi=130))
-    pyplot.close(figure)
+    return {
+        **about,
+        "points": rows,
+        "equal_time": [vars(row) for row in equal_time(points, main_score(points))] if points else [],
+    }
 
 
 def _score(name: str, values: Sequence[float]) -> str:

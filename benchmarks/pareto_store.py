@@ -1,11 +1,11 @@
 """What a comparison has measured so far, in a folder that a killed run leaves usable.
 
     run.json          what was asked: a folder continues only the same comparison
-    references.npz    dense and many-step pictures, dense FLOPs
+    references.npz    dense and many-step pictures (or latents of meshes), dense FLOPs
     points.jsonl      one line per rival and setting: FLOPs ratio and the scores of every prompt
     times.jsonl       one line per rival, setting, batch size and round: its seconds and those of dense
 
-Shapes: P prompts, H and W picture sides in px.
+Shapes: P prompts.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
 
 
 @dataclass
@@ -80,6 +80,18 @@ class Store:
         """Keep a measured time. rows: batch size; turn: round; seconds, dense: s."""
         _append(self.times, {"key": key, "rows": rows, "round": turn, "seconds": seconds, "dense": dense})
 
+    def forget(self, rivals: Iterable[str]) -> None:
+        """Drop what was measured of these rivals, so that it is measured anew."""
+        gone = set(rivals)
+        keys = {point.key for point in self.load().values() if point.rival in gone}
+        for file, lost in (
+            (self.points, lambda line: line["rival"] in gone),
+            (self.times, lambda line: line["key"] in keys),
+        ):
+            kept = "".join(json.dumps(line) + "\n" for line in _lines(file) if not lost(line))
+            if file.is_file():
+                write_whole(file, lambda path, text=kept: path.write_text(text, encoding="utf-8"))
+
     def timed(self) -> set[tuple[str, int, int]]:
         """(key, rows, round) of all times kept."""
         return {(line["key"], line["rows"], line["round"]) for line in _lines(self.times)}
@@ -92,26 +104,22 @@ class Store:
                 found[line["key"]].times.setdefault(line["rows"], []).append(line["seconds"] / line["dense"])
         return found
 
-    def save_references(self, pictures: Mapping[str, list[Image.Image]], dense_flops: float) -> None:
-        """Keep the reference pictures. dense_flops: of all prompts."""
-        arrays = {
-            name: np.stack([np.asarray(p.convert("RGB")) for p in some]) for name, some in pictures.items()
-        }
+    def save_references(self, arrays: Mapping[str, NDArray[Any]], dense_flops: float) -> None:
+        """Keep the references, packed. dense_flops: of all prompts."""
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
-                np.savez_compressed(file, dense_flops=np.array(dense_flops), **arrays)
+                np.savez_compressed(file, dense_flops=np.array(dense_flops), **dict(arrays))
 
         write_whole(self.references, write)
 
-    def load_references(self) -> tuple[dict[str, list[Image.Image]], float] | None:
+    def load_references(self) -> tuple[dict[str, NDArray[Any]], float] | None:
         """What `save_references` kept, or None."""
         if not self.references.is_file():
             return None
         with np.load(self.references, allow_pickle=False) as file:
             flops = float(file["dense_flops"])
-            names = [name for name in file.files if name != "dense_flops"]
-            return {name: [Image.fromarray(a) for a in file[name]] for name in names}, flops
+            return {name: file[name] for name in file.files if name != "dense_flops"}, flops
 
 
 def write_whole(target: Path, write: Callable[[Path], Any]) -> None:

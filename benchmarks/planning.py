@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from backbones import loading, registry
 from backbones.spec import Placement
@@ -94,25 +95,27 @@ def even(steps: int, count: int) -> Mask:
 
 
 def measured(
-    elastic: Elastic, judge: PipelineWorkload, moments: Moments, way: Way
+    elastic: Elastic, judge: PipelineWorkload, dense: list[Tensor], moments: Moments, way: Way
 ) -> list[tuple[float, float]]:
-    """(mean latent SNR in dB, mean spent budget) of the judging samples at each of BUDGETS."""
+    """(mean latent SNR in dB, mean spent budget) of the judging samples at each of BUDGETS.
+
+    dense: the judging samples' dense latents, by batch.
+    """
     fitted = moments if way.gains else replace(moments, gain=np.ones_like(moments.gain))
     planners = {(judge.num_steps, way.depth): way.planner(fitted.at(judge.num_steps), way.depth)}
     rows = []
     for budget in BUDGETS:
         snr: list[float] = []
         spent: list[float] = []
-        for batch in range(judge.num_batches):
-            dense = judge.run(batch)
+        for batch, truth in enumerate(dense):
             policy = PlannedPolicy(fitted, planners, depth=way.depth, per_sample=False)
             with (
                 torch.no_grad(),
                 elastic.scope(policy=policy, num_steps=judge.num_steps, budget=budget) as trace,
             ):
                 latents = judge.run(batch)
-            error = (latents - dense).flatten(1).square().mean(dim=1)
-            snr += (10 * torch.log10(dense.flatten(1).square().mean(dim=1) / error)).tolist()
+            error = (latents - truth).flatten(1).square().mean(dim=1)
+            snr += (10 * torch.log10(truth.flatten(1).square().mean(dim=1) / error)).tolist()
             spent += trace.spent
         rows.append((float(np.mean(snr)), float(np.mean(spent))))
     return rows
@@ -185,7 +188,9 @@ def main() -> None:
         recorded, held_out = record(elastic, learn), record(elastic, judge)
         moments = first_moments(recorded, learn.branches, learn.guidance)
         moments = replace(moments, gain=measure_gains(elastic, learn, recorded, moments, args.probes))
-        table = {way.name: measured(elastic, judge, moments, way) for way in WAYS}
+        with torch.no_grad():
+            dense = [judge.run(batch) for batch in range(judge.num_batches)]
+        table = {way.name: measured(elastic, judge, dense, moments, way) for way in WAYS}
     finally:
         elastic.detach()
     planner = Planner(moments)

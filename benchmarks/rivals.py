@@ -23,7 +23,7 @@ from backbones import loading, registry
 from benchmarks import caches, teacache
 from benchmarks.bench import Attached, Bench, untouched
 from benchmarks.mixes import forced_mix, whole_steps
-from benchmarks.solvers import SOLVERS, solver
+from benchmarks.solvers import SOLVERS
 from routers import release, release_policy
 from routers.elastic import Elastic
 from routers.policy import FixedPolicy
@@ -80,7 +80,7 @@ def all_rivals(bench: Bench, *, equal: bool = False, release_file: Path | None =
         Rival("random skip", budgets, _random_skip),
         Rival(
             "TeaCache-style",
-            thresholds(0.02, 0.6),
+            thresholds(0.04, 0.5),
             teacache.apply,
             teacache.why_not,
             "own code after arXiv 2411.19108; polynomial fitted on calibration prompts",
@@ -92,7 +92,15 @@ def all_rivals(bench: Bench, *, equal: bool = False, release_file: Path | None =
         found.append(
             Rival("paper, fixed threshold", settings, _release, note="fine-tuned weights of its own")
         )
-    return [limit_budgets(rival, bench) for rival in found]
+    return [limit_depth(limit_budgets(rival, bench), bench) for rival in found]
+
+
+def limit_depth(rival: Rival, bench: Bench) -> Rival:
+    """Leave out settings that always compute more than half of the blocks of a shallow model."""
+    lists = [len(bench.transformer.get_submodule(s.path)) for s in bench.backbone.family.transformer.blocks]
+    most = min(lists) / 2
+    fits = [s for s in rival.settings if int(s.get("front", 0)) + int(s.get("back", 0)) <= most]
+    return replace(rival, settings=tuple(fits))
 
 
 def limit_budgets(rival: Rival, bench: Bench) -> Rival:
@@ -136,7 +144,7 @@ def _no_bundle(bench: Bench) -> str | None:
 
 @contextmanager
 def _fewer_steps(bench: Bench, setting: Setting) -> Iterator[Attached]:
-    with solver(bench.pipe, str(setting["solver"])) if "solver" in setting else nullcontext():
+    with bench.solver(str(setting["solver"])) if "solver" in setting else nullcontext():
         yield Attached(int(setting["steps"]), nullcontext)
 
 

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import pareto, pareto_report, scores
+from benchmarks import pareto, pareto_report, pareto_run, scores
 from benchmarks.caches import unpack
-from benchmarks.pareto_report import at_time, equal_time, frontier, verdicts
+from benchmarks.pareto_bars import accuracy_lines, all_bars, verdicts
+from benchmarks.pareto_report import RATIOS, at_time, equal_time, frontier
+from benchmarks.pareto_run import thinned
 from benchmarks.pareto_store import Point, Store, point_key
+from benchmarks.rivals import Rival
 from benchmarks.solvers import SOLVERS
 
 # -- solvers -----------------------------------------------------------------------------------
@@ -101,15 +104,46 @@ def test_elastic_is_compared_prompt_by_prompt() -> None:
         point("elastic", 0.4, list(spread + 1.0)), point("slow", 0.9, list(spread + 5)),
         point("rival", 0.4, list(spread)), point("close", 0.4, list(spread + 1.0 + 0.5 * np.cos(spread * 9))),
     ]  # fmt: skip
-    found = {(row.rival, row.ratio): row for row in equal_time(points)}
+    found = {(row.rival, row.ratio): row for row in equal_time(points, "psnr")}
     mean, low, high = found["rival", 0.5].behind
     assert (mean, low, high) == pytest.approx((1, 1, 1)), "the same prompts: their spread cancels"
     assert found["rival", 0.5].high - found["rival", 0.5].low > 4
     assert found["elastic", 0.5].behind is None and ("slow", 0.5) not in found
     behind = {row.rival: row.behind for row in found.values() if row.ratio == 0.5}
     assert behind["close"][1] < 0 < behind["close"][2]
-    without = [p for p in points if p.rival in ("elastic", "rival")]
-    assert "ahead of rival, +1.00 dB" in verdicts(equal_time(without))[0]
+
+
+def test_bars_count_ratios_outside_the_interval_and_name_the_largest_deficit() -> None:
+    ours = [Point("elastic", {"at": t}, t, {"psnr": [20 + 20 * t] * 8, "top1": [1, 1, 1, 1, 1, 1, 1, 0]},
+                  {8: [t]}) for t in (0.3, 0.9)]  # fmt: skip
+    rival = [Point("rival", {"at": t}, t, {"psnr": [d] * 8}, {8: [t]}) for t, d in ((0.4, 27.0), (0.8, 36.5))]
+    weak = [Point("elastic, plan alone", {}, 0.3, {"psnr": [90] * 8}, {8: [0.3]})]
+    dense = Point("dense", {}, 1.0, {"psnr": [60] * 8, "top1": [1] * 8})
+    found = all_bars([*ours, *rival, *weak], dense, "psnr")
+    assert [(bar.rows, bar.ratio) for bar in found] == [(n, r) for n in (8, None) for r in RATIOS]
+    assert [bar.lead for bar in found[:5]] == pytest.approx([1, 0.625, 0.25, -0.125, -0.5])
+    assert {bar.rival for bar in found} == {"rival"}, "the bundle's own variations are no rivals"
+    text = verdicts(found, "psnr")[0]
+    assert "ahead outside the interval at 3 of 5" in text and "deficit 0.50 at 0.8, to rival" in text
+    assert text.endswith("bar not met")
+    assert verdicts([bar for bar in found if bar.ratio < 0.8], "psnr")[0].endswith("bar not met"), "3 of 5"
+    lines = accuracy_lines(ours, dense)
+    assert "top-1 87.5 %, dense 100.0 %, difference -12.5 points" in lines[0] and lines[0].endswith("not met")
+
+
+def test_of_chamfer_distances_the_least_is_best() -> None:
+    points = [Point(n, {"at": t}, t, {"chamfer": [v] * 4}, {1: [t]})
+              for n, t, v in (("elastic", 0.3, 0.02), ("elastic", 0.6, 0.01), ("a", 0.4, 0.05))]  # fmt: skip
+    assert [v.mean() for _, v in frontier(points, 1, "chamfer")] == pytest.approx([0.02, 0.01])
+    first, second = (row for row in equal_time(points, "chamfer") if row.ratio == 0.4)
+    assert (first.rival, second.rival) == ("elastic", "a") and second.behind[0] > 0
+
+
+def test_settings_are_thinned_evenly_with_both_ends() -> None:
+    rival = Rival("r", tuple({"steps": n} for n in range(9)), lambda bench, setting: None)
+    assert [s["steps"] for s in thinned(rival, 3).settings] == [0, 4, 8]
+    assert [s["steps"] for s in thinned(rival, 1).settings] == [4]
+    assert thinned(rival, None) is rival and thinned(rival, 20) is rival
 
 
 def test_interval_is_the_mean_of_equal_values_and_shrinks_with_their_number() -> None:
@@ -137,6 +171,8 @@ def test_a_killed_run_is_continued(tmp_path: Path) -> None:
     assert again.timed() == {(whole.key, 8, 0)}
     again.add_point(Point("b", {}, 0.7, {"psnr": [1.0, 2.0]}))
     assert list(again.load()) == ["a threshold=0.1", "b"]
+    again.forget(["a"])
+    assert list(again.load()) == ["b"] and again.timed() == set()
 
 
 def test_another_comparison_is_not_mixed_in(tmp_path: Path) -> None:
@@ -159,6 +195,9 @@ def test_default_prompts_are_known_to_the_classifier_and_unseen_in_calibration()
 BAD = [
     (["--count", "0"], "--count is 0; allowed is 1 or more"),
     (["--rounds", "-1"], "--rounds is -1; allowed is 0 or more"),
+    (["--settings", "0"], "--settings is 0; allowed is 1 or more"),
+    (["--phase", "none"], "argument --phase: invalid choice: 'none'"),
+    (["--images", "missing"], "makes pictures: use `edit generate"),
     (["--steps", "2"], "--steps is 2; allowed is 4 or more"),
     (["--batch-sizes", "1", "0"], "--batch-sizes holds 0; allowed is 1 or more"),
     (["--count", "9999"], "--count 9999 exceeds the"),
@@ -279,8 +318,8 @@ def test_a_quick_comparison_runs_and_resumes(qwen_folder: Path, tmp_path: Path, 
     assert fewer["flops"] == pytest.approx(fewer["setting"]["steps"] / 6, rel=1e-6)
     assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
     lines = (folder / "points.jsonl").read_text()
-    monkeypatch.setattr(pareto, "run_quality", None)  # calling it again would fail
-    monkeypatch.setattr(pareto, "run_timed", None)
+    monkeypatch.setattr(pareto_run, "run_quality", None)  # calling it again would fail
+    monkeypatch.setattr(pareto_run, "run_timed", None)
     assert pareto.main(command) == 0
     assert (folder / "points.jsonl").read_text() == lines
     assert point_key("dense", {}) in json.loads(lines.splitlines()[0])["rival"]

@@ -1,0 +1,165 @@
+"""Mesh models in the comparison: requests are pictures, results are fields and their surfaces.
+
+IoU and Chamfer distance to the dense mesh are those of `edit generate-3d --compare`. Rivals that know only
+the blocks of diffusers say so; solvers, whole-step reuse and random skipping apply as they are.
+
+Shapes: P pictures, L tokens, C latent channels, S and D context tokens and width.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import routers
+from backbones import mesh_registry
+from backbones.hunyuan3d.errors import NoSurfaceError
+from backbones.hunyuan3d.schedulers import FlowMatchEulerScheduler
+from backbones.spec import Placement
+from backbones.workload import MeshWorkload, embed
+from benchmarks.bench import Bench
+from benchmarks.solvers import SOLVERS
+from edit_cli.calibration_inputs import read_images
+from edit_cli.errors import EditError
+from edit_cli.mesh_compare import compare_meshes
+from edit_cli.mesh_session import MeshSession
+from edit_cli.stages import StageClock
+
+NOTHING = 1.0
+"""Chamfer distance, as a share of the box, where only one of two fields has a surface."""
+
+
+@dataclass
+class Shape:
+    """A result. latents: [L, C]. volume: its sampled field. mesh: its surface, None where there is none."""
+
+    latents: Tensor
+    volume: Any
+    mesh: Any
+
+
+@dataclass
+class MeshBench(Bench):
+    """A mesh pipeline and its pictures. prompts: names of the pictures. contexts: name -> [P, S, D].
+
+    grid: cells per side of the decoded fields.
+    """
+
+    contexts: dict[str, Tensor] = field(default_factory=dict)
+    grid: int = 64
+    score = "iou"
+    things = "pictures"
+
+    def workload(self, rows: int, prompts: list[str] | None = None) -> MeshWorkload:
+        """The requests in batches of `rows`."""
+        return MeshWorkload(
+            self.pipe, self.contexts, len(self.prompts), rows, self.num_steps, self.guidance, self.seed
+        )
+
+    def make(self, workload: Any, batch: int, num_steps: int) -> list[Shape]:
+        """The shapes of one batch; decoding is no part of what is compared."""
+        return [self.shape(row) for row in workload.run(batch, num_steps=num_steps)]
+
+    def solver(self, name: str) -> AbstractContextManager[None]:
+        """The pipeline with another solver on the same times."""
+        return mesh_solver(self.pipe, name)
+
+    def shape(self, latents: Tensor) -> Shape:
+        """Decode one row [L, C]."""
+        volume = self.pipe.decode(latents[None], self.grid)[0]
+        try:
+            mesh = self.pipe.extract(volume)
+        except NoSurfaceError:
+            mesh = None
+        return Shape(latents, volume, mesh)
+
+    def pack(self, results: list[Any]) -> NDArray[Any]:
+        """Latents [P, L, C] float32: decoding them again gives the same shapes."""
+        return np.stack([shape.latents.float().cpu().numpy() for shape in results])
+
+    def unpack(self, array: NDArray[Any]) -> list[Shape]:
+        """What `pack` packed."""
+        return [self.shape(torch.from_numpy(row)) for row in array]
+
+    def judge(self, results: list[Any], known: dict[str, list[Any]]) -> dict[str, list[float]]:
+        """IoU and Chamfer distance of every shape to the `known` "dense" and "truth"."""
+        found: dict[str, list[float]] = {}
+        for suffix, name in (("", "dense"), ("_truth", "truth")):
+            rows = [distances(shape, other) for shape, other in zip(results, known[name], strict=True)]
+            for score in ("iou", "chamfer"):
+                found[score + suffix] = [row[score] for row in rows]
+        return found
+
+
+def distances(shape: Shape, other: Shape) -> dict[str, float]:
+    """IoU and Chamfer distance; two fields without a surface are equal, one without is as far as can be."""
+    if shape.mesh is None or other.mesh is None:
+        inside, truly = shape.volume.logits > 0, other.volume.logits > 0
+        union = int((inside | truly).sum())
+        alike = shape.mesh is None and other.mesh is None
+        return {
+            "iou": float((inside & truly).sum()) / union if union else 1.0,
+            "chamfer": 0.0 if alike else NOTHING,
+        }
+    return compare_meshes(shape.mesh, other.mesh, shape.volume, other.volume)
+
+
+class MultistepMeshScheduler(FlowMatchEulerScheduler):
+    """A second-order solver of `benchmarks.solvers` on the mesh pipeline's times, which run the other way."""
+
+    def __init__(self, times: FlowMatchEulerScheduler, name: str) -> None:
+        self.times, self.name = times, name
+        super().__init__(times.num_train_timesteps, times.shift)
+
+    def set_timesteps(self, num_steps: Any = None, sigmas: Any = None) -> None:
+        """A new run, on the times of the scheduler this one replaces."""
+        self.times.set_timesteps(num_steps, sigmas)
+        self.timesteps, self.sigmas = self.times.timesteps, self.times.sigmas
+        self.solver = SOLVERS[self.name]()
+
+    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
+        """One step in float32; a step of size zero, the last of every run, changes nothing."""
+        now, then = (1 - float(self.sigmas[index + i]) for i in (0, 1))
+        if now == then:
+            return sample.to(velocity.dtype)
+        return self.solver.advance(sample.float(), -velocity.float(), now, then).to(velocity.dtype)
+
+
+@contextmanager
+def mesh_solver(pipe: Any, name: str) -> Iterator[None]:
+    """The mesh pipeline with another solver on the same times."""
+    before = pipe.scheduler
+    pipe.scheduler = MultistepMeshScheduler(before, name)
+    try:
+        yield
+    finally:
+        pipe.scheduler = before
+
+
+def open_mesh_bench(args: argparse.Namespace) -> MeshBench:
+    """Load what the command line names. Raises ValueError, one line, for anything that cannot be loaded."""
+    backbone = mesh_registry.resolve(args.model)
+    try:
+        pictures = read_images(backbone, args.images or None, "auto")
+        pipe = MeshSession.open(backbone, Placement(), None, False, StageClock()).pipe
+    except EditError as error:
+        raise ValueError(str(error)) from error
+    path = args.routers or backbone.bundle
+    bundle = routers.load_bundle(path) if path is not None else None
+    if bundle is not None:
+        routers.attach(pipe.transformer, bundle, force=args.force).detach()
+    names, contexts = list(pictures), embed(pipe, list(pictures.values()))
+    prompts = [names[i % len(names)] for i in range(args.count)]  # pictures come round with other noise
+    defaults = backbone.defaults
+    return MeshBench(
+        backbone, pipe, prompts, [], args.steps or defaults.steps, defaults.guidance, 0, 0, args.seed,
+        bundle, contexts=contexts, grid=args.grid,
+    )  # fmt: skip

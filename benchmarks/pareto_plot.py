@@ -1,0 +1,113 @@
+"""The plot of a comparison: quality over cost, every line named where it ends.
+
+Colours are those of Okabe and Ito, which colour-blind readers tell apart; rivals of one kind share a
+colour and differ in their marks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.pareto_report import FIRST, LABELS, batch_sizes, by_rival, frontier, main_score
+from benchmarks.pareto_store import Point, write_whole
+
+KINDS = (
+    ("fewer steps", "#D55E00"),
+    ("DBCache", "#009E73"),
+    ("TaylorSeer", "#CC79A7"),
+    ("TeaCache", "#7A6A00"),
+    ("paper", "#7A6A00"),
+    ("FirstBlock", "#0072B2"),
+    ("MagCache", "#0072B2"),
+    ("SeaCache", "#0072B2"),
+)
+"""Beginning of a rival's name -> its colour; the engine's own naive plans are grey."""
+OWN, REST = "#000000", "#777777"
+MARKS = "osD^vPX<>d*"
+LEFT, RIGHT = 0.3, 1.0
+"""Ratios that are drawn."""
+WIDE, HIGH, DPI = 8.0, 4.6, 200
+"""Inches, and pixels per inch: readable when shown 800 px wide."""
+FLOOR_DB = 14.0
+"""PSNR below this is not drawn: random skipping would squeeze all else."""
+
+End = tuple[float, float, str, str]
+"""Where a line ends: ratio, score, rival, colour."""
+
+
+def plot(points: Sequence[Point], target: Path, title: str) -> None:
+    """One panel per batch size, or one over FLOPs where no time was measured. Raises ImportError."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    score, sizes = main_score(points), list[Any](batch_sizes(points)) or [None]
+    figure, axes = pyplot.subplots(1, len(sizes), figsize=(WIDE, HIGH), squeeze=False, sharey=True)
+    for axis, size in zip(axes[0], sizes, strict=True):
+        ends = draw(axis, points, size, score)
+        axis.set_title(f"batch {size}" if size else "", fontsize=10)
+        axis.set_xlabel("measured denoising time / dense" if size else "FLOPs / dense", fontsize=10)
+        axis.set_xlim(LEFT, RIGHT)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.tick_params(labelsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel(LABELS[score], fontsize=10)
+    figure.suptitle(title, fontsize=11, x=0.02, ha="left")
+    figure.subplots_adjust(left=0.075, right=0.77, top=0.87, bottom=0.12, wspace=0.06)
+    figure.canvas.draw()
+    name_lines(axes[0][-1], ends)
+    write_whole(target, lambda path: figure.savefig(path, dpi=DPI))
+    pyplot.close(figure)
+
+
+def style_of(name: str, number: int) -> tuple[str, str]:
+    """Colour and mark of a rival. number: its place among all."""
+    if name == FIRST:
+        return OWN, "o"
+    colour = next((colour for start, colour in KINDS if name.startswith(start)), REST)
+    return colour, MARKS[number % len(MARKS)]
+
+
+def draw(
+    axis: Any, points: Sequence[Point], size: int | None, score: str
+) -> list[tuple[float, float, str, str]]:
+    """Lines of all rivals; returns where each ends: ratio, score, name, colour."""
+    ends = []
+    for number, (name, some) in enumerate(by_rival(points).items()):
+        line = [(x, float(v.mean())) for x, v in frontier(some, size, score)]
+        line = [(x, y) for x, y in line if LEFT <= x <= RIGHT and (score != "psnr" or y >= FLOOR_DB)]
+        if not line:
+            continue
+        x, y = np.array(line).T
+        colour, mark = style_of(name, number)
+        ours = name == FIRST
+        axis.plot(
+            x, y, color=colour, marker=mark, linewidth=2.6 if ours else 1.1, markersize=5.5 if ours else 4,
+            markerfacecolor=colour if ours else "white", zorder=3 if ours else 2,
+        )  # fmt: skip
+        ends.append((float(x[-1]), float(y[-1]), name, colour))
+    return ends
+
+
+def name_lines(axis: Any, ends: Sequence[End]) -> None:
+    """Names beside the panel in the order of their lines' ends, apart from each other, joined by thin lines."""
+    low, high = axis.get_ylim()
+    gap = (high - low) / 21
+    ordered = sorted(ends, key=lambda end: -end[1])
+    places: list[float] = []
+    for _, y, _, _ in ordered:
+        places.append(min(y, places[-1] - gap) if places else min(y, high))
+    shift = max(0.0, low - min(places, default=low))  # what fell below the panel moves all up
+    for n, place in enumerate(places):
+        places[n] = min(place + shift, high - n * gap)
+    for (x, y, name, colour), place in zip(ordered, places, strict=True):
+        axis.annotate(
+            name, (x, y), (RIGHT + 0.03 * (RIGHT - LEFT), place), color=colour, fontsize=9, va="center",
+            annotation_clip=False, weight="bold" if name == FIRST else "normal",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5},
+        )  # fmt: skip
