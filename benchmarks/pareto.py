@@ -8,11 +8,11 @@
     python -m benchmarks.pareto qwen-image-tiny -o results --phase time      # then, on an idle one
     python -m benchmarks.pareto FOLDER --images DIR --routers BUNDLE         # meshes of pictures
 
-For each rival and setting: pictures of all prompts (PSNR and SSIM to the dense pictures and to those of many
-steps, top-1 and top-5 of the packaged classifier; for meshes IoU and Chamfer distance), FLOPs by
-torch.utils.flop_counter (elastic plans by the engine's own counter, which is tested against it), and denoising
-time over rounds in which all settings take turns, each beside dense runs of the same prompts. See
-docs/comparison.md.
+For each rival and setting: pictures of all prompts (PSNR and SSIM to the dense pictures and to those of
+many steps, top-1 and top-5 of the packaged classifier; for meshes IoU and Chamfer distance), FLOPs by
+torch.utils.flop_counter (elastic plans by the engine's own counter, which is tested against it), and
+denoising time over rounds in which all settings take turns, each beside dense runs of the same prompts.
+See docs/comparison.md.
 """
 
 from __future__ import annotations

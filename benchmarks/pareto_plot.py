@@ -53,6 +53,7 @@ def plot(points: Sequence[Point], target: Path, title: str) -> None:
         axis.set_title(f"batch {size}" if size else "", fontsize=10)
         axis.set_xlabel("measured denoising time / dense" if size else "FLOPs / dense", fontsize=10)
         axis.set_xlim(LEFT, RIGHT)
+        axis.set_xticks((0.4, 0.6, 0.8, 1.0))
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.tick_params(labelsize=9)
         axis.spines[["top", "right"]].set_visible(False)
@@ -95,7 +96,7 @@ def draw(
 
 
 def name_lines(axis: Any, ends: Sequence[End]) -> None:
-    """Names beside the panel in the order of their lines' ends, apart from each other, joined by thin lines."""
+    """Names beside the panel in the order of their lines' ends, joined to them by thin lines."""
     low, high = axis.get_ylim()
     gap = (high - low) / 21
     ordered = sorted(ends, key=lambda end: -end[1])
@@ -109,5 +110,5 @@ def name_lines(axis: Any, ends: Sequence[End]) -> None:
         axis.annotate(
             name, (x, y), (RIGHT + 0.03 * (RIGHT - LEFT), place), color=colour, fontsize=9, va="center",
             annotation_clip=False, weight="bold" if name == FIRST else "normal",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5},
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.5, "relpos": (0, 0.5)},
         )  # fmt: skip
