@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from backbones import static
@@ -111,10 +112,22 @@ def open_source(request: Request) -> Source:
 def find_model(source: str) -> tuple[str, Bundle | None]:
     """The model to load, and the bundle if the source is one. Raises EditError."""
     path = Path(source).expanduser()
-    if (path / "bundle.json").is_file() or bundle_file.find(path) is not None:
+    if (path / "bundle.json").is_file() or _is_bundle_file(path):
         bundle = load_bundle(path)
         return bundle.base_model, bundle
     return source, None
+
+
+def _is_bundle_file(path: Path) -> bool:
+    """Whether it is a bundle in one file, or a folder with one; checkpoints are safetensors files as well."""
+    file = bundle_file.find(path)
+    if file is None or file.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return bundle_file.ENTRY in (stored.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def is_static(source: Source) -> bool:
@@ -133,7 +146,7 @@ def freeze(source: Source, report: Callable[[float, float], None]) -> Frozen:
     calls = calibration_calls(source)
     order_units(transformer, spec, calls)
     choice = choose(transformer, spec, calls, source.request.budget, report)
-    small = frozen(transformer, spec, choice.shape)
+    small: Any = frozen(transformer, spec, choice.shape)
     counts = static.block_counts(small, spec)
     if not source.meshes:
         small.register_to_config(**counts)

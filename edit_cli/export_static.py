@@ -132,7 +132,8 @@ def measure(source: Source, small: Frozen, folder: Path) -> list[dict[str, Any]]
     rows = []
     for name in names:
         taken = statistics.median(seconds[name])
-        row = {"variant": name, "spent": spent[name], "seconds": taken, "time_ratio": taken / dense}
+        row: dict[str, Any] = {"variant": name, "spent": spent[name]}
+        row |= {"seconds": taken, "time_ratio": taken / dense}
         if name != "dense":
             row["snr"] = _snr(latents[name], latents["dense"])
             if pictures:
@@ -177,10 +178,11 @@ def _set_transformer(pipe: Any, transformer: Any) -> None:
 
 
 def _pictures(source: Source, small: Frozen, names: list[str], folder: Path) -> dict[str, list[Any]]:
-    found = {}
+    found: dict[str, list[Any]] = {}
+    workload: Any = source.calibration.judge
     for name in names:
         with Variant(source, small, name):
-            found[name] = source.calibration.judge.run(0, output_type="pil")  # type: ignore[call-arg]
+            found[name] = workload.run(0, output_type="pil")
     budget = source.request.budget
     rows = [
         side_by_side({n if n == "dense" else f"{n} {budget:g}": found[n][i] for n in names})

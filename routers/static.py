@@ -143,13 +143,13 @@ def narrow(transformer: nn.Module, spec: TransformerSpec, shape: StaticShape) ->
                 f"the static shape describes {len(sizes)} blocks of {path}, the model has {counts[path]}"
             )
     for block, place in found:
-        sizes = shape.units[block.spec.path][place] if block.spec.path in shape.units else ()
-        if len(sizes) != len(block.slicers):
+        mlps = shape.units[block.spec.path][place] if block.spec.path in shape.units else ()
+        if len(mlps) != len(block.slicers):
             raise ValueError(
-                f"the static shape describes {len(sizes)} MLPs of {block.spec.path}[{place}], "
+                f"the static shape describes {len(mlps)} MLPs of {block.spec.path}[{place}], "
                 f"which has {len(block.slicers)}"
             )
-        for slicer, units in zip(block.slicers, sizes, strict=True):
+        for slicer, units in zip(block.slicers, mlps, strict=True):
             if not 1 <= units <= slicer.hidden:
                 raise ValueError(
                     f"the static shape asks for {units} hidden units of {slicer.spec.in_linear}, "
@@ -172,10 +172,9 @@ def _cut(block: nn.Module, slicer: MlpSlicer, units: int) -> None:
 
 def _replace(block: nn.Module, path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    old = block.get_submodule(path).weight
-    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=old.requires_grad)
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=old.requires_grad)
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     parent, _, name = path.rpartition(".")
     block.get_submodule(parent).register_module(name, linear.train(block.training))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,21 +163,22 @@ class MixtureOfExperts(nn.Module):
         routed_TD = (routed.unflatten(0, (-1, self.gate.top_k)) * weights_Tk[..., None]).sum(dim=1)
         return routed_TD.view_as(x) + self.shared_experts(x)
 
-    def _traced(self, rows: Tensor, expert: Tensor) -> Tensor:
+    def _traced(self, rows: Tensor, chosen: Tensor) -> Tensor:
         """The same for torch.compile and torch.export, which cannot split by numbers that are data.
 
-        rows `[R, D]` in the order of their experts `[R]`. One product over all experts, with their weights
-        stacked in every call.
+        rows `[R, D]` in the order of their experts, chosen `[R]`. One product over all experts, with their
+        weights stacked in every call.
         """
-        ends = (expert[:, None] <= torch.arange(len(self.experts), device=rows.device)).sum(dim=0)
+        ends = (chosen[:, None] <= torch.arange(len(self.experts), device=rows.device)).sum(dim=0)
 
         def product(x: Tensor, layers: list[nn.Linear]) -> Tensor:
             weights = torch.stack([layer.weight.T for layer in layers])
             biases = torch.stack([layer.bias for layer in layers])
-            return F.grouped_mm(x, weights, offs=ends.to(torch.int32)) + biases[expert]
+            return F.grouped_mm(x, weights, offs=ends.to(torch.int32)) + biases[chosen]
 
-        hidden = F.gelu(product(rows, [e.net[0].proj for e in self.experts]))
-        return product(hidden, [e.net[2] for e in self.experts])
+        experts: list[Any] = list(self.experts)
+        hidden = F.gelu(product(rows, [expert.net[0].proj for expert in experts]))
+        return product(hidden, [expert.net[2] for expert in experts])
 
     def _rows_per_expert(self, slots: Tensor) -> list[int]:
         num_experts = len(self.experts)

@@ -137,6 +137,7 @@ class Trial:
         self.costs: list[BlockCost] = []
         self._removal = Removal()
         self._dense: list[Tensor] = []
+        self._total = 0.0
 
     @contextmanager
     def attached(self) -> Iterator[None]:
