@@ -93,6 +93,8 @@ def calibrate(
         raise EditError("give either --output FOLDER for a new bundle or --evaluate BUNDLE to measure one")
     if resume and output is None:
         raise EditError("--resume continues a calibration and --evaluate makes none; leave one of them out")
+    if method == "train" and output is None:
+        raise EditError("--method train makes a bundle and --evaluate makes none; leave one of them out")
     if output is not None and Path(output).is_file():
         raise EditError(f"--output {output!r} is a file; give a folder for the bundle")
     training = {

@@ -79,7 +79,7 @@ class Training:
         student = Student(self.transformer, self.spec, self.settings.save_memory)
         undo, backbone = self._open_backbone()
         torch.manual_seed(self.settings.seed)
-        pooled, modulation = recorded.features(0, recorded.calls(0)[0], 0, self.device)
+        pooled, modulation = recorded.features(0, 0, self.device)
         time_dim = 0 if modulation is None else modulation.shape[-1]
         routers = Routers(len(pooled), pooled.shape[-1], time_dim, self.settings.hidden).to(self.device)
         student.attach()
@@ -203,6 +203,7 @@ class Training:
         optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
         start = 0 if self.state is None else progress.restore(self.state.folder, named, optimiser)
         draws = Draws(recorded, self.workload, moments, own.low, own.seed)
+        mixing = torch.from_numpy(moments.mixing.copy()).float().to(self.device)
         terms: dict[str, float] = {}
         kept = start
         for step in range(start, settings.steps):
@@ -210,7 +211,7 @@ class Training:
                 group["lr"] = rate * rate_at(step, own.steps)
             optimiser.zero_grad(set_to_none=True)
             drawn = draws.draw(step, self.processes.process_index, self.processes.num_processes)
-            terms = self._backward(student, routers, recorded, *drawn, step)
+            terms = self._backward(student, routers, recorded, mixing, *drawn, step)
             terms["gradient"] = self._average(list(named.values()))
             for term, value in terms.items():
                 if not math.isfinite(value):
@@ -232,38 +233,37 @@ class Training:
         student: Student,
         routers: Routers,
         recorded: Trajectories,
+        mixing: Tensor,
         draw: Draw,
         generator: torch.Generator,
         step: int,
     ) -> dict[str, float]:
         """Gradients of one draw; its loss terms, averaged over the processes."""
         device, own = self.device, self.settings
-        call = recorded.call(draw.batch, draw.branch, draw.step, device)
+        names, samples = recorded.calls(draw.batch), self.workload.rows
+        calls = [recorded.call(draw.batch, name, draw.step, device) for name in names]
         budget = draw.budget.to(device)
         if own.train == "routers":
-            seen = recorded.features(draw.batch, draw.branch, draw.step - 1, device)
+            seen = recorded.features(draw.batch, draw.step - 1, device)
         else:  # the backbone has moved on from what was recorded
-            seen = student.features(recorded.call(draw.batch, draw.branch, draw.step - 1, device))
+            seen = student.features(recorded.call(draw.batch, names[0], draw.step - 1, device), samples)
         gate, width = routers(*seen, budget)
         decision = decide(gate, width, noise_at(step, own), generator)
         with student.deciding(decision):
             with self.processes.autocast():
-                answered = student(call)
-            parts = {"distillation": relative_error(answered, call.output, draw.weight.to(device))}
-            if self.data is not None and own.denoise and draw.branch != "uncond":
-                parts["denoising"] = own.denoise * self._denoise(student, call, draw, generator)
-            spend = expected_spend(routers, recorded, draw.batch, draw.branch, budget).mean(dim=0)
+                answered = torch.cat([student(call).float() for call in calls])
+            target = torch.cat([call.output.float() for call in calls])
+            error = relative_error(guided(answered, mixing), guided(target, mixing))
+            parts = {"distillation": draw.weight * error}
+            if self.data is not None and own.denoise:
+                parts["denoising"] = own.denoise * self._denoise(student, calls[0], draw, generator)
+            spend = expected_spend(routers, recorded, draw.batch, budget).mean(dim=0)
             parts["cost"] = own.cost * (spend - budget).square().mean()
             total = torch.stack(list(parts.values())).sum()
             self.processes.backward(total)
         found = torch.stack([total.detach(), *(x.detach() for x in parts.values())])
-        # not every process has a denoising term, so each is averaged on its own
-        names = ("distillation", "denoising", "cost")
-        table = torch.stack([parts[n].detach() if n in parts else found.new_zeros(()) for n in names])
-        table = self.processes.reduce(torch.cat([found[:1], table]), "mean")
-        values = dict(zip(("total", *names), table.tolist(), strict=True))
-        if self.data is None:
-            del values["denoising"]
+        found = self.processes.reduce(found, "mean")
+        values = dict(zip(("total", *parts), found.tolist(), strict=True))
         # what broke is named before the sum that it broke
         return {**{n: v for n, v in values.items() if n != "total"}, "total": values["total"]}
 
@@ -282,7 +282,7 @@ class Training:
         noised = ((1 - time) * data + time * noise).to(call.inputs[name].dtype)
         with self.processes.autocast():
             answered = student(replace(call, inputs={**call.inputs, name: noised}))
-        return relative_error(answered, noise - data, torch.ones(len(data), device=self.device))
+        return relative_error(answered, noise - data)
 
     def _average(self, parameters: list[nn.Parameter]) -> float:
         """Average the gradients over the processes, and clip them: their norm before."""
@@ -306,10 +306,8 @@ class Training:
         for budget in budgets:
             found = []
             for batch in range(recorded.num_batches):
-                for branch in recorded.calls(batch):
-                    rows = recorded.plain(batch)[branch]["rows"]
-                    asked = torch.full((rows,), float(budget), device=self.device)
-                    found.append(expected_spend(routers, recorded, batch, branch, asked).mean(1))
+                asked = torch.full((self.workload.rows,), float(budget), device=self.device)
+                found.append(expected_spend(routers, recorded, batch, asked).mean(1))
             spend.append(torch.stack(found).mean(0).cpu().double().numpy())
         return Profile(budgets, np.stack(spend))
 
@@ -321,6 +319,11 @@ class Training:
             return BackboneWeights("full", {name: t.to(dtype) for name, t in tensors.items()})
         targets = lora_targets(self.transformer, self.spec)
         return BackboneWeights("lora", tensors, self.settings.rank, targets)
+
+
+def guided(answers: Tensor, mixing: Tensor) -> Tensor:
+    """Answers [G * R, L, C] of all CFG branches, one after the other -> [R, L, C], mixed as guidance does."""
+    return torch.einsum("g,gr...->r...", mixing, answers.unflatten(0, (len(mixing), -1)))
 
 
 def _both(first: Callable[[], None], second: Callable[[], None]) -> None:

@@ -6,7 +6,11 @@ again and learn of the others from a soft gradient alone; with noise each row tr
 to their probability, which is also what the cost term counts. The noise fades out, because decisions are
 taken without it later.
 
-Shapes: R rows, N blocks, S steps, W widths, D dim, E time embedding dim, G CFG branches.
+Decisions are taken for a sample, from its first (conditional) branch, and hold for all its CFG branches:
+guidance takes the difference of two branches many times, so errors that they share cancel, and those of
+different sub-networks do not. What is compared with the dense model is therefore the guided prediction.
+
+Shapes: R rows, one a sample; N blocks, S steps, W widths, D dim, E time embedding dim.
 """
 
 from __future__ import annotations
@@ -56,17 +60,15 @@ def decide(gate: Tensor, width: Tensor, noise: float, generator: torch.Generator
     )
 
 
-def expected_spend(
-    routers: Routers, recorded: Trajectories, batch: int, branch: str, budget: Tensor
-) -> Tensor:
+def expected_spend(routers: Routers, recorded: Trajectories, batch: int, budget: Tensor) -> Tensor:
     """Share of dense FLOPs [S, R] that each step of a batch is expected to spend at budgets [R].
 
     From the recorded inputs of the routers alone, so that a whole run costs no pass of the backbone. Routers
     decide one step ahead, and the first step is dense.
     """
     device = budget.device
-    costs, steps = recorded.costs(batch, branch, device), recorded.num_steps
-    seen = [recorded.features(batch, branch, s, device) for s in range(steps - 1)]
+    costs, steps = recorded.costs(batch, recorded.calls(batch)[0], device), recorded.num_steps
+    seen = [recorded.features(batch, s, device) for s in range(steps - 1)]
     pooled = torch.cat([x for x, _ in seen], dim=1)
     modulation = torch.cat([m for _, m in seen if m is not None]) if seen[0][1] is not None else None
     gate, width = routers(pooled, modulation, budget.repeat(steps - 1))
@@ -77,22 +79,21 @@ def expected_spend(
 
 @dataclass(frozen=True)
 class Draw:
-    """What one optimiser step is made of. budget [R]; rows of a sample in several CFG branches share theirs.
+    """What one optimiser step is made of: a recorded step of a batch, budgets [R] of its samples.
 
-    weight [R]: of each row's error.
+    weight: of its error, so that the mean over draws is the mean over steps.
     """
 
     batch: int
-    branch: str
     step: int
     budget: Tensor
-    weight: Tensor
+    weight: float
 
 
 class Draws:
-    """Which recorded call is trained on at which step: a function of seed, step and process, nothing else.
+    """Which recorded step is trained on at which optimiser step: a function of seed, step and process alone.
 
-    So a training that is continued sees what it would have seen. Calls are drawn in proportion to the square
+    So a training that is continued sees what it would have seen. Steps are drawn in proportion to the square
     root of what an error there does to the final latents, and weighted by the other root.
     """
 
@@ -100,32 +101,19 @@ class Draws:
         self, recorded: Trajectories, workload: Workload, moments: Moments, low: float, seed: int
     ) -> None:
         self.recorded, self.samples, self.low, self.seed = recorded, workload.rows, low, seed
-        gain = torch.from_numpy(moments.gain.copy()).float()[1:]
-        mixing = torch.from_numpy(moments.mixing.copy()).float().square()
-        self.importance_GS = mixing[:, None] * gain
-        self.importance_GS /= self.importance_GS.mean()
+        self.root = torch.from_numpy(moments.gain.copy()).float()[1:].sqrt()
 
     def draw(self, step: int, process: int, processes: int) -> tuple[Draw, torch.Generator]:
         """The draw of an optimiser step in one of several processes, and the generator for its noise."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step * processes + process)
         batch = int(torch.randint(self.recorded.num_batches, (1,), generator=generator))
-        names = self.recorded.calls(batch)
-        shared = len(names) < len(self.importance_GS)
-        table = self.importance_GS.mean(0, keepdim=True) if shared else self.importance_GS
-        root = table.flatten().sqrt()
-        chosen = int(torch.multinomial(root, 1, generator=generator))
-        call, at = divmod(chosen, table.shape[1])
-        factor = float(root[chosen] * root.sum() / table.sum())
+        chosen = int(torch.multinomial(self.root, 1, generator=generator))
+        weight = float(self.root[chosen] * self.root.sum() / self.root.square().sum())
         budget = self.low + (1 - self.low) * torch.rand(self.samples, generator=generator)
-        parts = len(self.importance_GS) if shared else 1
-        weight = torch.full((self.samples * parts,), factor)
-        if shared:
-            own = self.importance_GS[:, at] / table[0, at].clamp_min(1e-12)
-            weight *= own.repeat_interleave(self.samples)
-        return Draw(batch, names[call], at + 1, budget.repeat(parts), weight), generator
+        return Draw(batch, chosen + 1, budget, weight), generator
 
 
-def relative_error(answered: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean over rows of the squared error, over the target's mean energy."""
-    error = (answered.float() - target.float()).flatten(1).square().mean(1)
-    return (weight * error).mean() / target.float().square().mean().clamp_min(1e-12)
+def relative_error(answered: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over the target's mean energy."""
+    error = (answered.float() - target.float()).square().mean()
+    return error / target.float().square().mean().clamp_min(1e-12)

@@ -3,7 +3,8 @@
 The routers were trained to be told the budget and to spend it over a whole run. What is left to do at run
 time is small: in every call each row is given its share of what is left, as the routers want to spread it
 over the steps, and opens the blocks in the order of their gate logits until the share is spent; widths take
-up the rest. The first call of a run has no logits yet and computes everything, as in training.
+up the rest. What the first CFG branch of a step decides holds for the others. The first call of a run has no
+logits yet and computes everything, as in training.
 
 Shapes: R rows, N blocks, S steps, K known budgets, W widths.
 """
@@ -57,10 +58,11 @@ class TrainedPolicy:
     def __init__(self, profile: Profile, *, batch_mean: bool = False) -> None:
         self.profile, self.batch_mean = profile, batch_mean
         self._run = RunInfo(0, 1, 1.0)
+        self._decided: tuple[str, int, Actions] | None = None
 
     def start(self, run: RunInfo) -> None:
         """A new run begins."""
-        self._run = run
+        self._run, self._decided = run, None
         self.reads_routers = run.budget < 1.0
 
     def set_num_steps(self, num_steps: int) -> None:
@@ -72,6 +74,10 @@ class TrainedPolicy:
         codes = np.full((call.rows, len(call.costs)), FULL, np.int8)
         if logits is None or self._run.budget >= 1.0 or call.step >= self._run.num_steps:
             return codes
+        decided, samples = self._decided, call.rows // call.parts
+        if decided and decided[0] != call.branch and decided[1] == call.step and len(decided[2]) == call.rows:
+            return decided[2].copy()
+        logits = logits[:samples]
         if self.batch_mean:
             logits = np.broadcast_to(logits.mean(axis=0), logits.shape)
         table = cost_table(call)
@@ -80,14 +86,15 @@ class TrainedPolicy:
         steps = self._run.num_steps
         total = self._run.budget * steps * dense
         later = self.profile.at(self._run.budget, steps)[call.step + 1 :] * dense
-        for row in range(call.rows):
+        for row in range(samples):
             wanted = around + expected_cost(logits[row], table)
             left = total - call.spent[row]
             share = left * wanted / (wanted + later.sum())
             # never more than dense, nor so little (so much) that the rest of the run cannot make up for it
             most = left - len(later) * around
             share = min(max(share, left - len(later) * (around + table[:, -1].sum())), most)
-            codes[row] = allocate(logits[row], table, share - around)
+            codes[row::samples] = allocate(logits[row], table, share - around)
+        self._decided = call.branch, call.step, codes.copy()
         return codes
 
     def decide_block(

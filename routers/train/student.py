@@ -29,7 +29,7 @@ from .trajectory import RecordedCall, answer
 
 @dataclass(frozen=True)
 class Decision:
-    """gate [R, N] and width shares [R, N, W] of a call, 0 or 1 in value, with straight-through gradients."""
+    """gate [R, N] and width shares [R, N, W] of samples, 0 or 1 in value, with straight-through gradients."""
 
     gate: Tensor
     width: Tensor
@@ -82,15 +82,19 @@ class Student:
         return answer(self.transformer(**call.inputs))
 
     @torch.no_grad()
-    def features(self, call: RecordedCall) -> tuple[Tensor, Tensor | None]:
-        """The routers' inputs as the student makes them, all blocks open: pooled [N, R, D], modulation."""
+    def features(self, call: RecordedCall, samples: int) -> tuple[Tensor, Tensor | None]:
+        """The routers' inputs of a call's first rows as the student makes them, all blocks open:
+        pooled [N, samples, D] and modulation [samples, E] or None.
+        """
         seen: list[tuple[Tensor, Tensor | None]] = []
         self._inputs = seen
         try:
             self.transformer(**call.inputs)
         finally:
             self._inputs = None
-        return torch.stack([pooled for pooled, _ in seen]), seen[0][1]
+        modulation = seen[0][1]
+        pooled = torch.stack([pooled[:samples] for pooled, _ in seen])
+        return pooled, None if modulation is None else modulation[:samples]
 
     def _forward(self, block: Block, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = block.bind(args, kwargs)
@@ -110,19 +114,24 @@ class Student:
             after = checkpoint(compute, *before, use_reentrant=False)
         else:
             after = compute(*before)
-        gate = decision.gate[:, block.index, None, None]
+        gate = per_row(decision.gate[:, block.index], len(before[0]))[:, None, None]
         return block.pack([x + gate.to(x.dtype) * (y - x) for x, y in zip(before, after, strict=True)])
 
     def _mask(self, index: int, slicer: MlpSlicer, _module: nn.Module, args: tuple[Any, ...]) -> Any:
         if self._decision is None:
             return None
         x = args[0]
-        mask_RF = unit_mask(self._decision.width[:, index], slicer)
+        mask_RF = per_row(unit_mask(self._decision.width[:, index], slicer), len(x))
         mask = mask_RF.view(len(mask_RF), *([1] * (x.dim() - 2)), -1).to(x.dtype)
         if slicer.column_offset:
             own = x[..., slicer.column_offset :] * mask
             return (torch.cat([x[..., : slicer.column_offset], own], dim=-1), *args[1:])
         return (x * mask, *args[1:])
+
+
+def per_row(values: Tensor, rows: int) -> Tensor:
+    """Values [S, ...] of samples for `rows` rows of a call: CFG branches that share it do the same."""
+    return values if len(values) == rows else values.repeat(rows // len(values), *[1] * (values.dim() - 1))
 
 
 def unit_mask(width: Tensor, slicer: MlpSlicer) -> Tensor:

@@ -177,20 +177,12 @@ class Trajectories:
         dense, mlp = (torch.tensor(plain[name], device=device).double() for name in ("dense", "mlp"))
         return Costs(dense, mlp, plain["outside"])
 
-    def features(
-        self, batch: int, branch: str, step: int, device: torch.device
-    ) -> tuple[Tensor, Tensor | None]:
-        """The routers' inputs in a call: pooled [N, R, D] and modulation [R, E] or None."""
-        numbers = self._numbers(branch, self.plain(batch)[branch]["rows"])
-        pooled = torch.stack(
-            [
-                torch.cat([self.tensor(batch, f"pooled.{g}.{step}.{n}") for g in numbers])
-                for n in range(self.blocks)
-            ]
-        )
-        if not self.has(batch, f"modulation.{numbers[0]}.{step}"):
+    def features(self, batch: int, step: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """The routers' inputs in the first branch of a step: pooled [N, R, D], modulation [R, E] or None."""
+        pooled = torch.stack([self.tensor(batch, f"pooled.0.{step}.{n}") for n in range(self.blocks)])
+        if not self.has(batch, f"modulation.0.{step}"):
             return pooled.float().to(device), None
-        modulation = torch.cat([self.tensor(batch, f"modulation.{g}.{step}") for g in numbers])
+        modulation = self.tensor(batch, f"modulation.0.{step}")
         return pooled.float().to(device), modulation.float().to(device)
 
     def record(self) -> Record:
