@@ -17,6 +17,15 @@ FORMATS = {
 }
 """What can be exported, and what comes out."""
 
+APPLIES = {
+    "--budget": ("static", "torch-export"),
+    "--prompts": ("static", "torch-export"),
+    "--images": ("static", "torch-export"),
+    "--batch-size": ("torch-export",),
+    "--text-tokens": ("torch-export",),
+}
+"""Formats that an option is for; it is refused with the others."""
+
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A bundle folder, or a model.")]
 Format = Annotated[str, typer.Option("--format", metavar="F", help=f"One of: {', '.join(FORMATS)}.")]
 Output = Annotated[
@@ -32,13 +41,18 @@ Budget = Annotated[
 ]
 PromptsFile = Annotated[
     str | None,
-    typer.Option("--prompts", metavar="FILE", help="static: prompts to measure on.", show_default=False),
+    typer.Option(
+        "--prompts", metavar="FILE", help="static, torch-export: prompts to freeze by.", show_default=False
+    ),
 ]
 Images = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="static: pictures to measure mesh models on.", show_default=False),
+    typer.Option(metavar="DIR", help="static, torch-export: pictures for mesh models.", show_default=False),
 ]
-BatchSize = Annotated[int, typer.Option(metavar="N", help="torch-export: rows of a call.", min=1)]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="torch-export: rows of a call; default 1.", min=1, show_default=False),
+]
 TextTokens = Annotated[
     int | None,
     typer.Option(metavar="N", help="torch-export: text tokens of a call.", min=1, show_default=False),
@@ -53,7 +67,7 @@ def export(
     budget: Budget = None,
     prompts: PromptsFile = None,
     images: Images = None,
-    batch_size: BatchSize = 1,
+    batch_size: BatchSize = None,
     text_tokens: TextTokens = None,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
@@ -67,10 +81,16 @@ def export(
         raise EditError(f"--format {format!r} is unknown; allowed are {', '.join(FORMATS)}")
     if output is None:
         raise EditError("no place to write to; give --output FOLDER")
-    frozen = {"--budget": budget, "--prompts": prompts, "--images": images}
-    typed = [name for name, value in frozen.items() if value is not None]
-    if format == "bundle" and typed:
-        raise EditError(f"{typed[0]} does not apply to --format bundle; leave it out")
+    typed = {
+        "--budget": budget, "--prompts": prompts, "--images": images, "--batch-size": batch_size,
+        "--text-tokens": text_tokens,
+    }  # fmt: skip
+    for name, value in typed.items():
+        if value is not None and format not in APPLIES[name]:
+            raise EditError(
+                f"{name} does not apply to --format {format}, only to {' and '.join(APPLIES[name])}; "
+                "leave it out"
+            )
     found, table = _run(
         format, source, output, force, budget, prompts, images, batch_size, text_tokens, quiet
     )
@@ -79,7 +99,7 @@ def export(
 
 def _run(
     format: str, source: str, output: str, force: bool, budget: str | None, prompts: str | None,
-    images: str | None, batch_size: int, text_tokens: int | None, quiet: bool,
+    images: str | None, batch_size: int | None, text_tokens: int | None, quiet: bool,
 ) -> tuple[dict[str, Any], Any]:  # fmt: skip
     """What was exported, as JSON data and for people."""
     if format == "bundle":
@@ -100,7 +120,7 @@ def _run(
             return found, export_static.as_table(found)
         from edit_cli import export_torch
 
-        found = export_torch.export_torch(request, output, force, batch_size, text_tokens)
+        found = export_torch.export_torch(request, output, force, batch_size or 1, text_tokens)
         return found, export_torch.as_table(found)
 
 

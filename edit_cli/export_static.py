@@ -86,12 +86,21 @@ def save_model(source: Source, small: Frozen, folder: Path) -> None:
                 source.pipe.save_pretrained(folder, safe_serialization=True)
         finally:
             source.pipe.register_modules(transformer=dense)
+        _forget_origin(folder)
     defaults = {name: value for name, value in asdict(source.backbone.defaults).items() if value is not None}
     text = json.dumps({**defaults, static.ENTRY: small.choice.shape.to_dict()}, indent=1)
     (folder / static.DEFAULTS_FILE).write_text(text + "\n", encoding="utf-8")
     own = source.backbone.folder
     if own is not None and (own / "calibration.txt").is_file():
         shutil.copy(own / "calibration.txt", folder)
+
+
+def _forget_origin(folder: Path) -> None:
+    """Diffusers notes where the original lay; that is a path of this machine."""
+    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def load_again(source: Source, folder: Path, dtype: torch.dtype) -> Any:
@@ -277,4 +286,12 @@ def model_card(facts: dict[str, Any], name: str) -> str:
             f"| {row['variant']} | {row['spent']:.3f} | {row['seconds']:.2f} | {row['time_ratio']:.2f} | "
             f"{quality[0]} | {quality[1]} |"
         )
+    by_name = {row["variant"]: row for row in facts["measured"]}
+    if "dynamic" in by_name:
+        lead = by_name["dynamic"]["snr"] - by_name["static"]["snr"]
+        where = "nearer to" if lead > 0 else "farther from"
+        lines += [
+            "",
+            f"The dynamic model, with routers, is {abs(lead):.1f} dB {where} the dense one at this budget.",
+        ]
     return "\n".join([*lines, "", "The licence of the original model applies.", ""])

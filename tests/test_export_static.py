@@ -56,7 +56,10 @@ def test_static_pictures(name: str, request, tmp_path: Path, edit_here) -> None:
     assert [row["variant"] for row in found["measured"]] == ["dense", "dynamic", "static"]
     assert check_manifest(out)["dropped"] == found["dropped"]
     assert "| static |" in (out / "README.md").read_text()
+    assert "The dynamic model, with routers, is" in (out / "README.md").read_text()
     assert Image.open(out / "comparison.png").width > 600
+    texts = [file.read_text() for file in out.rglob("*.json")]
+    assert not any(str(source) in text for text in texts), "no paths of this machine"
 
     backbone = registry.resolve(str(out))
     assert backbone.defaults == registry.resolve(str(source)).defaults
@@ -154,6 +157,10 @@ BAD = [
         "--budget '1.5' must be a number above 0 and at most 1",
     ),
     (["--format", "bundle", "--budget", "0.5"], "--budget does not apply to --format bundle"),
+    (
+        ["--format", "static", "--budget", "0.7", "--batch-size", "2"],
+        "--batch-size does not apply to --format static, only to torch-export",
+    ),
     (["--format", "static", "--budget", "0.7", "--prompts", "no.txt"], "--prompts 'no.txt' cannot be read"),
     (["--format", "static", "--budget", "0.7", "--images", "."], "--images is for models that make meshes"),
     (["--format", "torch-export", "--budget", "1", "--batch-size", "0"], "--batch-size"),

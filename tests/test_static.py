@@ -140,3 +140,21 @@ def test_compiles_as_one_graph(case: Case) -> None:
     small = frozen(model, case.spec, shape_of(model, case.spec, set(removal.dropped), removal.widths))
     compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
     assert torch.allclose(case.run(compiled), case.run(small), atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "hunyuan3d-2-guided"], ids=lambda c: c.name)
+def test_exports_as_a_program(case: Case, tmp_path) -> None:
+    """Saved and loaded again; experts take a path of their own when they are traced."""
+    from edit_cli.export_torch import Call, flat_tensors
+
+    model = case.transformer()
+    removal = a_removal(case, model)
+    small = frozen(model, case.spec, shape_of(model, case.spec, set(removal.dropped), removal.widths))
+    arguments = case.inputs(2, 0.7, 0)
+    if case.name.startswith("hunyuan"):
+        arguments.pop("guidance")
+    call, tensors = Call(small, arguments), flat_tensors(arguments)
+    with torch.no_grad():
+        torch.export.save(torch.export.export(call, tuple(tensors), strict=False), tmp_path / "a.pt2")
+        found = torch.export.load(tmp_path / "a.pt2").module()(*tensors)
+        assert torch.allclose(found, call(*tensors), atol=1e-5)
