@@ -59,7 +59,7 @@ def plot(points: Sequence[Point], target: Path, title: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel(LABELS[score], fontsize=10)
     figure.suptitle(title, fontsize=11, x=0.02, ha="left")
-    figure.subplots_adjust(left=0.075, right=0.77, top=0.87, bottom=0.12, wspace=0.06)
+    figure.subplots_adjust(left=0.09, right=0.77, top=0.87, bottom=0.12, wspace=0.06)
     figure.canvas.draw()
     name_lines(axes[0][-1], ends)
     write_whole(target, lambda path: figure.savefig(path, dpi=DPI))
