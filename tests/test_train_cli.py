@@ -149,22 +149,14 @@ def test_killed_and_resumed_it_ends_as_in_one_go(edit, desk, qwen_folder) -> Non
 
 @pytest.mark.slow
 def test_two_processes_share_the_work(desk, qwen_folder) -> None:
+    """`--multi_gpu` starts the processes, `--device cpu` makes them talk through gloo."""
     launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         "--main_process_port", "0", str(EDIT),
     ]  # fmt: skip
-    arguments = [
-        "calibrate",
-        "-m",
-        str(qwen_folder),
-        *SHORT,
-        "--train-steps",
-        "3",
-        "--device",
-        "cpu",
-        "--json",
-    ]
+    arguments = ["calibrate", "-m", str(qwen_folder), *SHORT, "--train-steps", "3", "--json"]
+    arguments += ["--device", "cpu"]
     done = subprocess.run(
         [*launch, *arguments], cwd=desk, env=edit_environment(PYTHONPATH=os.getcwd()),
         capture_output=True, text=True, timeout=TIMEOUT, check=False,
