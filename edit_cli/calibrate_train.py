@@ -148,7 +148,8 @@ def open_processes(chosen: TrainSettings, device: str) -> Any:
 def request(chosen: TrainSettings, processes: Any) -> dict[str, Any]:
     """What a continued training must have in common with the one that was stopped."""
     kept = {name: value for name, value in asdict(chosen).items() if name not in MAY_CHANGE}
-    return {**kept, "train steps": kept.pop("steps"), "processes": processes.num_processes}
+    steps = kept.pop("steps")  # the sampler's have that name
+    return {**kept, "train steps": steps, "processes": processes.num_processes}
 
 
 def train(session: Calibration, output: Path, bars: Any) -> routers.Bundle:
