@@ -227,8 +227,9 @@ def as_table(found: dict[str, Any]) -> Any:
         "transformer": f"{found['flops']:.1%} of the FLOPs, {sizes['static'] / sizes['dense']:.1%} of the "
         f"weights ({readable_count(sizes['static'])} of {readable_count(sizes['dense'])})",
         "blocks left out": ", ".join(map(str, dropped)) or "none",
-        "MLP widths": f"{narrowed} (all others 1)" if narrowed else "1 everywhere",
+        "MLP width by block": f"{narrowed} (all others 1)" if narrowed else "1 everywhere",
         "checked": f"loaded again, largest difference {found['difference']:g}",
+        "use": f"edit {_command(found)} --model {found['output']}",
     }
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("", "FLOPs", "s", "x dense time", "SNR dB", "PSNR dB"):
@@ -266,9 +267,13 @@ def describe(source: Source, small: Frozen, difference: float, rows: list[dict[s
     }
 
 
+def _command(facts: dict[str, Any]) -> str:
+    pictures = any("psnr" in row for row in facts["measured"])
+    return 'generate "a cat"' if pictures else "generate-3d PICTURE"
+
+
 def model_card(facts: dict[str, Any], name: str) -> str:
     """README.md of the folder: what was removed, what it costs in quality, how to use it."""
-    command = "generate 'a cat'" if any("psnr" in row for row in facts["measured"]) else "generate-3d a.png"
     lines = [
         f"# {name}\n",
         f"`{facts['model']}` with a smaller transformer: {facts['flops']:.1%} of its FLOPs and "
@@ -276,7 +281,7 @@ def model_card(facts: dict[str, Any], name: str) -> str:
         f"{len(facts['dropped'])} blocks were left out and {len(facts['widths'])} have a narrower MLP, "
         "those whose loss changed the output least. There are no routers; the result is the same for "
         "every step and sample.\n",
-        f"    edit {command} --model {name}\n",
+        f"    edit {_command(facts)} --model {name}\n",
         "| variant | FLOPs | seconds | time over dense | SNR of latents, dB | PSNR, dB |",
         "|---|---:|---:|---:|---:|---:|",
     ]
