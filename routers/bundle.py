@@ -260,13 +260,14 @@ def check_fits(bundle: Bundle, transformer: nn.Module, force: bool = False) -> N
     values = fingerprint(transformer)
     if values and not np.allclose(values, bundle.fingerprint, rtol=0.02, atol=2e-3):
         raise ValueError(
-            f"this bundle was fitted on other weights than these (a fine-tune of {bundle.base_model}?); "
+            f"this bundle was fitted on other weights than these (a fine-tune of {bundle.base_model}, or a "
+            "LoRA fused into it?); "
             "use it anyway with --force, or calibrate one for this model"
         )
 
 
 def architecture(transformer: nn.Module) -> str:
-    """sha256 over the transformer's parameter names and shapes, LoRA adapters left out."""
+    """sha256 over the transformer's parameter names and shapes, PEFT's adapters left out."""
     lines = sorted(f"{name} {tuple(p.shape)}" for name, p in _own_parameters(transformer))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -284,5 +285,11 @@ def fingerprint(transformer: nn.Module) -> list[float]:
 
 
 def _own_parameters(transformer: nn.Module) -> list[tuple[str, Tensor]]:
-    named = ((name.replace(".base_layer.", "."), p) for name, p in transformer.named_parameters())
-    return [(name, p) for name, p in named if ".lora_" not in name]
+    adapted = tuple(
+        f"{name}." for name, module in transformer.named_modules() if hasattr(module, "get_base_layer")
+    )
+    return [
+        (name.replace(".base_layer.", "."), p)
+        for name, p in transformer.named_parameters()
+        if not name.startswith(adapted) or ".base_layer." in name
+    ]

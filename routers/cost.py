@@ -47,7 +47,8 @@ class BlockCost:
 def meta_twin(module: nn.Module) -> nn.Module:
     """A copy of a module whose parameters and buffers are on the meta device, without hooks or patches."""
     twin = copy.copy(module)
-    state = dict(module.__dict__)
+    # its own lists: PEFT's layers, for one, note in a list which adapters a call has taken out of the weights
+    state = {k: copy.copy(v) if type(v) in (list, dict, set) else v for k, v in module.__dict__.items()}
     for name in _HOOK_ATTRIBUTES:
         state.pop(name, None)
     state["_parameters"] = {k: _meta_parameter(p) for k, p in module._parameters.items()}

@@ -139,7 +139,8 @@ def linear_rows(module: nn.Module, original: Callable[..., Tensor], x: Tensor, r
     base, adapters = parts
     y = F.linear(x, base.weight[:rows], None if base.bias is None else base.bias[:rows])
     for down, up, scaling in adapters:
-        y = y + scaling * F.linear(down(x.to(down.weight.dtype)), up.weight[:rows]).to(y.dtype)
+        bias = None if up.bias is None else up.bias[:rows]
+        y = y + scaling * F.linear(down(x.to(down.weight.dtype)), up.weight[:rows], bias).to(y.dtype)
     return y
 
 
@@ -178,13 +179,22 @@ def _lora_parts(module: Any) -> tuple[Any, list[tuple[Any, Any, float]]] | None:
         return None
     if base is module:
         return base, []
-    uses_dora = any((getattr(module, "use_dora", None) or {}).values())
-    if not hasattr(module, "lora_A") or uses_dora:
-        return None
+    if not hasattr(module, "lora_A") or (module.disable_adapters and module.merged):
+        return None  # another kind of adapter; or one that PEFT takes out of the weights when it is called
     if module.disable_adapters or module.merged:
         return base, []
     names = [name for name in module.active_adapters if name in module.lora_A]
+    if any(_is_more_than_two_matrices(module, name) for name in names):
+        return None
     return base, [(module.lora_A[name], module.lora_B[name], module.scaling[name]) for name in names]
+
+
+def _is_more_than_two_matrices(module: Any, name: str) -> bool:
+    """Whether an adapter of a PEFT LoRA layer adds anything but up(down(x)): DoRA and the like, dropout."""
+    variant = name in getattr(module, "lora_variant", {}) or (getattr(module, "use_dora", None) or {}).get(
+        name
+    )
+    return bool(variant) or (module.training and type(module.lora_dropout[name]) is not nn.Identity)
 
 
 def importance_order(in_activations: Tensor, out_weight: Tensor) -> Tensor:
