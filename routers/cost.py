@@ -45,14 +45,17 @@ class BlockCost:
 
 
 def meta_twin(module: nn.Module) -> nn.Module:
-    """A copy of a module whose parameters and buffers are on the meta device, without hooks or patches."""
+    """A copy of a module whose parameters and buffers are on the meta device, without hooks or patches.
+
+    In float32, because weights may be stored in another dtype than they compute in (layerwise casting).
+    """
     twin = copy.copy(module)
     # its own lists: PEFT's layers, for one, note in a list which adapters a call has taken out of the weights
     state = {k: copy.copy(v) if type(v) in (list, dict, set) else v for k, v in module.__dict__.items()}
     for name in _HOOK_ATTRIBUTES:
         state.pop(name, None)
     state["_parameters"] = {k: _meta_parameter(p) for k, p in module._parameters.items()}
-    state["_buffers"] = {k: None if b is None else b.to("meta") for k, b in module._buffers.items()}
+    state["_buffers"] = {k: None if b is None else to_meta(b) for k, b in module._buffers.items()}
     state["_modules"] = {k: None if m is None else meta_twin(m) for k, m in module._modules.items()}
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         state[name] = type(state[name])()
@@ -63,12 +66,21 @@ def meta_twin(module: nn.Module) -> nn.Module:
 def _meta_parameter(parameter: Tensor | None) -> nn.Parameter | None:
     if parameter is None:
         return None
-    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    dtype = parameter.dtype
+    if parameter.is_floating_point() and type(parameter) in (Tensor, nn.Parameter):
+        dtype = torch.float32
+    return nn.Parameter(torch.empty_like(parameter, device="meta", dtype=dtype), requires_grad=False)
 
 
 def to_meta(value: Any) -> Any:
-    """Every tensor in a nested value, on the meta device."""
-    return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, value)
+    """Every tensor in a nested value, on the meta device, floats in the dtype of a twin's parameters."""
+
+    def moved(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.to("meta", torch.float32) if x.is_floating_point() else x.to("meta")
+
+    return tree_map(moved, value)
 
 
 def count_flops(function: Any, *args: Any, **kwargs: Any) -> float:

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from .block import Block
 from .cost import BlockCost, block_cost, count_linears, router_flops
-from .patching import Patch, patch_forward, restore_forward
+from .patching import Patch, learns_order, patch_forward, restore_forward
 from .policy import OpenPolicy, Policy, Units
 from .router import Router, RouterStack
-from .run import Call, Group, Run
+from .run import ATTACH_AGAIN, Call, Group, Run
 from .spec import WIDTHS, BlockSpec, TransformerSpec
 from .timing import Timeline
 from .trace import REUSE, SKIP, Trace
@@ -78,6 +78,7 @@ class Elastic:
         self._implicit: Run | None = None
         self._context: str | None = None
         self._call: Call | None = None
+        self._dense = False
         self._probing: list[tuple[Block, tuple[Any, ...], dict[str, Any]]] | None = None
         self._patches: list[tuple[nn.Module, Patch, str]] = []
         self._attach()
@@ -146,7 +147,11 @@ class Elastic:
     def dense_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The transformer's own forward between two calls of a run: every block in full, nothing booked."""
         assert self._call is None, "a call is being made"
-        return self._patches[0][1].original(*args, **kwargs)
+        self._dense = True
+        try:
+            return self._patches[0][1].original(*args, **kwargs)
+        finally:
+            self._dense = False
 
     def _timed(self, part: str, block: int = -1) -> AbstractContextManager[Any]:
         """A span of the timer, if there is one."""
@@ -171,17 +176,32 @@ class Elastic:
 
     def detach(self) -> None:
         """Put the transformer back exactly as it was. Safe to call twice."""
+        self._unpatch()
+        self._run = self._implicit = self._call = None
+        self.transformer.__dict__.pop("_edit_elastic", None)
+        undo, self.on_detach = self.on_detach, None
+        if undo is not None:
+            undo()
+
+    def _unpatch(self) -> None:
         for block in self.blocks:
             for slicer in block.slicers:
                 slicer.detach()
         for module, patch, name in reversed(self._patches):
             restore_forward(module, patch, name)
         self._patches = []
-        self._run = self._implicit = self._call = None
-        self.transformer.__dict__.pop("_edit_elastic", None)
-        undo, self.on_detach = self.on_detach, None
-        if undo is not None:
-            undo()
+
+    def _patch_again(self, args: Any, kwargs: Any) -> Callable[..., Any]:
+        """Let group offloading learn its order in a dense call, after which it forgets what patched it.
+
+        It removes the hooks it learnt with, and puts back the forwards that it found when it was applied.
+        Returns what the transformer's new patch calls.
+        """
+        self.dense_forward(*args, **kwargs)
+        self._unpatch()
+        self._attach()
+        original: Callable[..., Any] = self._patches[0][1].original
+        return original
 
     @contextmanager
     def _cache_context(
@@ -196,6 +216,8 @@ class Elastic:
 
     def _transformer_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if learns_order(self.transformer) and vars(self.transformer)["forward"] is self._patches[0][1]:
+            original = self._patch_again(args, kwargs)
         sample: Tensor = inputs[self.spec.sample]
         time = torch.as_tensor(inputs[self.spec.timestep], device=sample.device).float().flatten()
         key = _shapes(inputs)
@@ -212,6 +234,7 @@ class Elastic:
                 if self._call.pooled:
                     with self._timed("router"):
                         run.read_routers(self._call, self._stack(run, sample.device))
+                self._call.require_all_entered()
                 run.end(self._call)
                 info = self._call.info
             finally:
@@ -262,6 +285,8 @@ class Elastic:
         call = self._call
         if call is None:
             if self._probing is None:
+                if self._run is not None and not self._dense and not torch.is_grad_enabled():
+                    raise RuntimeError(f"the transformer's patch was bypassed; {ATTACH_AGAIN}")
                 return original(*args, **kwargs)
             self._probing.append((block, args, kwargs))
             return block.pack(block.streams(block.bind(args, kwargs)))

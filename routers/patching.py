@@ -47,3 +47,12 @@ def restore_forward(module: nn.Module, patch: Patch, name: str = "forward") -> N
             module.__dict__[name] = patch.original
         else:
             del module.__dict__[name]
+
+
+def learns_order(module: nn.Module) -> bool:
+    """Whether diffusers' group offloading will take its order of prefetching from the module's next call.
+
+    That call must then run every block, or the blocks it left out are never fetched ahead.
+    """
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook("lazy_prefetch_group_offloading") is not None

@@ -28,6 +28,8 @@ from .trace import FULL, REUSE, Actions, CallRecord, Trace
 
 _Key = TypeVar("_Key", bound=Hashable)
 
+ATTACH_AGAIN = "a hook was removed, or a forward replaced, under the routers: detach and attach them again"
+
 
 @dataclass
 class Group:
@@ -110,9 +112,20 @@ class Call:
     from outside (ControlNet): a unit's delta is what its own blocks add."""
     left: Streams = ()
     """Streams of all rows as the last block left them."""
+    entered: int = 0
+    """Blocks that came by their patch so far."""
+
+    def require_all_entered(self) -> None:
+        """Raises RuntimeError where a block ran, or did not, behind the back of what was decided."""
+        if self.entered != len(self.groups):
+            missed = len(self.groups) - self.entered
+            raise RuntimeError(
+                f"{missed} of {len(self.groups)} blocks did not run as decided; {ATTACH_AGAIN}"
+            )
 
     def enter(self, block: int, before: Streams) -> None:
         """A block starts, with these streams of all rows."""
+        self.entered += 1
         if block in self.branch.starts:
             self.entry = before
         elif any(now is not then for now, then in zip(before, self.left, strict=True)):

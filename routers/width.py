@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from .patching import patch_forward, restore_forward
 from .spec import MlpSpec
 
+HOOKED = "_diffusers_hook"
+"""Set by diffusers on a module with hooks of its own: group offloading, layerwise casting."""
+
 
 class MlpSlicer:
     """Narrows one MLP of one block while `narrowed(ratio)` is active; otherwise the MLP is untouched.
@@ -130,10 +133,10 @@ class MlpSlicer:
 def linear_rows(module: nn.Module, original: Callable[..., Tensor], x: Tensor, rows: int) -> Tensor:
     """First `rows` output features of a linear: `x [..., D] -> [..., rows]`.
 
-    Plain and LoRA linears compute only those rows. Any other linear (quantised, weights offloaded
-    per leaf) is computed whole by `original` and cut: right, but without the saving.
+    Plain and LoRA linears compute only those rows. Any other linear (quantised, weights offloaded or
+    cast per leaf) is computed whole by `original` and cut: right, but without the saving.
     """
-    parts = _lora_parts(module)
+    parts = _lora_parts(module, original, x)
     if parts is None:
         return original(x)[..., :rows]
     base, adapters = parts
@@ -146,7 +149,7 @@ def linear_rows(module: nn.Module, original: Callable[..., Tensor], x: Tensor, r
 
 def linear_columns(module: nn.Module, original: Callable[..., Tensor], x: Tensor) -> Tensor:
     """A linear fed with only its first input features: `x [..., n <= in_features] -> [..., out]`."""
-    parts = _lora_parts(module)
+    parts = _lora_parts(module, original, x)
     n = x.shape[-1]
     if parts is None:
         return original(F.pad(x, (0, in_features(module) - n)))
@@ -172,29 +175,45 @@ def _base(module: nn.Module) -> Any:
     return get_base() if get_base is not None else module
 
 
-def _lora_parts(module: Any) -> tuple[Any, list[tuple[Any, Any, float]]] | None:
-    """(plain linear, [(down, up, scaling)]) of a plain or PEFT LoRA linear that lies in memory, else None."""
+def _lora_parts(
+    module: Any, original: Callable[..., Tensor], x: Tensor
+) -> tuple[Any, list[tuple[Any, Any, float]]] | None:
+    """(plain linear, [(down, up, scaling)]) of a plain or PEFT LoRA linear that can take x as it lies.
+
+    None for others, and where a hook brings the weights only when the linear is called: such a hook lies
+    between us and the linear (or on a part of it), and what the weights hold until then means nothing.
+    """
     base = _base(module)
-    if type(base) is not nn.Linear or base.weight.device.type == "meta":
+    if type(base) is not nn.Linear or not _is_ready(base, x):
         return None
     if base is module:
-        return base, []
+        return None if hasattr(base, HOOKED) and original != type(base).forward.__get__(base) else (base, [])
     if not hasattr(module, "lora_A") or (module.disable_adapters and module.merged):
         return None  # another kind of adapter; or one that PEFT takes out of the weights when it is called
+    if hasattr(base, HOOKED):
+        return None
     if module.disable_adapters or module.merged:
         return base, []
     names = [name for name in module.active_adapters if name in module.lora_A]
     if any(_is_more_than_two_matrices(module, name) for name in names):
         return None
-    return base, [(module.lora_A[name], module.lora_B[name], module.scaling[name]) for name in names]
+    adapters = [(module.lora_A[name], module.lora_B[name], module.scaling[name]) for name in names]
+    if any(up.weight.device != x.device or hasattr(up, HOOKED) for _, up, _ in adapters):
+        return None
+    return base, adapters
+
+
+def _is_ready(linear: nn.Linear, x: Tensor) -> bool:
+    """Whether the weights lie where x does, in x's dtype (under autocast in any)."""
+    same = linear.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    return same and linear.weight.device == x.device
 
 
 def _is_more_than_two_matrices(module: Any, name: str) -> bool:
     """Whether an adapter of a PEFT LoRA layer adds anything but up(down(x)): DoRA and the like, dropout."""
-    variant = name in getattr(module, "lora_variant", {}) or (getattr(module, "use_dora", None) or {}).get(
-        name
-    )
-    return bool(variant) or (module.training and type(module.lora_dropout[name]) is not nn.Identity)
+    special = getattr(module, "lora_variant", {}), getattr(module, "use_dora", {})
+    drops = module.training and type(module.lora_dropout[name]) is not nn.Identity
+    return drops or any(known.get(name) for known in special)
 
 
 def importance_order(in_activations: Tensor, out_weight: Tensor) -> Tensor:
