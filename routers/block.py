@@ -6,7 +6,8 @@ Shapes: B batch rows, L tokens, D dim, E time embedding dim.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,6 +29,7 @@ class Block:
         self.index, self.spec, self.module, self.router = index, spec, module, router
         self.slicers = [MlpSlicer(module, mlp) for mlp in spec.mlps]
         self.names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self.compiled: Any = None
         missing = {*spec.streams, *spec.batched, spec.modulation or self.names[0]} - set(self.names)
         if missing:
             raise ValueError(f"{spec.block_class}.forward has no argument {sorted(missing)}")
@@ -72,11 +74,47 @@ class Block:
                 picked[name] = value.index_select(0, at)  # type: ignore[index]
         return picked
 
+    def adopt_compiled(self) -> None:
+        """Take over `module.compile()`, so that deciding stays outside of what is compiled."""
+        if self.module._compiled_call_impl is not None:
+            self.compiled, self.module._compiled_call_impl = self.module._compiled_call_impl, None
+
+    def return_compiled(self) -> None:
+        """Undo `adopt_compiled`."""
+        if self.compiled is not None:
+            self.module._compiled_call_impl, self.compiled = self.compiled, None
+
+    def run(self, original: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+        """The block itself, compiled if it was. original: its forward under our patch.
+
+        A compiled block sees neither our patches, which differ from block to block and would each cost a
+        graph of their own, nor hooks on the block, which have run around it already.
+        """
+        if self.compiled is None or not all(slicer.can_lend for slicer in self.slicers):
+            return original(**inputs)
+        state, bare = (
+            vars(self.module),
+            {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()},
+        )
+        saved = {name: state[name] for name in ("forward", *bare)}
+        state.update(bare, forward=original)
+        if original == type(self.module).forward.__get__(self.module):
+            del state["forward"]
+        # FLUX's single blocks return slices of one tensor: another stride would cost another graph
+        inputs = {**inputs, **{name: inputs[name].contiguous() for name in self.spec.streams}}
+        try:
+            with ExitStack() as stack:
+                for slicer in self.slicers:
+                    stack.enter_context(slicer.lent())
+                return self.compiled(**inputs)
+        finally:
+            state.update(saved)
+
     @property
     def ragged(self) -> bool:
         """Whether rows of one call may differ in width. Compiled blocks would recompile for every mix."""
-        compiled = getattr(self.module, "_compiled_call_impl", None) is not None
-        return not compiled and all(slicer.ragged for slicer in self.slicers)
+        compiled = self.compiled or self.module._compiled_call_impl
+        return compiled is None and all(slicer.ragged for slicer in self.slicers)
 
     @contextmanager
     def narrowed(self, width: float, parts: Sequence[tuple[float, int]] = ()) -> Iterator[None]:

@@ -32,6 +32,11 @@ from .trace import REUSE, SKIP, Trace
 
 _UNTIMED = nullcontext()
 
+COMPILED_WHOLE = (
+    "the transformer is compiled as a whole, and nothing can be decided inside of a graph; "
+    "compile its blocks: transformer.compile_repeated_blocks()"
+)
+
 
 class Computed(NamedTuple):
     """A computed pass of a block, as an observer (calibration, profiling) sees it."""
@@ -61,6 +66,8 @@ class Elastic:
         """times: the sampler's times in a run of known steps, to tell the steps of runs without a scope."""
         if "_edit_elastic" in transformer.__dict__:
             raise ValueError("routers are already attached to this transformer: detach them first")
+        if hasattr(transformer, "_orig_mod") or transformer._compiled_call_impl is not None:
+            raise ValueError(COMPILED_WHOLE)
         self.transformer, self.spec = transformer, spec
         self.budget, self.num_steps, self.times = budget, num_steps, times
         self.trace: Trace | None = None
@@ -177,6 +184,8 @@ class Elastic:
     def detach(self) -> None:
         """Put the transformer back exactly as it was. Safe to call twice."""
         self._unpatch()
+        for block in self.blocks:
+            block.return_compiled()
         self._run = self._implicit = self._call = None
         self.transformer.__dict__.pop("_edit_elastic", None)
         undo, self.on_detach = self.on_detach, None
@@ -216,6 +225,8 @@ class Elastic:
 
     def _transformer_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        for block in self.blocks:
+            block.adopt_compiled()
         if learns_order(self.transformer) and vars(self.transformer)["forward"] is self._patches[0][1]:
             original = self._patch_again(args, kwargs)
         sample: Tensor = inputs[self.spec.sample]
@@ -287,7 +298,7 @@ class Elastic:
             if self._probing is None:
                 if self._run is not None and not self._dense and not torch.is_grad_enabled():
                     raise RuntimeError(f"the transformer's patch was bypassed; {ATTACH_AGAIN}")
-                return original(*args, **kwargs)
+                return block.run(original, block.bind(args, kwargs))
             self._probing.append((block, args, kwargs))
             return block.pack(block.streams(block.bind(args, kwargs)))
         with self._timed("block", block.index):
@@ -357,7 +368,7 @@ class Elastic:
             with self._timed("router", block.index):
                 self._remember_logits(block, call, index, inputs, before)
         with block.narrowed(WIDTHS[group.code], group.parts):
-            after = block.unpack(original(**inputs))
+            after = block.unpack(block.run(original, inputs))
         if self.observer is not None:
             self.observer(Computed(block, call, original, inputs, before, after))
         with self._timed("cache", block.index):

@@ -43,10 +43,15 @@ def restore_forward(module: nn.Module, patch: Patch, name: str = "forward") -> N
     """Undo `patch_forward`. If something wrapped the patch meanwhile it stays there as a pass-through."""
     patch.replacement = None
     if module.__dict__.get(name) is patch:
-        if patch.was_instance:
-            module.__dict__[name] = patch.original
-        else:
-            del module.__dict__[name]
+        restore_instance(module, patch, name)
+
+
+def restore_instance(module: nn.Module, patch: Patch, name: str = "forward") -> None:
+    """Put back what a patch replaced, while the patch itself stays good to be set again."""
+    if patch.was_instance:
+        module.__dict__[name] = patch.original
+    else:
+        del module.__dict__[name]
 
 
 def learns_order(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .patching import patch_forward, restore_forward
+from .patching import patch_forward, restore_forward, restore_instance
 from .spec import MlpSpec
 
 HOOKED = "_diffusers_hook"
@@ -88,6 +88,37 @@ class MlpSlicer:
         finally:
             self._parts, self._lead = [], ()
 
+    @property
+    def can_lend(self) -> bool:
+        """Whether `lent` can set the width that is active now."""
+        return self._units is None or (
+            not torch.is_grad_enabled()
+            and all(type(linear) is nn.Linear and not hasattr(linear, HOOKED) for linear in self._resolve())
+        )
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Take the patches off for a compiled call, and give the linears views of their weights instead.
+
+        What is compiled then depends on the width alone, and blocks of a kind share its graph.
+        """
+        saved = [(module, patch, dict(module._parameters)) for module, patch in self._patches]
+        for module, patch, _ in saved:
+            if vars(module).get("forward") is patch:
+                restore_instance(module, patch)
+        if self._units is not None:
+            (inner, _, rows), (outer, _, columns) = saved
+            count = self.row_offset + self._units
+            inner._parameters.update({k: _view(p, p[:count]) for k, p in rows.items() if p is not None})
+            weight = columns["weight"]
+            outer._parameters["weight"] = _view(weight, weight[:, : self.column_offset + self._units])
+        try:
+            yield
+        finally:
+            for module, patch, parameters in saved:
+                module._parameters.update(parameters)
+                vars(module)["forward"] = patch
+
     def attach(self) -> None:
         """Patch the forward of both linears. Without an active width they call the original."""
         inner, outer = self._linears = self._resolve()
@@ -128,6 +159,10 @@ class MlpSlicer:
         if self._units is None:
             return original(x)
         return linear_columns(module, original, x)
+
+
+def _view(parameter: Any, view: Tensor) -> nn.Parameter:
+    return nn.Parameter(view, requires_grad=parameter.requires_grad)
 
 
 def linear_rows(module: nn.Module, original: Callable[..., Tensor], x: Tensor, rows: int) -> Tensor:
