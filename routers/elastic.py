@@ -154,9 +154,15 @@ class Elastic:
     def dense_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The transformer's own forward between two calls of a run: every block in full, nothing booked."""
         assert self._call is None, "a call is being made"
+        with self._densely():
+            return self._patches[0][1].original(*args, **kwargs)
+
+    @contextmanager
+    def _densely(self) -> Iterator[None]:
+        """Blocks may run without a call around them: on purpose, where otherwise a patch was lost."""
         self._dense = True
         try:
-            return self._patches[0][1].original(*args, **kwargs)
+            yield
         finally:
             self._dense = False
 
@@ -271,9 +277,10 @@ class Elastic:
             signature = block.signature()
             if signature not in known:
                 tokens = [stream.shape[1] for stream in block.streams(block.bind(block_args, block_kwargs))]
-                known[signature] = block_cost(
-                    block.module, block.slicers, block_args, block_kwargs, rows, tokens[0]
-                )
+                with self._densely():  # where shapes do not tell, the block runs for real
+                    known[signature] = block_cost(
+                        block.module, block.slicers, block_args, block_kwargs, rows, tokens[0]
+                    )
                 routers.append(router_flops(block.router, sum(tokens)))
                 self._note_cost(known[signature].note)
             costs.append(known[signature])
