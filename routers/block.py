@@ -17,6 +17,11 @@ from torch import Tensor, nn
 from .spec import BlockSpec
 from .width import MlpSlicer
 
+COMPILED_WHOLE = (
+    "the transformer is compiled as a whole, and nothing can be decided inside of a graph; "
+    "compile its blocks: transformer.compile_repeated_blocks()"
+)
+
 
 class Block:
     """A patched block: its place, how it is called, its router and its sliceable MLPs."""
@@ -92,10 +97,8 @@ class Block:
         """
         if self.compiled is None or not all(slicer.can_lend for slicer in self.slicers):
             return original(**inputs)
-        state, bare = (
-            vars(self.module),
-            {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()},
-        )
+        state = vars(self.module)
+        bare: dict[str, Any] = {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
         saved = {name: state[name] for name in ("forward", *bare)}
         state.update(bare, forward=original)
         if original == type(self.module).forward.__get__(self.module):
@@ -127,3 +130,14 @@ class Block:
     def signature(self) -> tuple[Any, ...]:
         """Equal for blocks that cost the same on the same inputs."""
         return (self.spec.kind, *(tuple(p.shape) for p in self.module.parameters()))
+
+
+def call_shapes(inputs: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Names and shapes of the tensors of a call, also of those in a mapping (conditions by name)."""
+    found: list[tuple[str, tuple[int, ...]]] = []
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            found.append((name, tuple(value.shape)))
+        elif isinstance(value, Mapping):
+            found += [(f"{name}.{inner}", shape) for inner, shape in call_shapes(value)]
+    return tuple(found)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .patching import patch_forward, restore_forward, restore_instance
+from .patching import Patch, patch_forward, restore_forward, restore_instance
 from .spec import MlpSpec
 
 HOOKED = "_diffusers_hook"
@@ -40,7 +40,7 @@ class MlpSlicer:
         self._parts: list[tuple[int, int]] = []
         self._lead: tuple[int, ...] = ()
         self._linears: tuple[nn.Module, nn.Module] | None = None
-        self._patches: list[tuple[nn.Module, Any]] = []
+        self._patches: list[tuple[nn.Module, Patch]] = []
         inner, outer = self._resolve()
         rows, columns, dim = out_features(inner), in_features(outer), out_features(outer)
         self.row_offset = spec.in_offset * dim
@@ -102,9 +102,12 @@ class MlpSlicer:
 
         What is compiled then depends on the width alone, and blocks of a kind share its graph.
         """
-        saved = [(module, patch, dict(module._parameters)) for module, patch in self._patches]
+        saved: list[tuple[nn.Module, Patch, dict[str, Any]]] = [
+            (module, patch, dict(module._parameters)) for module, patch in self._patches
+        ]
         for module, patch, _ in saved:
-            if vars(module).get("forward") is patch:
+            current: Any = vars(module).get("forward")
+            if current is patch:
                 restore_instance(module, patch)
         if self._units is not None:
             (inner, _, rows), (outer, _, columns) = saved
