@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .block import Block
+from .block import COMPILED_WHOLE, Block, call_shapes
 from .cost import BlockCost, block_cost, count_linears, router_flops
 from .patching import Patch, learns_order, patch_forward, restore_forward
 from .policy import OpenPolicy, Policy, Units
@@ -31,11 +31,6 @@ from .timing import Timeline
 from .trace import REUSE, SKIP, Trace
 
 _UNTIMED = nullcontext()
-
-COMPILED_WHOLE = (
-    "the transformer is compiled as a whole, and nothing can be decided inside of a graph; "
-    "compile its blocks: transformer.compile_repeated_blocks()"
-)
 
 
 class Computed(NamedTuple):
@@ -237,7 +232,7 @@ class Elastic:
             original = self._patch_again(args, kwargs)
         sample: Tensor = inputs[self.spec.sample]
         time = torch.as_tensor(inputs[self.spec.timestep], device=sample.device).float().flatten()
-        key = _shapes(inputs)
+        key = call_shapes(inputs)
         cost = self._costs.get(key) or self._probe(key, original, args, kwargs, sample.shape[0])
         run, name = self._run, self._context or "main"
         if run is None:
@@ -494,17 +489,6 @@ def _find_blocks(
 def _spec_of(module: nn.Module, specs: Sequence[BlockSpec]) -> BlockSpec:
     """Which of the specs that share a path describes this block; `Block` refuses it if none does."""
     return next((spec for spec in specs if spec.block_class == type(module).__name__), specs[0])
-
-
-def _shapes(inputs: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Names and shapes of the tensors of a call, also of those in a mapping (conditions by name)."""
-    found: list[tuple[str, tuple[int, ...]]] = []
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            found.append((name, tuple(value.shape)))
-        elif isinstance(value, Mapping):
-            found += [(f"{name}.{inner}", shape) for inner, shape in _shapes(value)]
-    return tuple(found)
 
 
 def _segments(blocks: Sequence[Block]) -> Units:
