@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -132,6 +133,9 @@ def _run(arguments: list[str]) -> int:
 def _describe(error: Exception) -> str:
     if is_out_of_memory(error):
         return out_of_memory()
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = "output" if error.filename is None else repr(str(error.filename))
+        return f"no space left on device while writing {where}; free some, or write elsewhere"
     first = next((line for line in str(error).splitlines() if line.strip()), "no message")
     return f"{type(error).__name__}: {first.strip()}; set EDIT_DEBUG=1 for the traceback"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,6 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from edit_cli.errors import EditError, Interrupted, RunError
-from edit_cli.outputs import write_whole
 from edit_cli.profile_chrome import chrome_trace
 from edit_cli.profile_heatmap import RAMP, draw_heatmaps
 from edit_cli.profile_plan import ProfilePlan
@@ -33,6 +33,7 @@ from edit_cli.profile_trace import (
     scale_of,
     write_trace,
 )
+from routers.files import write_whole as write_together
 
 PAGE = Path(__file__).with_name("profile_report.html")
 PLACE = "/*DATA*/null"
@@ -107,13 +108,16 @@ def write(folder: Path, trace: Mapping[str, Any], pictures: Pictures, metric: st
     try:
         for place in {(folder / name).parent for name in files}:
             place.mkdir(parents=True, exist_ok=True)
+        write_together({folder / name: functools.partial(_put, data) for name, data in files.items()})
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise RunError(f"report folder {str(folder)!r} cannot be made: {reason}") from error
-    for name, data in files.items():
-        write_whole(folder / name, data)
+        raise RunError(f"report folder {str(folder)!r} cannot be written: {reason}") from error
     main = ("report.html", "heatmap.png", "heatmap.svg", "trace.json", "chrome-trace.json")
     return [folder / name for name in main]
+
+
+def _put(data: bytes, path: str) -> None:
+    Path(path).write_bytes(data)
 
 
 def as_json(trace: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:

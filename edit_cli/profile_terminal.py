@@ -32,6 +32,8 @@ SHADES, ASCII_SHADES = "·░▒▓█", ".-+x#"
 """Nothing, then a quarter of the scale each. The second set where the terminal knows no other characters."""
 COLOURS = ("dim", "#4c6ef5", "#0ca678", "#e8890c", "#e03131")
 """One per shade, of a lightness that shows on dark and on light terminals."""
+KINDS_NEED = (92, 78, 66)
+"""The table of kinds drops FLOP/s, then the share of blocks, then the time per block below these widths."""
 MAX_ROWS, MAX_CELL = 32, 4
 """More blocks than rows are shown several to a row; a step is at most so many characters wide."""
 
@@ -43,7 +45,7 @@ def as_view(trace: Mapping[str, Any], metric: str, console: Console) -> Renderab
     scale = scale_of(metric, [grid(trace, run, metric) for run in runs])
     for run in runs:
         parts += [heatmap(trace, run, metric, scale, console), Text()]
-    parts += [kinds(trace, runs), Text(), stages(trace), Text(), two_columns(costs(trace))]
+    parts += [kinds(trace, runs, console.width), Text(), stages(trace), Text(), two_columns(costs(trace))]
     return Group(*parts)
 
 
@@ -131,20 +133,23 @@ def _legend(metric: str, scale: tuple[float, float], shades: str) -> Text:
     return text
 
 
-def kinds(trace: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Table:
-    """A row per run and block kind."""
+def kinds(trace: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], width: int = 120) -> Table:
+    """A row per run and block kind. width: of the terminal; a narrow one leaves out the last columns."""
+    left_out = sum(width < needed for needed in KINDS_NEED)
     table = Table(box=None, pad_edge=False, title="blocks by kind", title_justify="left", title_style="bold")
     table.add_column("run", style="dim")
     table.add_column("kind")
-    for name in ("blocks", "skip", "reuse", "width", "per block", "of blocks", "FLOPs", "FLOP/s"):
-        table.add_column(name, justify="right")
+    names = ("blocks", "skip", "reuse", "width", "FLOPs", "per block", "of blocks", "FLOP/s")
+    for name in names[: len(names) - left_out]:
+        table.add_column(name, justify="right", no_wrap=True)
     for run in [trace["runs"][0], *(r for r in runs if r is not trace["runs"][0])]:
         for row in kinds_table(trace, run):
-            table.add_row(
+            cells = (
                 run["name"], row["kind"], str(row["blocks"]), f"{row['skip']:.0%}", f"{row['reuse']:.0%}",
-                "" if row["width"] is None else f"{row['width']:.2f}", seconds(row["per_block"]),
-                f"{row['share']:.0%}", flops(row["flops"]), _rate(row["flop_per_second"]),
+                "" if row["width"] is None else f"{row['width']:.2f}", flops(row["flops"]),
+                seconds(row["per_block"]), f"{row['share']:.0%}", _rate(row["flop_per_second"]),
             )  # fmt: skip
+            table.add_row(*cells[: len(cells) - left_out])
     return table
 
 

@@ -8,6 +8,7 @@ Shapes: S steps, N blocks.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -110,6 +111,8 @@ def check_trace(trace: Mapping[str, Any]) -> None:
         for span in run["spans"]:
             if len(span) != 6:
                 raise ValueError(f"{where}: a span has {len(span)} entries, not 6")
+            if span[0] not in run["parts"] or not -1 <= span[3] < blocks:
+                raise ValueError(f"{where}: a span of {span[0]!r}, block {span[3]!r}")
         for name in (
             "spent",
             "host_reads",
@@ -176,6 +179,10 @@ def grid(trace: Mapping[str, Any], run: Mapping[str, Any], metric: str, sample: 
 
 def scale_of(metric: str, grids: Sequence[Grid]) -> tuple[float, float]:
     """Lowest and highest value of the colour scale that several maps share."""
+    if metric == "similarity":
+        lowest = min((float(g[np.isfinite(g)].min(initial=1.0)) for g in grids), default=0.0)
+        # blocks that hardly change from step to step differ in the last few percent alone
+        return max(0.0, math.floor(20 * lowest) / 20 if lowest < 1 else 0.0), 1.0
     if metric in FIXED:
         return FIXED[metric]
     known = np.concatenate([g[np.isfinite(g)] for g in grids] or [np.zeros(0)])

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import errno
+import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from edit_cli import profile_report
+from edit_cli.errors import RunError
 from edit_cli.main import spread
 from edit_cli.profile_heatmap import RAMP, colour_at, draw_heatmaps
-from edit_cli.profile_terminal import heatmap
+from edit_cli.profile_terminal import heatmap, kinds
 from edit_cli.profile_trace import check_trace, default_metric, grid, scale_of
 from edit_cli.profile_warnings import limits, warnings_of
 
@@ -299,13 +304,12 @@ def test_bad_mesh_input(desk, edit_here, mesh_folder, arguments, message):
 
 
 def test_no_space_left_keeps_no_half_file(desk, edit_here, monkeypatch):
-    from edit_cli import profile_report
-    from edit_cli.errors import RunError
+    def full(data, path):
+        if len(list((desk / "report").glob(".*"))) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        Path(path).write_bytes(data)
 
-    def full(path, data):
-        raise RunError(f"{str(path)!r} cannot be written: no space left on device")
-
-    monkeypatch.setattr(profile_report, "write_whole", full)
+    monkeypatch.setattr(profile_report, "_put", full)
     trace = json.loads((desk / "good.json").read_text())
     complete = trace | {"made": dict.fromkeys(("device", "device_name", "dtype", "threads"), "x")}
     with pytest.raises(RunError, match="no space left") as error:
@@ -321,3 +325,31 @@ def timing() -> dict:
                    "span_seconds": 1e-6, "overhead": 0.001, "overhead_compared": None},
         "limits": limits(make_trace()),
     }  # fmt: skip
+
+
+# -- what must not break ------------------------------------------------------------------------------
+
+
+def test_the_scale_of_likeness_starts_where_the_map_does():
+    """Blocks that hardly change would fill a scale from 0 with one colour."""
+    assert scale_of("similarity", [np.array([[np.nan, np.nan], [0.96, 0.999]])]) == (0.95, 1.0)
+    assert scale_of("similarity", [np.array([[-0.2, 0.5]])]) == (0.0, 1.0)
+    assert scale_of("similarity", [np.full((2, 2), np.nan)]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("span", [["nonsense", 0, "main", 0, 0.0, 1.0], ["block", 0, "main", 3, 0.0, 1.0]])
+def test_foreign_spans_are_damage(span):
+    trace = make_trace(spans=[span])
+    with pytest.raises(ValueError, match="a span of"):
+        check_trace(trace)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_tables_fit_without_breaking_numbers(width):
+    trace = make_trace()
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(kinds(trace, trace["runs"][1:], width))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert all(len(line) <= width for line in lines)
+    assert len(lines) == 2 + 2 * len(trace["runs"]), "a line for the title, the head, and each run and kind"
+    assert ("FLOP/s" in lines[1]) == (width == 120)
