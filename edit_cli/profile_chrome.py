@@ -20,7 +20,7 @@ DID = {"-": "skip", "=": "reuse", **{str(n): f"compute {n}/4" for n in range(1, 
 def chrome_trace(trace: Mapping[str, Any]) -> bytes:
     """The file's bytes: one process per run, one lane per part."""
     events: list[dict[str, Any]] = []
-    for process, run in enumerate(trace["runs"]):
+    for process, run in enumerate(trace["runs"], 1):  # 0 is the idle process to viewers
         title = run["name"] if run["budget"] is None or run["name"] == "dense" else f"budget {run['name']}"
         events.append(_named("process_name", process, 0, title))
         events += [_named("thread_name", process, lane, name) for lane, name in LANE_NAMES.items()]

@@ -6,6 +6,7 @@ import copy
 import errno
 import io
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from edit_cli.profile_heatmap import RAMP, colour_at, draw_heatmaps
 from edit_cli.profile_terminal import heatmap, kinds
 from edit_cli.profile_trace import check_trace, default_metric, grid, scale_of
 from edit_cli.profile_warnings import limits, warnings_of
+from tests.conftest import EDIT, edit_environment
 
 
 def make_trace(**changes) -> dict:
@@ -353,3 +355,13 @@ def test_tables_fit_without_breaking_numbers(width):
     assert all(len(line) <= width for line in lines)
     assert len(lines) == 2 + 2 * len(trace["runs"]), "a line for the title, the head, and each run and kind"
     assert ("FLOP/s" in lines[1]) == (width == 120)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [EDIT, "models", "--json"]
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=edit_environment())
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: no space left on device while writing output")
+    assert len(ran.stderr.splitlines()) == 1
