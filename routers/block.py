@@ -9,12 +9,14 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .spec import BlockSpec
+from .policy import Units
+from .spec import BlockSpec, TransformerSpec
 from .width import MlpSlicer
 
 COMPILED_WHOLE = (
@@ -141,3 +143,33 @@ def call_shapes(inputs: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]],
         elif isinstance(value, Mapping):
             found += [(f"{name}.{inner}", shape) for inner, shape in call_shapes(value)]
     return tuple(found)
+
+
+def find_blocks(
+    transformer: nn.Module, spec: TransformerSpec, routers: Sequence[nn.Module] | None
+) -> list[Block]:
+    """The transformer's blocks in execution order, each with its router (None: no routers)."""
+    if type(transformer).__name__ != spec.transformer_class:
+        raise ValueError(f"this spec is for {spec.transformer_class}, not for {type(transformer).__name__}")
+    found = [
+        (_spec_of(module, [kind for kind in spec.blocks if kind.path == path]), module)
+        for path in dict.fromkeys(kind.path for kind in spec.blocks)
+        for module in attrgetter(path)(transformer)
+    ]
+    if routers is not None and len(routers) != len(found):
+        raise ValueError(f"{len(routers)} routers for a transformer of {len(found)} blocks")
+    return [
+        Block(i, kind, module, None if routers is None else routers[i])
+        for i, (kind, module) in enumerate(found)
+    ]
+
+
+def _spec_of(module: nn.Module, specs: Sequence[BlockSpec]) -> BlockSpec:
+    """Which of the specs that share a path describes this block; `Block` refuses it if none does."""
+    return next((spec for spec in specs if spec.block_class == type(module).__name__), specs[0])
+
+
+def segments(blocks: Sequence[Block]) -> Units:
+    """Stretches of blocks on the same residual streams: (first, last) block of each."""
+    starts = [i for i, b in enumerate(blocks) if i == 0 or b.spec.streams != blocks[i - 1].spec.streams]
+    return tuple(zip(starts, [*(s - 1 for s in starts[1:]), len(blocks) - 1], strict=True))

@@ -13,20 +13,20 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .block import COMPILED_WHOLE, Block, call_shapes
+from .block import COMPILED_WHOLE, Block, call_shapes, find_blocks, segments
 from .cost import BlockCost, block_cost, count_linears, router_flops
+from .groups import Group
 from .patching import Patch, learns_order, patch_forward, restore_forward
-from .policy import OpenPolicy, Policy, Units
+from .policy import OpenPolicy, Policy
 from .router import Router, RouterStack
-from .run import ATTACH_AGAIN, Call, Group, Run
-from .spec import WIDTHS, BlockSpec, TransformerSpec
+from .run import ATTACH_AGAIN, Call, Run
+from .spec import WIDTHS, TransformerSpec
 from .timing import Timeline
 from .trace import REUSE, SKIP, Trace
 
@@ -70,8 +70,8 @@ class Elastic:
         self.observer: Callable[[Computed], None] | None = None
         self.timer: Timeline | None = None
         self.on_detach: Callable[[], None] | None = None
-        self.blocks = _find_blocks(transformer, spec, routers)
-        self.segments = _segments(self.blocks)
+        self.blocks = find_blocks(transformer, spec, routers)
+        self.segments = segments(self.blocks)
         self._stackable = RouterStack.fits([block.router for block in self.blocks])
         self.names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._costs: dict[Any, tuple[list[BlockCost], float, float]] = {}
@@ -465,33 +465,3 @@ def steps_from_time(times: Sequence[float], second: float) -> int:
     rising = known[-1] > known[0]
     at = np.interp(second if rising else -second, known if rising else -known, np.arange(len(known)))
     return max(2, 1 + round((len(known) - 1) / max(float(at), 1e-6))) if at > 0 else len(known)
-
-
-def _find_blocks(
-    transformer: nn.Module, spec: TransformerSpec, routers: Sequence[nn.Module] | None
-) -> list[Block]:
-    """The transformer's blocks in execution order, each with its router (None: no routers)."""
-    if type(transformer).__name__ != spec.transformer_class:
-        raise ValueError(f"this spec is for {spec.transformer_class}, not for {type(transformer).__name__}")
-    found = [
-        (_spec_of(module, [kind for kind in spec.blocks if kind.path == path]), module)
-        for path in dict.fromkeys(kind.path for kind in spec.blocks)
-        for module in attrgetter(path)(transformer)
-    ]
-    if routers is not None and len(routers) != len(found):
-        raise ValueError(f"{len(routers)} routers for a transformer of {len(found)} blocks")
-    return [
-        Block(i, kind, module, None if routers is None else routers[i])
-        for i, (kind, module) in enumerate(found)
-    ]
-
-
-def _spec_of(module: nn.Module, specs: Sequence[BlockSpec]) -> BlockSpec:
-    """Which of the specs that share a path describes this block; `Block` refuses it if none does."""
-    return next((spec for spec in specs if spec.block_class == type(module).__name__), specs[0])
-
-
-def _segments(blocks: Sequence[Block]) -> Units:
-    """Stretches of blocks on the same residual streams: (first, last) block of each."""
-    starts = [i for i, b in enumerate(blocks) if i == 0 or b.spec.streams != blocks[i - 1].spec.streams]
-    return tuple(zip(starts, [*(s - 1 for s in starts[1:]), len(blocks) - 1], strict=True))

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .block import Block
-from .elastic import _find_blocks as find_blocks
+from .block import Block, find_blocks
 from .spec import MlpSpec, TransformerSpec
 from .width import MlpSlicer
 

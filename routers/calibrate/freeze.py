@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..block import Block
+from ..block import Block, find_blocks
 from ..cost import BlockCost, block_cost, transformer_flops
-from ..elastic import _find_blocks as find_blocks
 from ..patching import patch_forward, restore_forward
 from ..redundancy import first_tensor
 from ..spec import WIDTHS, TransformerSpec

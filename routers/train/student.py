@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..block import Block
-from ..elastic import _find_blocks
+from ..block import Block, find_blocks
 from ..patching import Patch, patch_forward, restore_forward
 from ..spec import WIDTHS, TransformerSpec
 from ..width import MlpSlicer
@@ -44,7 +43,7 @@ class Student:
 
     def __init__(self, transformer: nn.Module, spec: TransformerSpec, save_memory: bool = False) -> None:
         self.transformer, self.save_memory = transformer, save_memory
-        self.blocks = _find_blocks(transformer, spec, None)
+        self.blocks = find_blocks(transformer, spec, None)
         self._decision: Decision | None = None
         self._inputs: list[tuple[Tensor, Tensor | None]] | None = None
         self._patches: list[tuple[nn.Module, Patch]] = []
