@@ -7,7 +7,6 @@ Fails when a weight does not fit fp16, when the unmodified classes disagree with
 when the folder reaches 30 MB.
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +20,7 @@ from backbones.tiny.recipes.flux.dit import TinyFlux, load_model
 from backbones.tiny.recipes.flux.fast_dit import largest_difference
 from backbones.tiny.recipes.flux.sampling import GUIDANCE, SHIFT, SIDE, STEPS, FluxSampler
 from backbones.tiny.recipes.flux.text import T5_TOKENS, Prompts
-from backbones.tiny.recipes.flux.training import RUNS
+from backbones.tiny.recipes.flux.training import result_arguments
 
 CHECK_PROMPTS = ["a cat", "A Purple Cat, flat style", " ", "zxqw blorp", "a very long prompt " * 5]
 TOLERANCE = 1e-3  # of transformer outputs, text states and latents of order 1, in fp32
@@ -80,12 +79,7 @@ def write(pipe: FluxPipeline, out: Path) -> int:
 
 def main() -> None:
     """Parse the command line, check and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", type=Path, default=RUNS / "dit" / "last.pt")
-    parser.add_argument("--vae", type=Path, default=RUNS / "vae" / "model")
-    parser.add_argument("--tokenizer", type=Path, default=RUNS / "tokenizers")
+    parser = result_arguments(__doc__)
     parser.add_argument("--shift", type=float, default=SHIFT)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "flux_tiny")
     args = parser.parse_args()

@@ -3,25 +3,19 @@
 python -m backbones.tiny.recipes.flux.grid [--checkpoint runs/flux/dit/last.pt] ["a cat" ...] --out g.png
 """
 
-import argparse
 from pathlib import Path
 
 from backbones.tiny.recipes.captions import common_prompts
 from backbones.tiny.recipes.flux.sampling import GUIDANCE, SHIFT, STEPS, FluxSampler
-from backbones.tiny.recipes.flux.training import RUNS
+from backbones.tiny.recipes.flux.training import RUNS, result_arguments
 from backbones.tiny.recipes.grid import WORDS
 from backbones.tiny.recipes.sampling import contact_sheet
 
 
 def main() -> None:
     """Parse the command line and write a contact sheet."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = result_arguments(__doc__)
     parser.add_argument("prompts", nargs="*", help="default: the 100 common prompts and the trial words")
-    parser.add_argument("--checkpoint", type=Path, default=RUNS / "dit" / "last.pt")
-    parser.add_argument("--vae", type=Path, default=RUNS / "vae" / "model")
-    parser.add_argument("--tokenizer", type=Path, default=RUNS / "tokenizers")
     parser.add_argument("--out", type=Path, default=RUNS / "grid.png")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)

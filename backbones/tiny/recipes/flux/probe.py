@@ -3,16 +3,13 @@
 python -m backbones.tiny.recipes.flux.probe [--checkpoint runs/flux/dit/last.pt] [--prompts 20]
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 
 from backbones.tiny.recipes.captions import common_prompts
 from backbones.tiny.recipes.elastic import fixed_subnetwork
 from backbones.tiny.recipes.flux.fast_dit import dit_forward, rope
 from backbones.tiny.recipes.flux.sampling import FluxSampler
-from backbones.tiny.recipes.flux.training import RUNS
+from backbones.tiny.recipes.flux.training import result_arguments
 
 PROBES = (
     "width 0.75", "width 0.5", "width 0.25", "skip 0", "skip 2", "skip 5", "skip 8", "skip 11", "skip 3,7",
@@ -41,12 +38,7 @@ def probe(sampler: FluxSampler, prompts: list[str]) -> dict[str, float]:
 
 def main() -> None:
     """Parse the command line and print one line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", type=Path, default=RUNS / "dit" / "last.pt")
-    parser.add_argument("--vae", type=Path, default=RUNS / "vae" / "model")
-    parser.add_argument("--tokenizer", type=Path, default=RUNS / "tokenizers")
+    parser = result_arguments(__doc__)
     parser.add_argument("--prompts", type=int, default=20, help="how many of the 100 common prompts")
     args = parser.parse_args()
     prompts = [prompt for prompt, _ in common_prompts()][:: max(1, 100 // max(1, args.prompts))]

@@ -170,3 +170,14 @@ def arguments(description: str, minutes: float, lr: float, ema: float) -> argpar
     parser.add_argument("--ema", type=float, default=ema)
     parser.add_argument("--max-steps", type=int, default=0, help="stop after so many steps; 0: no limit")
     return parser
+
+
+def result_arguments(description: str) -> argparse.ArgumentParser:
+    """The options of every step that looks at a trained model."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, default=RUNS / "dit" / "last.pt")
+    parser.add_argument("--vae", type=Path, default=RUNS / "vae" / "model")
+    parser.add_argument("--tokenizer", type=Path, default=RUNS / "tokenizers")
+    return parser
