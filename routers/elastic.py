@@ -315,7 +315,9 @@ class Elastic:
             with self._timed("router", block.index):
                 gate, widths = self._route(block, inputs, before)
             groups = self._require_run().decide_block(call, block.index, gate, widths)
-        elif self._reads_stack() and (self._reads_skipped() or any(group.code >= 0 for group in groups)):
+        elif self._reads_stack() and (
+            self._require_run().policy.reads_skipped or any(group.code >= 0 for group in groups)
+        ):
             modulation = inputs.get(block.spec.modulation) if block.spec.modulation else None
             with self._timed("router", block.index):
                 call.pooled[block.index] = before[0].mean(dim=1), modulation
@@ -379,9 +381,6 @@ class Elastic:
 
     def _reads_stack(self) -> bool:
         return self._stackable and self._require_run().policy.reads_routers
-
-    def _reads_skipped(self) -> bool:
-        return bool(getattr(self._require_run().policy, "reads_skipped", False))
 
     def _stack(self, run: Run, device: torch.device) -> RouterStack:
         """All routers as one, told the budget; made anew in every run, because training changes them."""

@@ -49,7 +49,7 @@ class PlannedPolicy:
     follows the batch's mean logits (the paper's way; for comparison).
     """
 
-    immediate = False
+    immediate = reads_skipped = False
     order = 1
     stores: NDArray[np.int8] | None = None
 

@@ -80,6 +80,10 @@ class Policy(Protocol):
     weights: NDArray[np.float32] | None
     """[R, U, P] after `decide`: weights of the cached passes, newest first, for each row's reuse of a unit.
     None: reuses extrapolate in time with `order`."""
+    peer: tuple[str, NDArray[np.float32]] | None
+    """After `decide`: another CFG branch whose passes reuses add too, and their weights [R, U, P]."""
+    reads_skipped: bool
+    """Whether the routers of blocks that do not compute are read as well."""
 
     def start(self, run: RunInfo) -> None:
         """A new run begins: forget everything."""
@@ -102,6 +106,8 @@ class OpenPolicy:
     stores: NDArray[np.int8] | None = None
     units: Units | None = None
     weights: NDArray[np.float32] | None = None
+    peer: tuple[str, NDArray[np.float32]] | None = None
+    reads_skipped = False
 
     def start(self, run: RunInfo) -> None:
         """Nothing to forget."""

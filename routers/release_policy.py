@@ -103,6 +103,8 @@ class ReleasePolicy:
     cache_depth, order, reads_routers, immediate = 1, 0, False, True
     units: Units | None = None
     weights: NDArray[np.float32] | None = None
+    peer: tuple[str, NDArray[np.float32]] | None = None
+    reads_skipped = False
 
     def __init__(self, settings: ReleaseSettings | None = None, dtype: torch.dtype = torch.float32) -> None:
         self.settings = settings or ReleaseSettings()

@@ -240,10 +240,10 @@ class Run:
 
     def _add_peer(self, groups: list[list[Group]], units: Units) -> None:
         """Let reuses look at the passes of the CFG branch that the policy names, weighted as it says."""
-        found: tuple[str, NDArray[np.float32]] | None = getattr(self.policy, "peer", None)
-        if found is None:
+        if self.policy.peer is None:
             return
-        cache, weights = self.branches[found[0]].cache, found[1]
+        name, weights = self.policy.peer
+        cache = self.branches[name].cache
         for first, _ in units:
             for group in groups[first]:
                 if group.code == REUSE and group.last >= 0:
@@ -273,7 +273,7 @@ class Run:
         if modulation is not None and any(m is not modulation for _, m in seen):
             modulation = torch.stack([m.to(first.device) for _, m in seen if m is not None])
         new = routers(x, modulation)
-        computed = (call.actions >= 0) | bool(getattr(self.policy, "reads_skipped", False))
+        computed = (call.actions >= 0) | self.policy.reads_skipped
         if not computed.all():
             old = torch.stack([torch.zeros_like(new[0]) if x is None else x for x in call.branch.logits])
             mask = torch.from_numpy(computed.T.copy())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
 import routers
 from backbones.hunyuan3d.family import TRANSFORMER_2
@@ -218,6 +219,11 @@ def test_trained_weights_are_loaded_with_the_bundle_and_leave_with_it(
     assert torch.equal(workload.run(0), dense)
     with pytest.raises(ValueError, match="holds trained weights of the backbone"):
         bundle_file.pack(tmp_path / "b", tmp_path / "one.safetensors")
+    assert bundle.trained is not None and bundle.trained.backbone is not None
+    others = {n: t + 1 for n, t in bundle.trained.backbone.tensors.items()}
+    save_file(others, tmp_path / "b" / FILE)
+    with pytest.raises(ValueError, match="is not the file that this bundle was written with"):
+        routers.load_bundle(tmp_path / "b")
     (tmp_path / "b" / FILE).unlink()
     with pytest.raises(ValueError, match="safetensors is missing"):
         routers.load_bundle(tmp_path / "b")

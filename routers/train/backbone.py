@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -35,7 +36,17 @@ class BackboneWeights:
 
     def description(self) -> dict[str, Any]:
         """JSON data for `bundle.json`; the tensors go into FILE."""
-        return {"kind": self.kind, "rank": self.rank, "targets": list(self.targets)}
+        return {
+            "kind": self.kind, "rank": self.rank, "targets": list(self.targets), "sha256": self.digest(),
+        }  # fmt: skip
+
+    def digest(self) -> str:
+        """sha256 over names and values, so that `bundle.json`, whose hash replays carry, stands for both."""
+        total = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            total.update(name.encode())
+            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()
 
     @classmethod
     def read(cls, folder: Path, description: Mapping[str, Any]) -> BackboneWeights:
@@ -47,7 +58,10 @@ class BackboneWeights:
             tensors = load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{file.name} is damaged: {error}") from error
-        return cls(description["kind"], tensors, description["rank"], tuple(description["targets"]))
+        found = cls(description["kind"], tensors, description["rank"], tuple(description["targets"]))
+        if found.digest() != description["sha256"]:
+            raise ValueError(f"{file.name} is not the file that this bundle was written with")
+        return found
 
     def apply(self, transformer: nn.Module) -> Callable[[], None]:
         """Put the weights into a transformer; the returned function takes them out again.

@@ -52,6 +52,7 @@ class TrainedPolicy:
     stores: NDArray[np.int8] | None = None
     units: Units | None = None
     weights: NDArray[np.float32] | None = None
+    peer: tuple[str, NDArray[np.float32]] | None = None
     plan: None = None
     """There is no plan of whole steps (see `PlannedPolicy.plan`)."""
 
