@@ -8,8 +8,6 @@ import math
 import os
 import socket
 import struct
-import urllib.parse
-import urllib.request
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -119,6 +117,8 @@ def hub_file(repository: str, file: str) -> Path:
 
 def require_hub() -> None:
     """Raise OSError at once when the hub cannot be reached; its client would retry for half a minute."""
+    import urllib.request  # brings an HTTP client, which --help can do without
+
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

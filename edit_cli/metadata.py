@@ -11,11 +11,12 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from typing import TYPE_CHECKING, Any
 
 from edit_cli.errors import EditError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 UNICODE_COMMENT = b"UNICODE\x00"  # EXIF 2.3: character code of a UserComment; UTF-16 follows
@@ -51,6 +52,8 @@ def parameters_text(record: Mapping[str, Any]) -> str:
 
 def encode(picture: Image.Image, suffix: str, record: Mapping[str, Any]) -> bytes:
     """The picture as a file's bytes, with its record inside. suffix: .png, .jpg, .jpeg or .webp."""
+    from PIL import Image, PngImagePlugin
+
     data, buffer = json.dumps(record, ensure_ascii=False), io.BytesIO()
     if suffix.lower() == ".png":
         chunks = PngImagePlugin.PngInfo()
@@ -76,6 +79,8 @@ def encode_plain(picture: Image.Image) -> bytes:
 
 def read(path: str | Path) -> dict[str, Any]:
     """The record of a picture made by `edit`. Raises EditError if there is none."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with Image.open(path) as picture:
             picture.load()
