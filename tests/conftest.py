@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores; read by torch
 
 EDIT = Path(sys.executable).with_name("edit")
 TIMEOUT = 300  # s; a cold start is seconds, a loaded machine is slow

@@ -204,7 +204,7 @@ def test_interrupt_keeps_finished_pictures(tmp_path, qwen_folder):
         "--batch-size",
         "1",
         "--steps",
-        "400",
+        "100",
         "-m",
         str(qwen_folder),
     ]
