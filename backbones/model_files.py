@@ -117,13 +117,13 @@ def hub_file(repository: str, file: str) -> Path:
 
 def require_hub() -> None:
     """Raise OSError at once when the hub cannot be reached; its client would retry for half a minute."""
-    import urllib.request  # brings an HTTP client, which --help can do without
+    from urllib.request import getproxies  # brings an HTTP client, which --help can do without
 
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         raise OSError("offline mode")
-    if urllib.request.getproxies():
+    if getproxies():
         return  # behind a proxy the host need not resolve here
     host = urllib.parse.urlsplit(constants.ENDPOINT)
     with socket.create_connection((host.hostname or "", host.port or 443), timeout=10):
