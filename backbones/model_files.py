@@ -8,6 +8,7 @@ import math
 import os
 import socket
 import struct
+import urllib.parse
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
