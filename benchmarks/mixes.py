@@ -8,6 +8,8 @@ Shapes: T steps, R rows, N blocks.
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,13 +17,14 @@ from routers.policy import CallInfo, OpenPolicy
 from routers.spec import WIDTHS
 from routers.trace import FULL, REUSE, SKIP, Actions
 
-FAMILIES: dict[str, tuple[int, ...]] = {
-    "skip": (SKIP,),
-    "reuse": (REUSE,),
+FAMILIES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "skip": ((SKIP,),),
+    "reuse": ((REUSE,),),
     # as narrow as it takes; what widths cannot save (attention, text) is then saved by skips
-    "width": (2, 1, 0, SKIP),
+    "width": ((2,), (1,), (0,), (SKIP,)),
+    "skip + width": ((SKIP, 0, SKIP, 1, SKIP, 2),),
 }
-"""Name -> the codes a cell is lowered to, one pass over all cells after another."""
+"""Name -> passes over all cells, one after another; the cells of a pass are lowered to its codes in turn."""
 
 
 class CostReader(OpenPolicy):
@@ -82,12 +85,12 @@ def _row_mix(call: CallInfo, budget: float, order: NDArray[np.float64], codes: A
 
 
 def _lower(
-    codes: tuple[int, ...], call: CallInfo, budget: float, steps: int, first: int, seed: int
+    passes: tuple[tuple[int, ...], ...], call: CallInfo, budget: float, steps: int, first: int, seed: int
 ) -> Actions:
     plan = np.full((steps, len(call.costs)), FULL, np.int8)
     best, gap = plan.copy(), abs(plan_cost(plan, call) - budget)
-    for code in codes:
-        for cell in _spread(steps, len(call.costs), first, seed):
+    for codes in passes:
+        for cell, code in zip(_spread(steps, len(call.costs), first, seed), cycle(codes), strict=False):
             plan[cell] = code
             here = abs(plan_cost(plan, call) - budget)
             if here >= gap:

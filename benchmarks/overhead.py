@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from backbones import qwen_image
 from benchmarks.mixes import FAMILIES, CostReader, forced_mix, mixed_rows
@@ -38,7 +39,7 @@ from benchmarks.overhead_models import (
     twin,
 )
 from benchmarks.reads import count_reads
-from benchmarks.timing import Run, interleaved, ratio_of_medians
+from benchmarks.timing import Run, interleaved, typical
 from routers.elastic import Elastic
 from routers.policy import CallInfo, FixedPolicy, OpenPolicy, Policy
 
@@ -237,15 +238,15 @@ def ratio_row(
     what: str,
     budget: float | None,
     elastic: Elastic,
-    seconds: list[float],
-    dense: list[float],
+    seconds: NDArray[np.float64],
+    dense: NDArray[np.float64],
     bar: float | None,
 ) -> Row:
     """A line from the timings of one variant and of the dense model; `elastic` has just been run."""
     assert elastic.trace is not None
     spent = mean(elastic.trace.spent)
-    took, dense_took = statistics.median(seconds), statistics.median(dense)
-    return Row(section, what, budget, spent, took, dense_took, ratio_of_medians(seconds, dense), bar)
+    took, dense_took = typical(seconds), typical(dense)
+    return Row(section, what, budget, spent, took, dense_took, took / dense_took, bar)
 
 
 def cells(row: Row) -> list[str]:
