@@ -44,6 +44,7 @@ BOX = 1.01  # half side of the published box
 GRID = 48  # occupancy samples per axis
 NEAR_SHARE, NEAR_SPREADS = 0.6, (0.025, 0.09)  # volume points near the surface, and how near, box units
 MAX_DISTANCE = 0.25
+ELEVATIONS = (17.0, 27.0)  # degrees from which solids are seen
 SHARD = 100  # shapes per file of finished work
 HELD_OUT_SEED = 1_000_000  # solids drawn from this seed on are held out
 HELD_OUT_EMOJI = 0.07  # share of emoji held out, in all styles
@@ -140,7 +141,7 @@ def make(job: Job, packages: Path) -> dict[str, np.ndarray] | None:
     rng = np.random.default_rng([job.variant, *job.name.encode()])
     if job.kind == "solid":
         solid = make_solid(job.name, job.variant)
-        picture = render_solid(solid, elevation=float(rng.uniform(17, 27)))
+        picture = render_solid(solid, elevation=float(rng.uniform(*ELEVATIONS)))
         occupancy, points, normal, distance = solid_samples(solid, job.variant)
     else:
         art = emoji_picture(packages, job.name)

@@ -1,31 +1,49 @@
 """Step `export`: write the package folder in the published layout, in half precision.
 
-    python -m backbones.tiny.recipes.shapes.export [--out FOLDER]
+    python -m backbones.tiny.recipes.shapes.export [--packages node_modules] [--out FOLDER]
 
 `config.yaml` and `model.fp16.safetensors` with the components' prefixes, read by
 `backbones.hunyuan3d.checkpoints.load_pipeline` like any published folder. The statistics of the latents are
 folded into the decoder's first layer, so the DiT's latents are the decoder's and `scale_factor` is 1. The
-encoder is left out, as in the published 2.0 checkpoints. Fails when a weight does not fit fp16, when the
-reloaded pipeline disagrees with the training model, or when the folder reaches 30 MB.
+encoder is left out, as in the published 2.0 checkpoints. `edit.json` holds the defaults for requests, and
+`calibration/` the pictures that `edit calibrate` uses when it is given none. Fails when a weight does not
+fit fp16, when the reloaded pipeline disagrees with the training model, or when the folder reaches 30 MB.
 """
 
 import argparse
 import copy
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from backbones.hunyuan3d.checkpoints import load_pipeline, save_checkpoint
 from backbones.hunyuan3d.shape_vae import ShapeVAE
+from backbones.tiny.recipes.data import check_versions
 from backbones.tiny.recipes.export import MAX_BYTES, check_half
-from backbones.tiny.recipes.shapes.dataset import IMAGE_SIDE, PROCESSOR_SIDE
-from backbones.tiny.recipes.shapes.inflate import BORDER
-from backbones.tiny.recipes.shapes.model import DIT_PARAMS, ENCODER, ShapeModel, load_model
+from backbones.tiny.recipes.shapes.dataset import (
+    ELEVATIONS,
+    IMAGE_SIDE,
+    PROCESSOR_SIDE,
+    emoji_picture,
+    list_jobs,
+)
+from backbones.tiny.recipes.shapes.inflate import BORDER, inflate
+from backbones.tiny.recipes.shapes.model import DIT_PARAMS, ENCODER, GUIDANCE, STEPS, ShapeModel, load_model
+from backbones.tiny.recipes.shapes.render import render_solid
+from backbones.tiny.recipes.shapes.solids import make_solid
+from backbones.tiny.recipes.shapes.store import KINDS
 from backbones.tiny.recipes.shapes.vae import Stats, load_vae
 
+OWN_PICTURES = "calibration"  # the folder that `edit calibrate` looks into
+CALIBRATION_PICTURES = 32
+RESOLUTION = 128  # grid cells per axis: twice what the training shapes resolve
 MAX_DIFFERENCE = 2e-2  # of fp16 weights computed in fp32, on outputs of order one
 
 
@@ -43,7 +61,8 @@ def package_config(vae_params: dict[str, Any]) -> dict[str, Any]:
             "target": "ImageProcessorV2",
             "params": {"size": PROCESSOR_SIDE, "border_ratio": BORDER},
         },
-        "pipeline": {"target": "Hunyuan3DDiTFlowMatchingPipeline"},
+        # the grid as it was trained on, not as the published code shrinks it
+        "pipeline": {"target": "Hunyuan3DDiTFlowMatchingPipeline", "params": {"published_scale": False}},
     }
 
 
@@ -85,7 +104,33 @@ def largest_difference(folder: Path, model: ShapeModel, vae: ShapeVAE, stats: St
     }
 
 
-def write_folder(folder: Path, model: ShapeModel, vae: ShapeVAE, stats: Stats, params: dict[str, Any]) -> int:
+def calibration_pictures(packages: Path, count: int) -> dict[str, np.ndarray]:
+    """RGBA pictures (S, S, 4) uint8 by file name, of shapes that were trained on: solids and art in turn."""
+    jobs = [job for job in list_jobs(packages, seed=0, solids=1, warps=0) if job.split == "train"]
+    pictures: dict[str, np.ndarray] = {}
+    for kind in KINDS:
+        some: dict[str, np.ndarray] = {}
+        for job in (job for job in jobs if job.kind == kind):
+            if len(some) == count // len(KINDS):
+                break
+            name = f"{kind}-{job.name.replace('/', '-')}.png"
+            if kind == "solid":
+                elevation = sum(ELEVATIONS) / 2
+                some[name] = render_solid(make_solid(job.name, job.variant), elevation=elevation)
+            elif (art := emoji_picture(packages, job.name)) is not None and inflate(art) is not None:
+                some[name] = art
+        pictures |= some
+    return pictures
+
+
+def write_folder(
+    folder: Path,
+    model: ShapeModel,
+    vae: ShapeVAE,
+    stats: Stats,
+    params: dict[str, Any],
+    pictures: Mapping[str, np.ndarray],
+) -> int:
     """Write the folder whole, in fp16; returns its bytes. Raises ValueError when a weight does not fit."""
     parts = {
         "model": model.dit,
@@ -99,7 +144,12 @@ def write_folder(folder: Path, model: ShapeModel, vae: ShapeVAE, stats: Stats, p
     halves = {name: copy.deepcopy(part).half() for name, part in parts.items()}
     save_checkpoint(partial, package_config(params), halves)
     (partial / "model.safetensors").rename(partial / "model.fp16.safetensors")
-    size = sum(file.stat().st_size for file in partial.iterdir())
+    defaults = {"steps": STEPS, "guidance": GUIDANCE, "octree_resolution": RESOLUTION}
+    (partial / "edit.json").write_text(json.dumps(defaults, indent=1) + "\n")
+    (partial / OWN_PICTURES).mkdir()
+    for name, picture in pictures.items():
+        Image.fromarray(picture).save(partial / OWN_PICTURES / name, optimize=True)
+    size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     if size >= MAX_BYTES:
         raise ValueError(f"{partial} is {size} bytes, the limit is {MAX_BYTES}: make the model smaller")
     shutil.rmtree(folder, ignore_errors=True)
@@ -116,11 +166,17 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/shapes/dit/last.pt"))
     default = Path(__file__).parents[2] / "hunyuan3d_tiny"
     parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument(
+        "--packages", type=Path, help="a node_modules folder; default: what step dataset installed"
+    )
     args = parser.parse_args()
     vae, stats, _ = load_vae(args.vae)
     params = torch.load(args.vae, weights_only=True)["params"]
     model = load_model(args.checkpoint)
-    size = write_folder(args.out, model, vae, stats, params)
+    packages = args.packages or Path("runs/shapes/data/node_modules")
+    check_versions(packages)
+    pictures = calibration_pictures(packages, CALIBRATION_PICTURES)
+    size = write_folder(args.out, model, vae, stats, params, pictures)
     differences = largest_difference(args.out, model, vae, stats)
     print("export: half precision differs from the training model by", differences)
     if max(differences.values()) > MAX_DIFFERENCE:
