@@ -13,10 +13,9 @@ Shapes: B batch, L latents, C latent channels, Q volume points.
 """
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +24,7 @@ from backbones.hunyuan3d.shape_vae import ShapeVAE
 from backbones.tiny.recipes.shapes.codes import CODE_CHANNELS, pair
 from backbones.tiny.recipes.shapes.model import ShapeModel, chain_iou
 from backbones.tiny.recipes.shapes.store import ShapeBatch, ShapeSet, target
-from backbones.tiny.recipes.shapes.training import Trainer, arguments, compile_blocks, plain_attention
+from backbones.tiny.recipes.shapes.training import arguments, compile_blocks, plain_attention
 from backbones.tiny.recipes.shapes.vae import (
     BCE_SHARPNESS,
     BCE_WEIGHT,
@@ -36,15 +35,16 @@ from backbones.tiny.recipes.shapes.vae import (
     load_vae,
     logits,
 )  # fmt: skip
+from backbones.tiny.recipes.training import Loop, Step, constant
 
 UNCONDITIONAL_SHARE = 0.1  # pictures hidden for classifier-free guidance (Ho & Salimans 2022)
 EARLY_POWER = 1.4  # t = u^1.4: early times, where the picture decides, are drawn more often
 
 
-def is_matrix(name: str) -> bool:
+def is_matrix(name: str, p: Tensor) -> bool:
     """Muon's share: attention and MLP matrices of both models, not their modulations and embeddings."""
     inside = "double_blocks" in name or "single_blocks" in name or "encoder.layer." in name
-    return inside and "mod" not in name.removeprefix("conditioner.main_image_encoder.model")
+    return p.dim() == 2 and inside and "mod" not in name.removeprefix("conditioner.main_image_encoder.model")
 
 
 def draw_times(size: int) -> Tensor:
@@ -86,17 +86,12 @@ def losses(
     return flow, field
 
 
-def check(trainer: Trainer, vae: ShapeVAE, stats: Stats, held_out: ShapeSet, count: int) -> None:
-    """Print the EMA weights' chain IoU on a few held-out shapes, off the clock."""
-    started = time.time()
-    trainer.swap_ema()
-    with torch.compiler.set_stance("force_eager"):
-        scores = chain_iou(trainer.model.eval(), vae, stats, held_out, count, CHECK_EVERY)
-    trainer.swap_ema()
-    trainer.model.train()
+def check(loop: Loop, vae: ShapeVAE, stats: Stats, held_out: ShapeSet, count: int) -> None:
+    """Print the EMA weights' chain IoU on a few held-out shapes."""
+    with loop.averaged() as model, torch.compiler.set_stance("force_eager"):
+        scores = chain_iou(model, vae, stats, held_out, count, CHECK_EVERY)
     shown = ", ".join(f"{kind} {value.mean():.3f}" for kind, value in scores.items())
-    print(f"dit: held-out chain IoU at step {trainer.step}: {shown}", flush=True)
-    trainer.pause(time.time() - started)
+    print(f"dit: held-out chain IoU at step {loop.step}: {shown}", flush=True)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -104,43 +99,38 @@ def train(args: argparse.Namespace) -> None:
     vae, stats, scheme = load_vae(args.vae)
     torch.manual_seed(args.seed)
     model = ShapeModel()
-    trainer = Trainer(model, args.out, args.minutes, args.lr, is_matrix)
-    torch.manual_seed(args.seed + trainer.step)
-    data = ShapeSet(args.data, "train", args.seed + trainer.step, args.puff_share)
+    loop = Loop.from_args(
+        "dit", model, is_matrix, args, schedule=partial(constant, decay_from=0.5), ema_start=1,
+        log_every=args.log_every,
+    )  # fmt: skip
+    torch.manual_seed(args.seed + loop.step)
+    data = ShapeSet(args.data, "train", args.seed + loop.step, args.puff_share)
     held_out = ShapeSet(args.data, "held-out")
     sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.dit, model.conditioner)]
     print(f"dit: {sizes[0]:.2f} M DiT, {sizes[1]:.2f} M conditioner, scheme {scheme}, {len(data)} shapes, "
-          f"step {trainer.step}", flush=True)  # fmt: skip
+          f"step {loop.step}", flush=True)  # fmt: skip
     layers = model.conditioner.main_image_encoder.model.encoder.layer
     compile_blocks([*model.dit.double_blocks, *model.dit.single_blocks, *layers], args.compile)
-    sums, logged, checked = [], time.time(), time.time()
-    while trainer.running():
-        field_rows = args.batch // 2 if trainer.progress >= args.field_from and args.field_weight else 0
+
+    def take(progress: float) -> Step:
+        field_rows = args.batch // 2 if progress >= args.field_from and args.field_weight else 0
         batch = data.batch(data.draw(args.batch), VAE_PARAMS["pc_size"], args.points)
         flow, field = losses(model, vae, stats, scheme, batch, field_rows)
-        norm, lr = trainer.update(flow + args.field_weight * field)
-        sums.append((flow.item(), field.item()))
-        if trainer.step % args.log_every == 0:
-            flow_mean, field_mean = np.mean(sums, axis=0)
-            rate = args.log_every * args.batch / (time.time() - logged)
-            print(f"dit: step {trainer.step} {100 * trainer.progress:.1f}% flow {flow_mean:.4f} "
-                  f"field {field_mean:.4f} grad {norm:.2f} lr {lr:.1e} {rate:.0f}/s", flush=True)  # fmt: skip
-            logged, sums = time.time(), []
-        if time.time() - checked > 60 * args.check_minutes:
-            check(trainer, vae, stats, held_out, args.check_shapes)
-            logged = checked = time.time()
-    check(trainer, vae, stats, held_out, 2 * args.check_shapes)
+        shown = {"flow": flow.item(), "field": field.item()}
+        return Step(flow + args.field_weight * field, args.batch, shown)
+
+    loop.run(take, lambda: check(loop, vae, stats, held_out, args.check_shapes), args.check_minutes)
+    check(loop, vae, stats, held_out, 2 * args.check_shapes)
 
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = arguments(__doc__, "runs/shapes/dit", 120.0, 64, 2e-3)
+    parser = arguments(__doc__, "runs/shapes/dit", 120.0)
     parser.add_argument("--vae", type=Path, default=Path("runs/shapes/vae/model.pt"))
     parser.add_argument("--points", type=int, default=128, help="volume points per shape of the field loss")
     parser.add_argument("--field-weight", type=float, default=0.5, help="of the field loss; 0: none")
     parser.add_argument("--field-from", type=float, default=0.2, help="share of the time it starts after")
     parser.add_argument("--check-shapes", type=int, default=16, help="held-out shapes per kind and check")
-    parser.add_argument("--log-every", type=int, default=50)
     train(parser.parse_args())
 
 

@@ -13,7 +13,7 @@ Shapes: B batch, L latents, E latent channels, P surface points, Q volume points
 """
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.hunyuan3d.shape_vae import Posterior, ShapeVAE
-from backbones.tiny.recipes.dit import save
 from backbones.tiny.recipes.shapes.codes import CODE_CHANNELS, SCHEMES, pair, positions
 from backbones.tiny.recipes.shapes.dataset import grid_points
 from backbones.tiny.recipes.shapes.store import KINDS, ShapeBatch, ShapeSet, target
-from backbones.tiny.recipes.shapes.training import Trainer, arguments, compile_blocks, plain_attention
+from backbones.tiny.recipes.shapes.training import arguments, compile_blocks, plain_attention
+from backbones.tiny.recipes.training import Loop, Step, constant, save
 
 VAE_PARAMS: dict[str, Any] = {
     "num_latents": 32, "embed_dim": 16 + CODE_CHANNELS, "width": 128, "heads": 4, "num_decoder_layers": 6,
@@ -41,9 +41,9 @@ JITTER = 0.15  # largest noise on latents in training, in their own standard dev
 Stats = tuple[Tensor, Tensor]
 
 
-def is_matrix(name: str) -> bool:
+def is_matrix(name: str, p: Tensor) -> bool:
     """Muon's share: attention and MLP matrices inside the blocks."""
-    return any(part in name for part in ("resblocks", "cross_attn"))
+    return p.dim() == 2 and any(part in name for part in ("resblocks", "cross_attn"))
 
 
 def encode(vae: ShapeVAE, surface: Tensor, codes: Tensor) -> Posterior:
@@ -133,8 +133,8 @@ def load_vae(path: Path) -> tuple[ShapeVAE, Stats, str]:
     return vae.requires_grad_(False).eval(), (state["mean"], state["std"]), state["scheme"]
 
 
-def train_step(vae: ShapeVAE, batch: ShapeBatch, scheme: str) -> dict[str, Tensor]:
-    """Loss terms of one batch."""
+def train_step(vae: ShapeVAE, batch: ShapeBatch, scheme: str) -> Step:
+    """The loss of one batch."""
     shape = (len(batch.surface), vae.latent_shape[0])
     codes, _ = pair(scheme, torch.randn(*shape, CODE_CHANNELS))
     with torch.autocast("cpu", torch.bfloat16), plain_attention():
@@ -143,7 +143,9 @@ def train_step(vae: ShapeVAE, batch: ShapeBatch, scheme: str) -> dict[str, Tenso
         content = posterior.sample()
         spread = posterior.mean.detach().std() * JITTER * torch.rand(shape[0], 1, 1)
         predicted = logits(vae, content + spread * torch.randn_like(content), codes, batch.points)
-    return loss_terms(predicted.float(), batch.distance, posterior)
+    terms = loss_terms(predicted.float(), batch.distance, posterior)
+    loss = terms["mse"] + BCE_WEIGHT * terms["bce"] + KL_WEIGHT * terms["kl"]
+    return Step(loss, shape[0], {name: term.item() for name, term in terms.items()})
 
 
 def train(args: argparse.Namespace) -> None:
@@ -151,56 +153,42 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     params = {**VAE_PARAMS, "num_encoder_layers": args.encoder_layers, "num_latents": args.latents}
     vae = ShapeVAE(**params)
-    trainer = Trainer(vae, args.out, args.minutes, args.lr, is_matrix)
-    torch.manual_seed(args.seed + trainer.step)
-    data = ShapeSet(args.data, "train", args.seed + trainer.step, args.puff_share)
+    loop = Loop.from_args(
+        "vae", vae, is_matrix, args, schedule=partial(constant, decay_from=0.5), ema_start=1,
+        log_every=args.log_every,
+    )  # fmt: skip
+    torch.manual_seed(args.seed + loop.step)
+    data = ShapeSet(args.data, "train", args.seed + loop.step, args.puff_share)
     held_out = ShapeSet(args.data, "held-out")
     size = sum(p.numel() for p in vae.parameters()) / 1e6
-    print(f"vae: {size:.2f} M, {len(data)} shapes, {len(held_out)} held out, step {trainer.step}", flush=True)
+    print(f"vae: {size:.2f} M, {len(data)} shapes, {len(held_out)} held out, step {loop.step}", flush=True)
     blocks = [*vae.encoder.self_attn.resblocks, *vae.transformer.resblocks]
     compile_blocks([*blocks, vae.geo_decoder.cross_attn_decoder], args.compile)
-    sums, logged, checked = {}, time.time(), time.time()
-    while trainer.running():
+
+    def take(progress: float) -> Step:
         batch = data.batch(data.draw(args.batch), VAE_PARAMS["pc_size"], args.points)
-        terms = train_step(vae, batch, args.codes)
-        _, lr = trainer.update(terms["mse"] + BCE_WEIGHT * terms["bce"] + KL_WEIGHT * terms["kl"])
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + term.item()
-        if trainer.step % args.log_every == 0:
-            shown = " ".join(f"{name} {value / args.log_every:.4f}" for name, value in sums.items())
-            rate = args.log_every * args.batch / (time.time() - logged)
-            print(
-                f"vae: step {trainer.step} {100 * trainer.progress:.1f}% {shown} lr {lr:.1e} {rate:.0f}/s",
-                flush=True,
-            )
-            logged, sums = time.time(), {}
-        if time.time() - checked > 60 * args.check_minutes:
-            started = time.time()
-            report(trainer, held_out, args.codes, 32, every=CHECK_EVERY)
-            trainer.pause(time.time() - started)
-            logged = checked = time.time()
-    finish(trainer, data, held_out, args, params)
+        return train_step(vae, batch, args.codes)
+
+    loop.run(take, lambda: report(loop, held_out, args.codes, 32, every=CHECK_EVERY), args.check_minutes)
+    finish(loop, data, held_out, args, params)
 
 
-def report(trainer: Trainer, held_out: ShapeSet, scheme: str, count: int, every: int = 1) -> None:
+def report(loop: Loop, held_out: ShapeSet, scheme: str, count: int, every: int = 1) -> None:
     """Print the EMA weights' held-out IoU."""
-    trainer.swap_ema()
-    with torch.compiler.set_stance("force_eager"):
-        scores = held_out_iou(trainer.model.eval(), held_out, scheme, count, every)
-    trainer.swap_ema()
-    trainer.model.train()
+    with loop.averaged() as vae, torch.compiler.set_stance("force_eager"):
+        scores = held_out_iou(vae, held_out, scheme, count, every)
     shown = ", ".join(f"{kind} {value:.3f}" for kind, value in scores.items())
-    print(f"vae: held-out IoU at step {trainer.step}: {shown}", flush=True)
+    print(f"vae: held-out IoU at step {loop.step}: {shown}", flush=True)
 
 
 def finish(
-    trainer: Trainer, data: ShapeSet, held_out: ShapeSet, args: argparse.Namespace, params: dict[str, Any]
+    loop: Loop, data: ShapeSet, held_out: ShapeSet, args: argparse.Namespace, params: dict[str, Any]
 ) -> None:
     """Measure the EMA weights and write model.pt."""
-    report(trainer, held_out, args.codes, 64)
+    report(loop, held_out, args.codes, 64)
     vae = ShapeVAE(**params)
-    vae.load_state_dict(trainer.model.state_dict())
-    vae.load_state_dict(trainer.ema, strict=False)
+    vae.load_state_dict(loop.model.state_dict())
+    vae.load_state_dict(loop.average, strict=False)
     mean, std = latent_stats(vae.eval(), data, args.codes)
     state = {"model": vae.state_dict(), "params": params, "mean": mean, "std": std, "scheme": args.codes}
     save(args.out / "model.pt", **state)
@@ -209,12 +197,11 @@ def finish(
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = arguments(__doc__, "runs/shapes/vae", 35.0, 64, 2e-3)
+    parser = arguments(__doc__, "runs/shapes/vae", 35.0)
     parser.add_argument("--codes", choices=SCHEMES, default="free", help="how tokens know their places")
     parser.add_argument("--latents", type=int, default=VAE_PARAMS["num_latents"])
     parser.add_argument("--encoder-layers", type=int, default=VAE_PARAMS["num_encoder_layers"])
     parser.add_argument("--points", type=int, default=512, help="volume points per shape and step")
-    parser.add_argument("--log-every", type=int, default=50)
     train(parser.parse_args())
 
 
