@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from backbones import mesh_registry
 from backbones.hunyuan3d.checkpoints import load_pipeline, read_weights
 from backbones.tiny.recipes.shapes import (
     codes,
@@ -24,6 +25,7 @@ from backbones.tiny.recipes.shapes import (
     solids,
     store,
 )
+from edit_cli.calibration_inputs import read_images
 
 rng = np.random.default_rng(0)
 
@@ -224,11 +226,14 @@ def test_the_steps_train_resume_evaluate_and_export(data, tmp_path, capsys, monk
     assert scheme == "free" and stats[1].min() > 0
     chained = model.load_model(tmp_path / "dit/last.pt")
     folder = tmp_path / "package"
-    size = export.write_folder(
-        folder, chained, trained, stats, {**vae.VAE_PARAMS, "num_latents": 8, "num_encoder_layers": 0}
-    )
+    params = {**vae.VAE_PARAMS, "num_latents": 8, "num_encoder_layers": 0}
+    ball = {"ball.png": render.render_solid(solids.make_solid("ball", 0), 64)}
+    size = export.write_folder(folder, chained, trained, stats, params, ball)
     assert size < export.MAX_BYTES
-    assert sorted(file.name for file in folder.iterdir()) == ["config.yaml", "model.fp16.safetensors"]
+    names = ["calibration", "config.yaml", "edit.json", "model.fp16.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == names
+    assert mesh_registry.resolve(str(folder)).defaults.steps == model.STEPS
+    assert len(read_images(mesh_registry.resolve(str(folder)), None, "auto")) == 1
     assert set(read_weights(folder / "model.fp16.safetensors")) == {"model", "vae", "conditioner"}
     gaps = export.largest_difference(folder, chained, trained, stats)
     assert max(gaps.values()) < export.MAX_DIFFERENCE
