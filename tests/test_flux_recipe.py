@@ -13,7 +13,6 @@ from backbones.flux import TRANSFORMER
 from backbones.tiny.recipes.elastic import fixed_subnetwork
 from backbones.tiny.recipes.flux import dit, export, fast_dit, grid, picture_vae, probe, teacher, text, vae
 from backbones.tiny.recipes.flux.sampling import FluxSampler
-from backbones.tiny.recipes.flux.training import Loop, Step, optimizers_for
 from routers.width import MlpSlicer
 
 CONCEPTS = [
@@ -243,27 +242,6 @@ def test_muon_takes_the_matrices_inside_blocks_and_nothing_else(prompts, micro):
     count = {part: sum(name.startswith(part) for name in names) for part in ("dit.", "clip.", "t5.")}
     # Double: 8 attention, 4 MLP; single: 3 attention, 2 MLP; CLIP: 4 attention, 2 MLP in 2 layers.
     assert count == {"dit.": 4 * 12 + 8 * 5, "clip.": 2 * 6, "t5.": 0}
-
-
-def test_loop_stops_resumes_and_averages(tmp_path):
-    def loop(steps: int) -> Loop:
-        torch.manual_seed(0)
-        model = torch.nn.Linear(4, 4)
-        optimizers = optimizers_for(model, 0.01, lambda _, p: p.dim() == 2)
-        return Loop("test", model, optimizers, tmp_path / "last.pt", 1.0, 0.01, 0.9, max_steps=steps)
-
-    first = loop(3)
-    start = first.model.weight.detach().clone()
-    first.run(lambda progress: Step(first.model(torch.ones(2, 4)).square().mean(), 2))
-    assert first.step == 3
-    second = loop(5)
-    assert second.step == 3
-    assert torch.equal(second.model.weight, first.model.weight)
-    second.run(lambda progress: Step(second.model(torch.ones(2, 4)).square().mean(), 2))
-    assert second.step == 5
-    raw = second.model.weight.detach().clone()
-    averaged = second.load_average().weight
-    assert 0 < (averaged - start).norm() < (raw - start).norm()
 
 
 def test_teacher_is_the_packaged_pipelines_guidance():

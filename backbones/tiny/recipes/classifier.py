@@ -4,16 +4,16 @@
 
 Pictures are shifted, scaled, blurred, recoloured and made noisy, so that the judge forgives the softness of a
 generated picture but not a wrong shape. One random tenth of the pictures is held out to report accuracy.
-Writes backbones/tiny/classifier/classifier.safetensors (fp16) and labels.json.
+Writes runs/classifier/last.pt (to resume), backbones/tiny/classifier/classifier.safetensors (fp16) and
+labels.json.
 """
 
 import argparse
 import json
 import math
-import time
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from backbones.tiny.classifier import HERE, SIDE, Classifier
 from backbones.tiny.recipes.latents import select_rows
+from backbones.tiny.recipes.training import Loop, Step, arguments, cosine
 from backbones.tiny.recipes.vae import load_pictures, to_tensor
 
 
@@ -44,7 +45,7 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train for `args.minutes` and save."""
+    """Run or resume training until `args.minutes` of training time are used up, and save."""
     torch.manual_seed(args.seed)
     pictures, index = load_pictures(args.data)
     rows = select_rows(index)
@@ -61,23 +62,21 @@ def train(args: argparse.Namespace) -> None:
     weight = torch.where(plain, 2.0, 1.0) * (~held_out)
     model = Classifier([concept["name"] for concept in index["concepts"]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.02)
-    step, started, losses = 0, time.time(), []
-    while (progress := (time.time() - started) / (args.minutes * 60)) < 1:
-        lr = args.lr * min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
-        optimizer.param_groups[0]["lr"] = lr
+    loop = Loop(
+        "classifier", model, [optimizer], args.out / "last.pt", args.minutes, args.lr, args.ema,
+        partial(cosine, warm_up=100, floor=0.01), args.seed, args.max_steps, log_every=100, max_norm=math.inf,
+    )  # fmt: skip
+    if loop.step:
+        generator = loop.generator
+
+    def take(progress: float) -> Step:
         ids = torch.multinomial(weight, args.batch, replacement=True, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(augment(small[ids].float(), generator))
-        loss = F.cross_entropy(logits.float(), labels[ids], label_smoothing=0.1)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        step += 1
-        losses.append(loss.item())
-        if step % 100 == 0:
-            print(
-                f"classifier: step {step} {100 * progress:.0f}% loss {np.mean(losses[-100:]):.3f}", flush=True
-            )
+        return Step(F.cross_entropy(logits.float(), labels[ids], label_smoothing=0.1), args.batch)
+
+    loop.run(take)
+    loop.load_average()
     report(model.eval(), small[held_out], labels[held_out])
     HERE.mkdir(exist_ok=True)
     save_file(
@@ -102,14 +101,7 @@ def report(model: Classifier, pictures: Tensor, labels: Tensor) -> None:
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, default=Path("runs/data"))
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = arguments(__doc__, Path("runs/classifier"), 5.0, 3e-3, ema=0.0)
     train(parser.parse_args())
 
 

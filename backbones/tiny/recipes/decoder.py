@@ -11,9 +11,8 @@ Shapes: B batch, C latent channels; z (B, C, 16, 16), pictures (B, 3, 128, 128) 
 """
 
 import argparse
-import gc
 import math
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,24 +21,17 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
 from torch import Tensor
 
-from backbones.tiny.recipes.muon import Muon
 from backbones.tiny.recipes.picture_vae import decode, largest_difference
-from backbones.tiny.recipes.vae import WEIGHTS, load_pictures, save, ssim, to_tensor
+from backbones.tiny.recipes.training import Loop, Step, arguments, cosine
+from backbones.tiny.recipes.vae import CONV_ADAM, is_kernel, load_pictures, picture_loss, to_tensor
 
 NOISE = 0.15
 PLAIN_SHARE = 0.6  # of each batch is original art
 
 
-def loss_terms(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The unweighted terms of step `vae` that concern the picture."""
-    dx, dy = x.diff(dim=-1) - y.diff(dim=-1), x.diff(dim=-2) - y.diff(dim=-2)
-    return {"l1": (x - y).abs().mean(), "grad": dx.abs().mean() + dy.abs().mean(), "ssim": 1 - ssim(x, y)}
-
-
 def train(args: argparse.Namespace) -> None:
     """Run or resume until `args.minutes` of training time are used up."""
     torch.manual_seed(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
     pictures, _ = load_pictures(args.data)
     cached = np.load(args.latents)
     rows, plain = cached["row"], cached["colour"] < 0
@@ -48,38 +40,19 @@ def train(args: argparse.Namespace) -> None:
         torch.tensor(values).view(1, -1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     z_all = torch.from_numpy(cached["z128"])
-    trained = {
-        name: p
-        for name, p in vae.named_parameters()
-        if name.startswith(("decoder", "post_quant")) and "time_conv" not in name
-    }
-    vae.requires_grad_(False)
-    for p in trained.values():
-        p.requires_grad_(True)
-    kernels = [p for p in trained.values() if p.dim() >= 4 and p.numel() > 1000]
-    others = [p for p in trained.values() if all(p is not kernel for kernel in kernels)]
-    optimizers = [Muon(kernels, lr=args.lr), torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98))]
-    ema = {name: p.detach().clone() for name, p in trained.items()}
-    step, used, checkpoint = 0, 0.0, args.out / "last.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        vae.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        ema, step, used = state["ema"], state["step"], state["used"]
-    rng = np.random.default_rng(args.seed + step)
+    for name, p in vae.named_parameters():
+        p.requires_grad_(name.startswith(("decoder", "post_quant")) and "time_conv" not in name)
+    loop = Loop.from_args(
+        "decoder", vae, is_kernel, args, adam={**CONV_ADAM, "weight_decay": 0.01},
+        schedule=partial(cosine, warm_up=100), adam_factor=1.0,
+    )  # fmt: skip
+    rng = np.random.default_rng(args.seed + loop.step)
     groups = np.flatnonzero(plain), np.flatnonzero(~plain)
     print(
         f"decoder: before {measure(vae, z_all, scale, shift, pictures, rows, groups[0]):.2f} dB", flush=True
     )
-    total, base, started = args.minutes * 60, used, time.time()
-    logged, saved_at, sums = time.time(), time.time(), {}
-    while used < total:
-        used = base + time.time() - started
-        progress = min(used / total, 1.0)
-        lr = args.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr
+
+    def take(progress: float) -> Step:
         # Crops first: four times the optimiser steps for the same pixels; whole pictures at the end.
         crop, batch = (64, args.batch) if progress < args.crop_share else (128, args.batch // 2)
         art = round(PLAIN_SHARE * batch)
@@ -91,30 +64,11 @@ def train(args: argparse.Namespace) -> None:
         z = z + torch.randn(z.shape) * torch.rand(batch, 1, 1, 1) * NOISE
         with torch.autocast("cpu", torch.bfloat16):
             y = decode(vae, z * scale + shift).float()
-        terms = loss_terms(x, y)
-        loss = sum(WEIGHTS[name] * term for name, term in terms.items())
-        vae.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        step += 1
-        decay = min(0.998, step / (step + 20))
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in trained.values()], 1 - decay)
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + term.item() / 50
-        if step % 50 == 0:
-            shown = " ".join(f"{name} {value:.4f}" for name, value in sums.items())
-            rate = 50 * batch / (time.time() - logged)
-            print(f"decoder: step {step} {100 * progress:.0f}% {shown} lr {lr:.1e} {rate:.0f}/s", flush=True)
-            logged, sums = time.time(), {}
-        if step % 200 == 0:
-            gc.collect()
-        if time.time() - saved_at > 120:
-            save(checkpoint, vae, optimizers, ema, step, used)
-            saved_at = time.time()
-    save(checkpoint, vae, optimizers, ema, step, used)
-    vae.load_state_dict(ema, strict=False)
+        loss, shown = picture_loss(x, y)
+        return Step(loss, batch, shown)
+
+    loop.run(take)
+    loop.load_average()
     print(f"decoder: after {measure(vae, z_all, scale, shift, pictures, rows, groups[0]):.2f} dB", flush=True)
     sample = to_tensor(pictures[rows[groups[0][:4]]])
     print(f"decoder: off the real class by {largest_difference(vae, sample):.1e}")
@@ -135,17 +89,9 @@ def measure(vae, z: Tensor, scale: Tensor, shift: Tensor, pictures, rows, plain)
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, default=Path("runs/data"))
+    parser = arguments(__doc__, Path("runs/decoder"), 20.0, 1.5e-3, 0.998, batch=24)
     parser.add_argument("--latents", type=Path, default=Path("runs/latents.npz"))
     parser.add_argument("--vae", type=Path, default=Path("runs/vae/model"))
-    parser.add_argument("--out", type=Path, default=Path("runs/decoder"))
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--crop-share", type=float, default=0.6, help="share of the time spent on 64 px crops"
     )

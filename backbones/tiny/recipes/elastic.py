@@ -13,8 +13,7 @@ Shapes: B batch, N image tokens, F MLP hidden units.
 """
 
 import argparse
-import gc
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +26,15 @@ from backbones.tiny.recipes.dit import (
     TEXT_TOKENS,
     TinyModel,
     TrainingSet,
-    apply_gradients,
     arguments,
     draw_times,
-    make_optimizers,
-    save,
-    schedule,
+    muon_takes,
     setup,
 )
 from backbones.tiny.recipes.fast_dit import GRID, block_forward, dit_forward, rope
 from backbones.tiny.recipes.sampling import Sampler
 from backbones.tiny.recipes.text import encode_text
+from backbones.tiny.recipes.training import Loop, Step, constant
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 SUB_SHARE = 0.3  # rows of a batch that repeat others in a sub-network
@@ -180,70 +177,38 @@ def elastic_loss(
 
 def train(args: argparse.Namespace) -> None:
     """Run or resume until `args.minutes` of training time are used up."""
-    args.out.mkdir(parents=True, exist_ok=True)
     model, _, data = setup(args, COMMON_WEIGHT)
     vae = AutoencoderKLQwenImage.from_pretrained(args.vae)
     prompts = [prompt for prompt, _ in common_prompts()][:: max(1, 100 // max(1, args.probe_prompts))]
-    checkpoint = args.out / "last.pt"
-    resuming = checkpoint.exists()
-    state = torch.load(checkpoint if resuming else args.dense, weights_only=True)
-    model.load_state_dict(state["model"])
-    if not resuming and args.order_units:
-        order_units(model, data)
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizers = make_optimizers(model, args.lr)
-    ema = {name: p.detach().clone() for name, p in params.items()}
-    step, used = 0, 0.0
-    if resuming:
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        ema, step, used = state["ema"], state["step"], state["used"]
-        data.generator.manual_seed(args.seed + step)
+    if not (args.out / "last.pt").exists():
+        model.load_state_dict(torch.load(args.dense, weights_only=True)["model"])
+        if args.order_units:
+            order_units(model, data)
+    schedule = partial(constant, decay_from=0.35)
+    loop = Loop.from_args("elastic", model, muon_takes, args, schedule=schedule, ema_start=1)
+    if loop.step:
+        data.reseed(args.seed + loop.step)
     elif args.probe_prompts:
         show("before", probe(model, data.tokens, vae, prompts))
     block_fn = torch.compile(block_forward) if args.compile else block_forward
-    generator = torch.Generator().manual_seed(args.seed + 7 + step)
-    total, base, started = args.minutes * 60, used, time.time()
-    logged, losses, saved_at = time.time(), [], time.time()
-    while used < total:
-        used = base + time.time() - started
-        progress = min(1.0, used / total)
-        dense, sub = elastic_loss(model, data, args.batch, generator, block_fn)
-        model.zero_grad(set_to_none=True)
-        ((1 - SUB_SHARE) * dense + SUB_SHARE * sub).backward()
-        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
-        lr = args.lr * schedule(progress, step, decay_from=0.35)
-        apply_gradients(optimizers, lr)
-        step += 1
-        decay = min(args.ema, (1 + step) / (20 + step))
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
-        losses.append([dense.item(), sub.item()])
-        if step % 50 == 0:
-            (whole, narrow), rate = np.mean(losses, axis=0), 50 * args.batch / (time.time() - logged)
-            print(
-                f"elastic: step {step} {100 * progress:.1f}% dense loss {whole:.4f} "
-                f"sub-network mse {narrow:.4f} lr {lr:.1e} {rate:.0f}/s",
-                flush=True,
-            )
-            logged, losses = time.time(), []
-        if step % 200 == 0:
-            gc.collect()
-        if time.time() - saved_at > 120 or used >= total:
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            save(checkpoint, model=model.state_dict(), optimizers=states, ema=ema, step=step, used=used)
-            saved_at = time.time()
-    model.load_state_dict(ema, strict=False)
+    loop.generator.manual_seed(args.seed + 7 + loop.step)
+
+    def take(progress: float) -> Step:
+        dense, sub = elastic_loss(model, data, args.batch, loop.generator, block_fn)
+        shown = {"dense loss": dense.item(), "sub-network mse": sub.item()}
+        return Step((1 - SUB_SHARE) * dense + SUB_SHARE * sub, args.batch, shown)
+
+    loop.run(take)
+    loop.load_average()
     if args.probe_prompts:
         show("after", probe(model, data.tokens, vae, prompts))
 
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = arguments(__doc__, "runs/elastic", 30.0)
+    parser = arguments(__doc__, Path("runs/elastic"), 30.0, 1.5e-3, 0.998)
     parser.add_argument("--dense", type=Path, default=Path("runs/dit/last.pt"), help="the dense checkpoint")
     parser.add_argument("--vae", type=Path, default=Path("runs/vae/model"))
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument(
         "--order-units",
         action=argparse.BooleanOptionalAction,

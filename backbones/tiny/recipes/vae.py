@@ -9,18 +9,16 @@ Writes runs/vae/last.pt (to resume) and runs/vae/model/ (the diffusers folder wi
 """
 
 import argparse
-import gc
 import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage
 from torch import Tensor
 
-from backbones.tiny.recipes.muon import Muon
 from backbones.tiny.recipes.picture_vae import (
     build_vae,
     decode,
@@ -28,6 +26,11 @@ from backbones.tiny.recipes.picture_vae import (
     largest_difference,
     zero_unused_slices,
 )
+from backbones.tiny.recipes.training import Loop, Step, arguments, cosine
+
+WEIGHTS = {"l1": 1.0, "grad": 1.0, "ssim": 0.25}
+KL_WEIGHT = 2e-3
+CONV_ADAM = {"betas": (0.9, 0.98), "fused": False}  # of the picture VAE's steps
 
 
 def load_pictures(folder: Path) -> tuple[np.ndarray, dict]:
@@ -51,115 +54,68 @@ def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
     return (top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean()
 
 
-def loss_terms(x: Tensor, y: Tensor, mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
-    """The unweighted terms; KL is per latent value."""
+def picture_loss(x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Weighted loss of decoded pictures y against x, with its terms and the PSNR in dB for the log."""
     dx, dy = x.diff(dim=-1) - y.diff(dim=-1), x.diff(dim=-2) - y.diff(dim=-2)
-    return {
-        "l1": (x - y).abs().mean(),
-        "grad": dx.abs().mean() + dy.abs().mean(),
-        "ssim": 1 - ssim(x, y),
-        "kl": 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean(),
-    }
+    terms = {"l1": (x - y).abs().mean(), "grad": dx.abs().mean() + dy.abs().mean(), "ssim": 1 - ssim(x, y)}
+    shown = {name: term.item() for name, term in terms.items()}
+    shown["psnr"] = 10 * math.log10(4 / F.mse_loss(y.clamp(-1, 1), x).item())
+    return sum(WEIGHTS[name] * term for name, term in terms.items()), shown
 
 
-WEIGHTS = {"l1": 1.0, "grad": 1.0, "ssim": 0.25, "kl": 2e-3}
+def vae_step(vae: AutoencoderKLQwenImage, x: Tensor) -> Step:
+    """The loss of pictures x, decoded from their noisy latents; KL is per latent value."""
+    shape = (len(x), vae.config.z_dim, x.shape[2] // 8, x.shape[3] // 8)
+    jitter = torch.randn(shape) * torch.rand(len(x), 1, 1, 1) * 0.1
+    eps = torch.randn(shape)
+    with torch.autocast("cpu", torch.bfloat16):
+        mean, logvar = encode_moments(vae, x)
+        mean, logvar = mean.float(), logvar.float().clamp(-12, 8)
+        z = mean + eps * (0.5 * logvar).exp() + jitter * mean.detach().std()
+        y = decode(vae, z).float()
+    loss, shown = picture_loss(x, y)
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return Step(loss + KL_WEIGHT * kl, len(x), {**shown, "kl": kl.item()})
+
+
+def is_kernel(name: str, p: Tensor) -> bool:
+    """Kernels for Muon; the 3-channel ends and 1x1 convolutions are too small to orthogonalise."""
+    return p.dim() >= 4 and p.numel() > 1000
 
 
 def train(args: argparse.Namespace) -> None:
     """Run or resume training until `args.minutes` of training time are used up."""
     torch.manual_seed(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
     pictures, index = load_pictures(args.data)
     plain = np.array([row[2] is None for row in index["rows"]])
     # A third of each batch is original art: it is what most prompts ask for.
-    groups, rng = (np.flatnonzero(plain), np.flatnonzero(~plain)), np.random.default_rng(args.seed)
+    groups = np.flatnonzero(plain), np.flatnonzero(~plain)
     vae = build_vae()
     zero_unused_slices(vae)
-    names = [name for name, _ in vae.named_parameters() if "time_conv" not in name]
-    params = [p for name, p in vae.named_parameters() if "time_conv" not in name]
-    kernels = [p for p in params if p.dim() >= 4 and p.numel() > 1000]
-    others = [p for p in params if all(p is not kernel for kernel in kernels)]
-    optimizers = [
-        Muon(kernels, lr=args.lr),
-        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    ema = {name: p.detach().clone() for name, p in zip(names, params, strict=False)}
-    step, used, checkpoint = 0, 0.0, args.out / "last.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        vae.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=False):
-            optimizer.load_state_dict(saved)
-        ema, step, used = state["ema"], state["step"], state["used"]
-        rng = np.random.default_rng(args.seed + step)
+    for name, p in vae.named_parameters():
+        p.requires_grad_("time_conv" not in name)
 
-    def forward(x: Tensor, eps: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
-            mean, logvar = encode_moments(vae, x)
-            mean, logvar = mean.float(), logvar.float().clamp(-12, 8)
-            z = mean + eps * (0.5 * logvar).exp() + jitter * mean.detach().std()
-            return mean, logvar, decode(vae, z).float()
+    def schedule(progress: float, step: int) -> float:
+        return cosine(progress, step - 1, warm_up=100)  # the first step only fills Muon's momentum
 
-    total, started, logged, sums = args.minutes * 60, time.time(), time.time(), {}
-    base, last_save = used, time.time()
-    while used < total:
-        used = base + time.time() - started
-        progress = min(used / total, 1.0)
-        lr = args.lr * min(1.0, step / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr
+    loop = Loop.from_args("vae", vae, is_kernel, args, adam=CONV_ADAM, schedule=schedule, adam_factor=1.0)
+    rng = np.random.default_rng(args.seed + loop.step)
+
+    def take(progress: float) -> Step:
         # Random crops first: four times the optimiser steps for the same pixels; whole pictures at the end.
         crop, batch = (64, args.batch) if progress < args.crop_share else (128, args.batch * 2 // 3)
         third = batch // 3
         ids = np.concatenate([rng.choice(groups[0], third), rng.choice(groups[1], batch - third)])
         top, left = rng.integers(0, 129 - crop, 2)
-        x = to_tensor(pictures[np.sort(ids), top : top + crop, left : left + crop])
-        shape = (batch, 8, crop // 8, crop // 8)
-        jitter = torch.randn(shape) * torch.rand(batch, 1, 1, 1) * 0.1
-        mean, logvar, y = forward(x, torch.randn(shape), jitter)
-        terms = loss_terms(x, y, mean, logvar)
-        loss = sum(WEIGHTS[name] * term for name, term in terms.items())
-        vae.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        step += 1
-        decay = min(0.998, step / (step + 20))
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params], 1 - decay)
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + term.item()
-        sums["mse"] = sums.get("mse", 0.0) + F.mse_loss(y.clamp(-1, 1), x).item()
-        if step % 50 == 0:
-            rate = 50 * batch / (time.time() - logged)
-            shown = " ".join(f"{name} {value / 50:.4f}" for name, value in sums.items() if name != "mse")
-            psnr = 10 * math.log10(4 / (sums["mse"] / 50))
-            print(
-                f"vae: step {step} {100 * progress:.0f}% {shown} psnr {psnr:.2f} dB lr {lr:.1e} {rate:.0f}/s",
-                flush=True,
-            )
-            logged, sums = time.time(), {}
-        if step % 200 == 0:
-            gc.collect()
-        if time.time() - last_save > 120:
-            save(checkpoint, vae, optimizers, ema, step, used)
-            last_save = time.time()
-    save(checkpoint, vae, optimizers, ema, step, used)
-    finish(args.out, vae, ema, pictures, groups[0])
+        return vae_step(vae, to_tensor(pictures[np.sort(ids), top : top + crop, left : left + crop]))
 
-
-def save(path: Path, vae, optimizers, ema: dict, step: int, used: float) -> None:
-    """Write a resumable checkpoint whole."""
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    state = {"model": vae.state_dict(), "optimizers": states, "ema": ema, "step": step, "used": used}
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").rename(path)
+    loop.run(take)
+    finish(args.out, loop.load_average(), pictures, groups[0])
 
 
 @torch.no_grad()
-def finish(out: Path, vae, ema: dict, pictures: np.ndarray, plain: np.ndarray) -> None:
-    """Load the EMA weights, measure latent statistics, check against the real class, save runs/vae/model."""
-    vae.load_state_dict(ema, strict=False)
+def finish(out: Path, vae: AutoencoderKLQwenImage, pictures: np.ndarray, plain: np.ndarray) -> None:
+    """Measure latent statistics of the EMA weights, check against the real class, save runs/vae/model."""
     zero_unused_slices(vae)
     sample = to_tensor(pictures[plain[:: max(1, len(plain) // 512)]])
     mean, _ = encode_moments(vae, sample)
@@ -176,15 +132,7 @@ def finish(out: Path, vae, ema: dict, pictures: np.ndarray, plain: np.ndarray) -
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, default=Path("runs/data"))
-    parser.add_argument("--out", type=Path, default=Path("runs/vae"))
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = arguments(__doc__, Path("runs/vae"), 20.0, 2e-3, 0.998, batch=24)
     parser.add_argument(
         "--crop-share", type=float, default=0.7, help="share of the time spent on 64 px crops"
     )

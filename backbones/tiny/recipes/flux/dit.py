@@ -14,7 +14,6 @@ Shapes: B batch, N image tokens, C packed latent channels, F MLP hidden units.
 
 import argparse
 import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +24,10 @@ from backbones.tiny.recipes.dit import TrainingSet, draw_times
 from backbones.tiny.recipes.elastic import draw_subnetworks
 from backbones.tiny.recipes.fast_dit import GRID
 from backbones.tiny.recipes.flux.fast_dit import BlockFns, build_dit, dit_forward, rope
+from backbones.tiny.recipes.flux.options import arguments
 from backbones.tiny.recipes.flux.teacher import FOLDER, Teacher
 from backbones.tiny.recipes.flux.text import Prompts, build_encoders, encode_text
-from backbones.tiny.recipes.flux.training import Loop, Step, arguments
+from backbones.tiny.recipes.training import Loop, Step, constant
 
 SMALL_GRID = 4  # image tokens per side of the 64 px part
 COMMON_WEIGHT = 3.0  # sampling weight of the quality bar's concepts
@@ -67,11 +67,6 @@ class FluxTrainingSet(TrainingSet):
         rows = torch.multinomial(self.weight, size, replacement=True, generator=self.generator)
         captions = [self.caption(int(row)) for row in rows]
         return Batch(self.packed[grid][rows], *self.tokens.batch(captions), captions)
-
-    def reseed(self, seed: int) -> None:
-        """Other captions and rows, for a resumed run."""
-        self.rng = random.Random(seed)
-        self.generator.manual_seed(seed)
 
 
 class TinyFlux(nn.Module):
@@ -176,7 +171,7 @@ def train(args: argparse.Namespace) -> Path:
     teacher = Teacher(args.teacher, args.compile)
     data = load_data(args, teacher)
     model = TinyFlux(data.tokens)
-    loop = Loop.from_args("dit", model, muon_takes, "dit", args, schedule="constant")
+    loop = Loop.from_args("dit", model, muon_takes, args, "dit", schedule=constant)
     data.reseed(args.seed + loop.step)
     sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.dit, model.clip, model.t5)]
     print("dit: {:.2f} M DiT, {:.2f} M CLIP, {:.2f} M T5".format(*sizes), flush=True)
@@ -195,7 +190,7 @@ def train(args: argparse.Namespace) -> Path:
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = arguments(__doc__, minutes=120.0, lr=2e-3, ema=0.999)
+    parser = arguments(__doc__, minutes=120.0, ema=0.999)
     parser.add_argument("--teacher", type=Path, default=FOLDER, help="folder of the teacher's pipeline")
     parser.add_argument("--small-share", type=float, default=0.12, help="share of the time on 64 px latents")
     parser.add_argument("--small-batch", type=int, default=128)

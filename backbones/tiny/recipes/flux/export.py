@@ -18,9 +18,9 @@ from backbones.tiny.recipes.export import MAX_BYTES, check_half
 from backbones.tiny.recipes.fast_dit import pack
 from backbones.tiny.recipes.flux.dit import TinyFlux, load_model
 from backbones.tiny.recipes.flux.fast_dit import largest_difference
+from backbones.tiny.recipes.flux.options import result_arguments
 from backbones.tiny.recipes.flux.sampling import GUIDANCE, SHIFT, SIDE, STEPS, FluxSampler
 from backbones.tiny.recipes.flux.text import T5_TOKENS, Prompts
-from backbones.tiny.recipes.flux.training import result_arguments
 
 CHECK_PROMPTS = ["a cat", "A Purple Cat, flat style", " ", "zxqw blorp", "a very long prompt " * 5]
 TOLERANCE = 1e-3  # of transformer outputs, text states and latents of order 1, in fp32

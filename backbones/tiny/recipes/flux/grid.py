@@ -6,8 +6,8 @@ python -m backbones.tiny.recipes.flux.grid [--checkpoint runs/flux/dit/last.pt] 
 from pathlib import Path
 
 from backbones.tiny.recipes.captions import common_prompts
+from backbones.tiny.recipes.flux.options import RUNS, result_arguments
 from backbones.tiny.recipes.flux.sampling import GUIDANCE, SHIFT, STEPS, FluxSampler
-from backbones.tiny.recipes.flux.training import RUNS, result_arguments
 from backbones.tiny.recipes.grid import WORDS
 from backbones.tiny.recipes.sampling import contact_sheet
 

@@ -8,8 +8,8 @@ import numpy as np
 from backbones.tiny.recipes.captions import common_prompts
 from backbones.tiny.recipes.elastic import fixed_subnetwork
 from backbones.tiny.recipes.flux.fast_dit import dit_forward, rope
+from backbones.tiny.recipes.flux.options import result_arguments
 from backbones.tiny.recipes.flux.sampling import FluxSampler
-from backbones.tiny.recipes.flux.training import result_arguments
 
 PROBES = (
     "width 0.75", "width 0.5", "width 0.25", "skip 0", "skip 2", "skip 5", "skip 8", "skip 11", "skip 3,7",

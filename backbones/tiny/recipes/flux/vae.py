@@ -21,21 +21,16 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from backbones.tiny.recipes.decoder import loss_terms
+from backbones.tiny.recipes.flux.options import arguments
 from backbones.tiny.recipes.flux.picture_vae import LATENTS, build_vae, decode, encode_moments
-from backbones.tiny.recipes.flux.training import Loop, Step, arguments
-from backbones.tiny.recipes.vae import WEIGHTS, load_pictures, to_tensor
+from backbones.tiny.recipes.training import Loop, Step
+from backbones.tiny.recipes.vae import is_kernel, load_pictures, picture_loss, to_tensor
 
 SIDE, CROP, CELL = 128, 64, 8  # px; a latent covers CELL x CELL
 NOISE = 0.15  # largest noise on the decoder's latents, relative to their deviation of 1
 PLAIN_SHARE = 0.6  # of each batch is original art
 LATENT_WEIGHT = 0.3
 LOG_VARIANCE = -10.0  # of the posterior, fixed
-
-
-def is_kernel(name: str, p: Tensor) -> bool:
-    """Kernels for Muon; the 3-channel ends and 1x1 convolutions are too small to orthogonalise."""
-    return p.dim() == 4 and p.numel() > 1000
 
 
 class Pairs:
@@ -72,12 +67,9 @@ def vae_step(vae: AutoencoderKL, x: Tensor, z: Tensor, generator: torch.Generato
     with torch.autocast("cpu", torch.bfloat16):
         y = decode(vae, noisy).float()
         mean = encode_moments(vae, x)[0].float()
-    terms = loss_terms(x, y)
+    loss, shown = picture_loss(x, y)
     latent = F.mse_loss(mean, z)
-    loss = sum(WEIGHTS[name] * term for name, term in terms.items()) + LATENT_WEIGHT * latent
-    shown = {name: term.item() for name, term in terms.items()} | {"latent": latent.item()}
-    shown["psnr"] = 10 * math.log10(4 / F.mse_loss(y.clamp(-1, 1), x).item())
-    return Step(loss, len(x), shown)
+    return Step(loss + LATENT_WEIGHT * latent, len(x), {**shown, "latent": latent.item()})
 
 
 @torch.no_grad()
@@ -103,7 +95,7 @@ def finish(out: Path, vae: AutoencoderKL, data: Pairs, count: int = 256) -> None
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = arguments(__doc__, minutes=25.0, lr=2e-3, ema=0.998)
+    parser = arguments(__doc__, minutes=25.0, ema=0.998)
     parser.set_defaults(batch=24)
     parser.add_argument(
         "--crop-share", type=float, default=0.7, help="share of the time spent on 64 px crops"
@@ -111,7 +103,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     vae = build_vae()
-    loop = Loop.from_args("vae", vae, is_kernel, "vae", args)
+    loop = Loop.from_args("vae", vae, is_kernel, args, "vae")
     data = Pairs(args.data, args.latents, args.seed + loop.step)
     size = sum(p.numel() for p in vae.parameters()) / 1e6
     print(f"vae: {size:.2f} M parameters, {LATENTS} channels, step {loop.step}", flush=True)
