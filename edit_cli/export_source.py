@@ -1,4 +1,4 @@
-"""What the formats `static` and `torch-export` start from: a loaded model, and its transformer frozen."""
+"""What the formats that hold a model start from: a loaded model, and its transformer frozen."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from routers import bundle_file
 from routers.bundle import Bundle, attach, load_bundle
 from routers.calibrate.freeze import Choice, Inputs, choose, order_units, record_calls
 from routers.redundancy import first_tensor
+from routers.release import is_release_file
 from routers.static import frozen
 
 SAMPLES, STEPS = 4, 3
@@ -27,18 +28,20 @@ SAMPLES, STEPS = 4, 3
 
 @dataclass(frozen=True)
 class Request:
-    """Checked options of an export that freezes. budget: share of the dense FLOPs in (0, 1].
+    """Checked options of an export of a model. budget: share of the dense FLOPs in (0, 1]; 1 freezes nothing.
 
-    prompts, images: as for `edit calibrate`; None: the model's own.
+    prompts, images: as for `edit calibrate`; None: the model's own. dtype: one of DTYPES; what the model is
+    loaded, measured and written in. shard_size: most of a weight file, like "5GB"; None: diffusers' own.
     """
 
     source: str
-    budget: float
+    budget: float = 1.0
     prompts: str | None = None
     images: str | None = None
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    shard_size: str | None = None
 
 
 @dataclass
@@ -95,6 +98,10 @@ def parse_budget(text: str | None, highest: str = "below 1") -> float:
 def open_source(request: Request) -> Source:
     """Load the model that a bundle or model names. Raises EditError, ValueError."""
     model, bundle = find_model(request.source)
+    if Path(model).expanduser().exists() and is_release_file(model):
+        raise EditError(
+            f"{request.source!r} is a checkpoint in the paper's layout; only --format reference takes one"
+        )
     asked = Asked(
         model=model, prompts=request.prompts, images=request.images, background="auto", budgets=(),
         samples=SAMPLES, probes=0, steps=None, guidance=None, seed=request.seed, batch_size=SAMPLES,

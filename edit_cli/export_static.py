@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backbones import loading, mesh_registry, registry, static
-from backbones.spec import Placement
+from backbones import static
 from edit_cli import __version__
 from edit_cli.console import two_columns
 from edit_cli.errors import EditError, RunError
 from edit_cli.export_folder import new_folder, write_manifest
+from edit_cli.export_model import load_again, save_model
 from edit_cli.export_source import Frozen, Request, Source, freeze, largest_difference, open_source
 from edit_cli.models import readable_count
 from edit_cli.pictures import psnr, side_by_side
-from edit_cli.stages import StageClock
 from routers.bundle import attach
 
 ROUNDS = 3
@@ -50,7 +46,7 @@ def export_static(
         report("choosing what to leave out")
         small = freeze(source, lambda spent, error: report(f"{spent:.0%} of the FLOPs left"))
         dtype = next(small.transformer.parameters()).dtype
-        save_model(source, small, building)
+        save_model(source, small.transformer, building, {static.ENTRY: small.choice.shape.to_dict()})
         report("loading it again")
         again = load_again(source, building, dtype)
         difference = largest_difference(again, small.transformer, small.calls[:2])
@@ -63,55 +59,6 @@ def export_static(
         (building / "README.md").write_text(model_card(facts, Path(output).name), encoding="utf-8")
         manifest = write_manifest(building, facts)
     return {"output": output, **{k: v for k, v in manifest.items() if k != "files"}}
-
-
-def save_model(source: Source, small: Frozen, folder: Path) -> None:
-    """The source's pipeline with the static transformer, and `edit.json` with its shape."""
-    if source.meshes:
-        from backbones.hunyuan3d.checkpoints import save_checkpoint
-        from backbones.hunyuan3d.config import read_config
-        from backbones.hunyuan3d.folders import resolve_folder
-
-        config = read_config(resolve_folder(source.backbone.source) / "config.yaml")
-        counts = static.block_counts(small.transformer, source.backbone.family.transformer)
-        config["model"] = {
-            **config["model"], "params": {**(config["model"].get("params") or {}), **counts}
-        }  # fmt: skip
-        save_checkpoint(folder, config, {**source.pipe.components, "model": small.transformer})
-    else:
-        dense = source.pipe.transformer
-        source.pipe.register_modules(transformer=small.transformer)
-        try:
-            with loading.quiet_libraries():
-                source.pipe.save_pretrained(folder, safe_serialization=True)
-        finally:
-            source.pipe.register_modules(transformer=dense)
-        _forget_origin(folder)
-    defaults = {name: value for name, value in asdict(source.backbone.defaults).items() if value is not None}
-    text = json.dumps({**defaults, static.ENTRY: small.choice.shape.to_dict()}, indent=1)
-    (folder / static.DEFAULTS_FILE).write_text(text + "\n", encoding="utf-8")
-    own = source.backbone.folder
-    if own is not None and (own / "calibration.txt").is_file():
-        shutil.copy(own / "calibration.txt", folder)
-
-
-def _forget_origin(folder: Path) -> None:
-    """Diffusers notes where the original lay; that is a path of this machine."""
-    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
-        data = json.loads(file.read_text(encoding="utf-8"))
-        if data.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def load_again(source: Source, folder: Path, dtype: torch.dtype) -> Any:
-    """The transformer as `edit generate --model FOLDER` finds it."""
-    placement = Placement(device=source.request.device, dtype=loading.dtype_name(dtype))
-    if source.meshes:
-        from edit_cli.mesh_session import MeshSession
-
-        backbone = mesh_registry.resolve(str(folder))
-        return MeshSession.open(backbone, placement, None, False, StageClock()).pipe.transformer
-    return loading.load_pipeline(registry.resolve(str(folder)), placement).transformer
 
 
 def measure(source: Source, small: Frozen, folder: Path) -> list[dict[str, Any]]:

@@ -89,10 +89,11 @@ def _copied(value: Any) -> Any:
 
 
 @torch.no_grad()
-def order_units(transformer: nn.Module, spec: TransformerSpec, calls: Sequence[Inputs]) -> None:
+def order_units(transformer: nn.Module, spec: TransformerSpec, calls: Sequence[Inputs]) -> Callable[[], None]:
     """Put the most important hidden units of every MLP first, in place, as measured on these calls.
 
-    The transformer gives the same as before up to the order of summation.
+    The transformer gives the same as before up to the order of summation. The returned function puts the
+    units back.
     """
     slicers = [(block, slicer) for block in find_blocks(transformer, spec, None) for slicer in block.slicers]
     sums: list[Tensor | None] = [None] * len(slicers)
@@ -115,13 +116,20 @@ def order_units(transformer: nn.Module, spec: TransformerSpec, calls: Sequence[I
     finally:
         for handle in handles:
             handle.remove()
+    orders = []
     for (block, slicer), seen in zip(slicers, sums, strict=True):
         if seen is None:
             continue  # never called: a block that the model left out
         outer: Any = block.module.get_submodule(slicer.spec.out_linear)
-        reorder_units(
-            block.module, slicer.spec, importance_order(seen, outer.weight[:, slicer.column_offset :])
-        )
+        order = importance_order(seen, outer.weight[:, slicer.column_offset :])
+        reorder_units(block.module, slicer.spec, order)
+        orders.append((block.module, slicer.spec, order))
+
+    def undo() -> None:
+        for module, mlp, order in orders:
+            reorder_units(module, mlp, order.argsort())
+
+    return undo
 
 
 class Trial:
@@ -213,6 +221,18 @@ class Trial:
             for slicer in block.slicers:
                 stack.enter_context(slicer.narrowed(self._removal.widths.get(block.index, 1.0)))
             return original(*args, **kwargs)
+
+
+def narrow_error(
+    transformer: nn.Module, spec: TransformerSpec, calls: Sequence[Inputs], width: float = 0.5
+) -> float:
+    """What the order of the hidden units is worth: the output's error with every MLP at a width ratio.
+
+    Mean over the calls of the squared error relative to the output's squared size.
+    """
+    trial = Trial(transformer, spec, calls)
+    with trial.attached():
+        return trial.error(Removal(widths={block.index: width for block in trial.blocks if block.slicers}))
 
 
 def choose(

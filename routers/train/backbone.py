@@ -72,6 +72,22 @@ class BackboneWeights:
         with torch.no_grad():
             return self._apply_lora(transformer) if self.kind == "lora" else self._apply_full(transformer)
 
+    @torch.no_grad()
+    def merge(self, transformer: nn.Module) -> None:
+        """Make the weights the transformer's own, for good; a LoRA is added to the linears it adapts.
+
+        Raises ValueError if the weights do not fit.
+        """
+        undo = self.apply(transformer)
+        if self.kind != "lora":
+            return
+        adapted: Any = {name: transformer.get_submodule(name) for name in self.targets}
+        added = {name: module.get_delta_weight("elastic") for name, module in adapted.items()}
+        undo()
+        for name, delta in added.items():
+            weight: Any = transformer.get_submodule(name).weight
+            weight.add_(delta.to(weight))
+
     def _apply_lora(self, transformer: nn.Module) -> Callable[[], None]:
         undo = add_lora(transformer, self.targets, self.rank)
         parameters = dict(transformer.named_parameters())
