@@ -1,14 +1,14 @@
 """Forced decision mixes: plans that spend a given budget by one kind of saving, for FixedPolicy.
 
-A mix lowers (step, block) cells one after another, spread evenly over the run, until the FLOPs come as
-near to the budget as whole cells allow.
+A mix lowers (step, block) cells one after another, spread evenly over the run, until the FLOPs pass the
+budget; then single cells change for as long as that brings the FLOPs nearer to it.
 
 Shapes: T steps, R rows, N blocks.
 """
 
 from __future__ import annotations
 
-from itertools import cycle
+from itertools import chain, cycle, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,14 +89,31 @@ def _lower(
 ) -> Actions:
     plan = np.full((steps, len(call.costs)), FULL, np.int8)
     best, gap = plan.copy(), abs(plan_cost(plan, call) - budget)
+    allowed = {FULL, *chain(*passes)}
     for codes in passes:
         for cell, code in zip(_spread(steps, len(call.costs), first, seed), cycle(codes), strict=False):
             plan[cell] = code
             here = abs(plan_cost(plan, call) - budget)
             if here >= gap:
-                return best
+                return _nearer(best, call, budget, first, allowed)
             best, gap = plan.copy(), here
     return best
+
+
+def _nearer(plan: Actions, call: CallInfo, budget: float, first: int, codes: set[int]) -> Actions:
+    """The plan after changing single cells of steps `first`.. to other codes for as long as one helps."""
+    gap = abs(plan_cost(plan, call) - budget)
+    while True:
+        best, before = plan, gap
+        for t, b, code in product(range(first, len(plan)), range(plan.shape[1]), sorted(codes)):
+            changed = plan.copy()
+            changed[t, b] = code
+            here = abs(plan_cost(changed, call) - budget)
+            if here < gap - 1e-9:
+                best, gap = changed, here
+        if gap == before:
+            return plan
+        plan = best
 
 
 def _spread(steps: int, blocks: int, first: int, seed: int) -> list[tuple[int, int]]:

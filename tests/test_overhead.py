@@ -27,13 +27,16 @@ def call():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("budget", [0.4, 0.6, 0.8])
-def test_forced_mix_spends_its_budget(call, family, budget):
-    plan = forced_mix(family, call, budget, steps=40)
+@pytest.mark.parametrize("steps", [5, 40])
+def test_forced_mix_spends_its_budget(call, family, budget, steps):
+    plan = forced_mix(family, call, budget, steps)
     spent = plan_cost(plan, call)
-    assert spent == pytest.approx(budget, abs=0.01)
+    whole_blocks = family in ("skip", "reuse")
+    nearest = (0.5 if whole_blocks else 0.15) / plan.size + 0.001
+    assert spent == pytest.approx(budget, abs=nearest)
     codes = {code for codes in FAMILIES[family] for code in codes}
     assert set(np.unique(plan)) <= {FULL, *codes}
-    if family == "skip + width":
+    if family == "skip + width" and steps == 40:
         assert set(np.unique(plan)) == {FULL, *codes}
     if family == "reuse":
         assert (plan[0] == FULL).all()
