@@ -104,7 +104,9 @@ The licence of the model applies to what is made with it; say here which licence
 
 
 def table(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Figures as a Markdown table."""
+    """Figures as a Markdown table; a figure that a row does not have is a dash."""
     lines = [f"| {' | '.join(names)} |", "|" + "---:|" * len(names)]
-    lines += [f"| {' | '.join(f'{row[name]:.4g}' for name in names)} |" for row in rows]
+    for row in rows:
+        shown = ("-" if row.get(name) is None else f"{row[name]:.4g}" for name in names)
+        lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"

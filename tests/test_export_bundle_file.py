@@ -16,6 +16,9 @@ from routers.router import Router
 from tests.block_kinds import CASES
 from tests.tiny_pipelines import make_moments
 
+QUALITY = {"budget": 0.7, "spent": 0.701, "snr": 21.25, "predicted": 22.5}
+DENSE = {"budget": 1.0, "spent": 1.0, "snr": 119.5, "predicted": None}  # nothing is predicted there
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -34,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
         guidance=3.5,
         recommended_budget=0.7,
         min_budget=0.4,
-        metadata={"quality": [{"budget": 0.7, "spent": 0.701, "snr": 21.25}]},
+        metadata={"quality": [QUALITY, DENSE]},
     ).save(tmp_path / "bundle")
     return tmp_path / "bundle"
 
@@ -93,7 +96,11 @@ def test_export_can_be_loaded_and_names_its_hashes(folder: Path, tmp_path: Path,
         assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == entry["sha256"]
     assert set(manifest["files"]) == {"README.md", "edit-routers.safetensors"}
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| 0.7 | 0.701 | 21.25 |" in card and "--budget 0.7" in card
+    assert (
+        "| 0.7 | 0.701 | 21.25 | 22.5 |" in card
+        and "| 1 | 1 | 119.5 | - |" in card
+        and "--budget 0.7" in card
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "out"]
 
     before = (tmp_path / "out" / "edit-export.json").read_bytes()

@@ -209,12 +209,3 @@ def test_bad_input(arguments, message: str, qwen_folder: Path, tmp_path: Path, e
     assert message in ran.err
     assert len(ran.err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == [torn]
-
-
-@pytest.mark.slow
-def test_packaged_model_from_the_command_line(tmp_path: Path, edit) -> None:
-    ran = edit("export", "qwen-image-tiny", "--format", "diffusers", "-o", "plain", "--json", cwd=tmp_path)
-    assert ran.code == 0, ran.err
-    assert ran.json["difference"] <= 1e-5
-    drawn = edit("generate", "a cat", "-m", "plain", "-b", "0.5", "-o", "cat.png", "--json", cwd=tmp_path)
-    assert drawn.code == 0 and drawn.json["spent"][0] == pytest.approx(0.5, abs=0.01)

@@ -173,15 +173,3 @@ def test_bad_input(arguments: list[str], message: str, qwen_folder: Path, tmp_pa
     assert ran.code == 2, ran.err
     assert message in ran.err
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_packaged_model_from_the_command_line(tmp_path: Path, edit) -> None:
-    ran = edit(
-        "export", "qwen-image-tiny", "--format", "static", "--budget", "0.8", "-o", "small", "--json",
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert ran.code == 0, ran.err
-    rows = {row["variant"]: row for row in ran.json["measured"]}
-    assert rows["static"]["snr"] > 5
-    assert edit("generate", "a cat", "-m", "small", "-o", "cat.png", cwd=tmp_path).code == 0
