@@ -24,9 +24,9 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def edit_lines() -> list[str]:
-    """Every `edit ...` line of the README's tour, without comments."""
+    """Every `edit ...` command of the README's tour, without comments."""
     lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("edit ")]
+    return [part for line in lines if line.startswith("edit ") for part in line.split(" && ")]
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -91,7 +91,8 @@ def test_readme_tour_runs_as_written(tmp_path):
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     made = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
     several = {f"{prompt}-{seed}.png" for prompt in ("a-cat", "a-red-car") for seed in (0, 1)}
-    assert {"half.png", "more.png"} | several <= made
+    assert {"half.png", "more.png", "car.png", "cat.png", "cat-3d.png"} | several <= made
+    assert (tmp_path / "cat.glb").is_file()
 
 
 @pytest.mark.slow
