@@ -212,6 +212,7 @@ def test_without_guidance_there_is_one_branch(guidance: float) -> None:
     assert recorded.gram.shape == (4, STEPS, STEPS)
 
 
+@pytest.mark.slow
 def test_edit_calibrate_then_generate_3d(edit, mesh_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     for colour in ("red", "blue"):

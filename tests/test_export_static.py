@@ -111,6 +111,7 @@ def test_static_mesh(mesh_folder: Path, pictures: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "budget"), [("qwen_folder", 1.0), ("flux_folder", 0.7)])
 def test_program_gives_the_same_elsewhere(name: str, budget: float, request, tmp_path: Path) -> None:
     source = request.getfixturevalue(name)
@@ -131,6 +132,7 @@ def test_program_of_a_mesh_model(mesh_folder: Path, pictures: Path, tmp_path: Pa
     assert [i["name"] for i in found["inputs"]] == ["x", "t", "contexts.main"]
 
 
+@pytest.mark.slow
 def test_wrong_program_is_not_kept(qwen_folder: Path, tmp_path: Path, monkeypatch) -> None:
     """The check is a real one: a program of other weights is found out."""
     write = export_torch.write_program
