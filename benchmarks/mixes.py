@@ -89,13 +89,12 @@ def _lower(
 ) -> Actions:
     plan = np.full((steps, len(call.costs)), FULL, np.int8)
     best, gap = plan.copy(), abs(plan_cost(plan, call) - budget)
-    allowed = {FULL, *chain(*passes)}
-    for codes in passes:
+    for reached, codes in enumerate(passes, 1):
         for cell, code in zip(_spread(steps, len(call.costs), first, seed), cycle(codes), strict=False):
             plan[cell] = code
             here = abs(plan_cost(plan, call) - budget)
             if here >= gap:
-                return _nearer(best, call, budget, first, allowed)
+                return _nearer(best, call, budget, first, {FULL, *chain(*passes[:reached])})
             best, gap = plan.copy(), here
     return best
 

@@ -47,26 +47,15 @@ def test_a_folder_for_stock_libraries(edit, used, model, tmp_path):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_smaller_model_and_its_program(edit, used, model, tmp_path):
-    ran = edit(
-        "export", model, "--format", "static", "--budget", "0.8", "-o", "small", "--json", cwd=tmp_path
-    )
+    options = ("--format", "static", "--budget", "0.8", "-o", "small", "--json")
+    ran = edit("export", model, *options, cwd=tmp_path)
     assert ran.code == 0, ran.err
     rows = {row["variant"]: row for row in ran.json["measured"]}
     assert ran.json["flops"] == pytest.approx(0.8, abs=0.03)
     assert rows["static"]["snr"] > 5
     assert used(model, "-m", "small")["spent"] == [1.0]
-    ran = edit(
-        "export",
-        "small",
-        "--format",
-        "torch-export",
-        "--budget",
-        "1",
-        "-o",
-        "program",
-        "--json",
-        cwd=tmp_path,
-    )
+    options = ("--format", "torch-export", "--budget", "1", "-o", "program", "--json")
+    ran = edit("export", "small", *options, cwd=tmp_path)
     assert ran.code == 0, ran.err
     assert ran.json["difference"] <= 1e-4
     assert (tmp_path / "program" / "transformer.pt2").is_file()

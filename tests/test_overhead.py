@@ -12,7 +12,7 @@ from benchmarks.mixes import FAMILIES, CostReader, forced_mix, mixed_rows, plan_
 from benchmarks.reads import count_reads
 from benchmarks.timing import interleaved, typical
 from routers.elastic import Elastic
-from routers.trace import FULL, REUSE
+from routers.trace import FULL, REUSE, SKIP
 from tests.block_kinds import CASES
 
 
@@ -36,6 +36,8 @@ def test_forced_mix_spends_its_budget(call, family, budget, steps):
     assert spent == pytest.approx(budget, abs=nearest)
     codes = {code for codes in FAMILIES[family] for code in codes}
     assert set(np.unique(plan)) <= {FULL, *codes}
+    if family == "width" and budget == 0.8:
+        assert SKIP not in plan  # widths alone can save as much
     if family == "skip + width" and steps == 40:
         assert set(np.unique(plan)) == {FULL, *codes}
     if family == "reuse":

@@ -19,9 +19,8 @@ BOX_SIDE = 96  # px of the compared outlines
 
 @pytest.mark.parametrize("model", ["qwen-image-tiny", "flux-tiny"])
 def test_pictures_show_what_was_asked_for(edit, model, tmp_path):
-    ran = edit(
-        "generate", *PROMPTS, "-m", model, "--budget", "0.6", "-o", "{prompt}.png", "--json", cwd=tmp_path
-    )
+    options = ("-m", model, "--budget", "0.6", "-o", "{prompt}.png", "--json")
+    ran = edit("generate", *PROMPTS, *options, cwd=tmp_path)
     assert ran.code == 0, ran.err
     assert all(abs(spent - 0.6) <= 0.01 for spent in ran.json["spent"])
     pictures = [Image.open(tmp_path / name) for name in ran.json["outputs"]]
@@ -52,7 +51,7 @@ def test_from_a_prompt_to_a_mesh(edit, tmp_path: Path):
     assert made.json["watertight"] == [True]
     mesh = trimesh.load(tmp_path / "cat.glb", force="mesh")
     wanted = wanted_silhouette(with_alpha(Image.open(tmp_path / "cat.png")), BOX_SIDE)
-    assert outline_iou(silhouette(mesh), wanted) > 0.75
+    assert outline_iou(silhouette(mesh), wanted) >= 0.8
 
 
 def test_models_lists_what_is_packaged(edit, tmp_path):
