@@ -124,7 +124,9 @@ def show(store: Store, about: dict[str, Any], reasons: dict[str, str], as_markdo
         [*(f"### {title}\n\n{report.markdown(*table)}" for title, table in tables.items()), *lines, *missing]
     )
     write_whole(store.folder / "pareto.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    data = report.as_json(rivals, {**about, "not_run": reasons, "bars": [vars(bar) for bar in found]})
+    data = report.as_json(
+        rivals, {**about, "bundle": store.bundle, "not_run": reasons, "bars": [vars(bar) for bar in found]}
+    )
     write_whole(store.folder / "pareto.json", lambda path: path.write_text(json.dumps(data) + "\n"))
     if as_markdown:
         print(text)
@@ -144,7 +146,6 @@ def describe(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": bench.backbone.name,
         "parameters": bench.backbone.parameters,
-        "bundle": bench.bundle.digest if bench.bundle is not None else None,
         "count": len(bench.prompts),
         "things": bench.things,
         "prompts": bench.prompts,
@@ -249,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(*(f"{name} cannot run: {reason}" for name, reason in reasons.items()), sep="\n")
             return 0
         about = describe(bench, args)
-        store = Store(args.output, about)
+        store = Store(args.output, about, bench.bundle.digest if bench.bundle is not None else None)
         if args.redo:
             store.forget(args.redo)
     except (ValueError, OSError) as error:

@@ -118,7 +118,8 @@ def measure_quality(bench: Bench, store: Store, rivals: Sequence[Rival], args: a
         start = time.monotonic()
         with rival.attached(bench, setting) as attached:
             results, flops = run_quality(bench, attached, args.rows, dense_flops)
-        point = Point(rival.name, dict(setting), flops, bench.judge(results, known))
+        scores = bench.judge(results, known)
+        point = Point(rival.name, dict(setting), flops, scores, bundle=rival.bundle(bench))
         store.add_point(point)
         mean = statistics.mean(point.scores[bench.score])
         console.print(
@@ -150,7 +151,8 @@ def time_group(
             seconds.append(run_timed(bench, attached, workload, batch))
     reference = (before + run_timed(bench, dense, workload, batch)) / 2
     for (rival, setting), taken in zip(group, seconds, strict=True):
-        store.add_time(point_key(rival.name, setting), workload.rows, turn, taken, reference)
+        key = point_key(rival.name, setting)
+        store.add_time(key, workload.rows, turn, taken, reference, rival.bundle(bench))
 
 
 def settings_of(rivals: Sequence[Rival]) -> Iterator[tuple[Rival, Setting]]:

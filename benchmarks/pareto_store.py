@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 class Point:
     """One rival at one setting. flops: ratio to dense. scores: name -> a value per prompt [P].
 
-    times: batch size -> time ratios to dense, one per round.
+    times: batch size -> time ratios to dense, one per round. bundle: digest of the bundle it ran with, None
+    where none is used.
     """
 
     rival: str
@@ -34,6 +35,7 @@ class Point:
     flops: float
     scores: dict[str, list[float]]
     times: dict[int, list[float]] = field(default_factory=dict)
+    bundle: str | None = None
 
     @property
     def key(self) -> str:
@@ -47,10 +49,13 @@ def point_key(rival: str, setting: Mapping[str, Any]) -> str:
 
 
 class Store:
-    """A results folder. Raises ValueError if it holds another comparison or cannot be written."""
+    """A results folder. Raises ValueError if it holds another comparison or cannot be written.
 
-    def __init__(self, folder: Path, asked: Mapping[str, Any]) -> None:
-        self.folder, self.points = folder, folder / "points.jsonl"
+    bundle: digest of the bundle at hand; what was measured with another one counts as not measured.
+    """
+
+    def __init__(self, folder: Path, asked: Mapping[str, Any], bundle: str | None = None) -> None:
+        self.folder, self.points, self.bundle = folder, folder / "points.jsonl", bundle
         self.times, self.references = folder / "times.jsonl", folder / "references.npz"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -76,9 +81,12 @@ class Store:
         row.pop("times")
         _append(self.points, row)
 
-    def add_time(self, key: str, rows: int, turn: int, seconds: float, dense: float) -> None:
-        """Keep a measured time. rows: batch size; turn: round; seconds, dense: s."""
-        _append(self.times, {"key": key, "rows": rows, "round": turn, "seconds": seconds, "dense": dense})
+    def add_time(
+        self, key: str, rows: int, turn: int, seconds: float, dense: float, bundle: str | None = None
+    ) -> None:
+        """Keep a measured time. rows: batch size; turn: round; seconds, dense: s; bundle: see `Point`."""
+        line = {"key": key, "rows": rows, "round": turn, "seconds": seconds, "dense": dense, "bundle": bundle}
+        _append(self.times, line)
 
     def forget(self, rivals: Iterable[str]) -> None:
         """Drop what was measured of these rivals, so that it is measured anew."""
@@ -94,12 +102,16 @@ class Store:
 
     def timed(self) -> set[tuple[str, int, int]]:
         """(key, rows, round) of all times kept."""
-        return {(line["key"], line["rows"], line["round"]) for line in _lines(self.times)}
+        return {(line["key"], line["rows"], line["round"]) for line in self._current(self.times)}
+
+    def _current(self, file: Path) -> Iterator[dict[str, Any]]:
+        """Lines of a file that were not measured with another bundle."""
+        return (line for line in _lines(file) if line.get("bundle") in (None, self.bundle))
 
     def load(self) -> dict[str, Point]:
         """All points kept, with their times."""
-        found = {point.key: point for point in (Point(**line) for line in _lines(self.points))}
-        for line in _lines(self.times):
+        found = {point.key: point for point in (Point(**line) for line in self._current(self.points))}
+        for line in self._current(self.times):
             if line["key"] in found:
                 found[line["key"]].times.setdefault(line["rows"], []).append(line["seconds"] / line["dense"])
         return found

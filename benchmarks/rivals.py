@@ -41,7 +41,7 @@ class Rival:
     """One way to spend less than the dense model.
 
     apply: applies a setting, and yields what generates. why_not: bench -> reason why it cannot run there.
-    note: what a reader of the table must know of how it was applied.
+    note: what a reader of the table must know of how it was applied. elastic: whether it runs a bundle.
     """
 
     name: str
@@ -49,6 +49,11 @@ class Rival:
     apply: Callable[[Bench, Setting], AbstractContextManager[Attached]]
     why_not: Callable[[Bench], str | None] = lambda bench: None
     note: str = ""
+    elastic: bool = False
+
+    def bundle(self, bench: Bench) -> str | None:
+        """Digest of the bundle that it runs, so that results of another one are told apart."""
+        return bench.bundle.digest if self.elastic and bench.bundle is not None else None
 
     @contextmanager
     def attached(self, bench: Bench, setting: Setting) -> Iterator[Attached]:
@@ -64,10 +69,11 @@ def all_rivals(bench: Bench, *, equal: bool = False, release_file: Path | None =
     release_file: a checkpoint in the paper's layout, to run its fixed thresholds.
     """
     budgets = tuple({"budget": budget} for budget in BUDGETS)
-    found = [Rival("elastic", budgets, functools.partial(_elastic, {}), _no_bundle)]
-    if equal:
-        for name, options in EQUAL.items():
-            found.append(Rival(name, budgets, functools.partial(_elastic, options), _no_bundle))
+    ways = {"elastic": {}, **(EQUAL if equal else {})}
+    found = [
+        Rival(name, budgets, functools.partial(_elastic, options), _no_bundle, elastic=True)
+        for name, options in ways.items()
+    ]
     steps = tuple({"steps": n} for n in step_counts(bench.num_steps))
     found.append(Rival("fewer steps, Euler", steps, _fewer_steps))
     for name in SOLVERS:
@@ -105,7 +111,7 @@ def limit_depth(rival: Rival, bench: Bench) -> Rival:
 
 def limit_budgets(rival: Rival, bench: Bench) -> Rival:
     """Leave out budgets that the bundle does not serve."""
-    if bench.bundle is None or not rival.name.startswith("elastic"):
+    if bench.bundle is None or not rival.elastic:
         return rival
     least = bench.bundle.min_budget
     return replace(rival, settings=tuple(s for s in rival.settings if float(s["budget"]) >= least))

@@ -181,6 +181,25 @@ def test_another_comparison_is_not_mixed_in(tmp_path: Path) -> None:
         Store(tmp_path, {"model": "m", "count": 3})
 
 
+def test_what_another_bundle_measured_counts_as_not_measured(tmp_path: Path) -> None:
+    asked = {"model": "m"}
+    old, rival = (
+        Point(name, {}, 0.5, {"psnr": [30.0]}, bundle=b) for name, b in (("elastic", "a"), ("x", None))
+    )
+    store = Store(tmp_path, asked, bundle="a")
+    for point in (old, rival):
+        store.add_point(point)
+        store.add_time(point.key, 1, 0, 1.0, 2.0, point.bundle)
+    assert set(store.load()) == {"elastic", "x"}
+    refitted = Store(tmp_path, asked, bundle="b")
+    assert set(refitted.load()) == {"x"} and refitted.timed() == {("x", 1, 0)}
+    new = Point("elastic", {}, 0.5, {"psnr": [33.0]}, bundle="b")
+    refitted.add_point(new)
+    refitted.add_time(new.key, 1, 0, 1.0, 4.0, new.bundle)
+    assert refitted.load()["elastic"].scores == new.scores and refitted.load()["elastic"].times == {1: [0.25]}
+    assert store.load()["elastic"].scores == old.scores, "nothing was lost"
+
+
 def test_default_prompts_are_known_to_the_classifier_and_unseen_in_calibration() -> None:
     prompts = scores.default_prompts(160)
     assert len(set(prompts)) == 160
