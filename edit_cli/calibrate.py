@@ -30,6 +30,13 @@ Samples = Annotated[str, typer.Option("--samples", metavar="N", help="Pictures o
 Probes = Annotated[
     str, typer.Option("--probes", metavar="N", help="Single reuses followed through to the final latents.")
 ]
+PlanSamples = Annotated[
+    str | None,
+    typer.Option(
+        "--plan-samples", metavar="N", show_default="8, or 2 for large models",
+        help="Samples that candidate plans are run on to choose the best; 0 to trust the closed form.",
+    ),
+]  # fmt: skip
 Budgets = Annotated[
     str,
     typer.Option(
@@ -64,6 +71,7 @@ def calibrate(
     budgets: Budgets = "0.35:1.0",
     samples: Samples = "32",
     probes: Probes = "80",
+    plan_samples: PlanSamples = None,
     steps: o.Steps = None,
     guidance: o.Guidance = None,
     seed: o.Seed = None,
@@ -112,6 +120,9 @@ def calibrate(
         budgets=points,
         samples=values.integer("--samples", samples, 4, 4096),
         probes=count,
+        plan_samples=None
+        if plan_samples is None
+        else values.integer("--plan-samples", plan_samples, 0, 4096),
         steps=None if steps is None else values.integer("--steps", steps, 2, values.MAX_STEPS),
         guidance=None if guidance is None else values.guidance("--guidance", guidance),
         seed=number,

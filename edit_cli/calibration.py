@@ -34,6 +34,8 @@ from routers.calibrate.state import State
 
 HELD_OUT = 8
 """Samples that only measure the finished bundle."""
+TRIED, TRIED_LARGE = 8, 2
+"""Samples that plans are tried on, by default: of a small model, and of one whose runs take long."""
 SMALL_BATCH = 4
 """Meshes of a small model that are calibrated on together."""
 
@@ -177,6 +179,7 @@ class Calibration:
             "guidance": train.guidance,
             "seed": train.seed,
             "probes": self.settings.probes,
+            "plan samples": self.settings.tried,
             **size,
             **self._training_request(),
         }
@@ -211,7 +214,7 @@ def _open_pictures(asked: Asked) -> Calibration:
     )  # fmt: skip
     held_out = _cycle(lines[::-1], max(HELD_OUT, rows))
     judge = replace(train, prompts=held_out, seed=asked.seed + 10_000)
-    settings = FitSettings(probes=asked.probes, seed=asked.seed)
+    settings = _fit_settings(asked, backbone)
     session = Calibration(asked, backbone, pipe, train, judge, list(train.prompts), settings)
     if pictures:
         found = [open_rgb(str(file)) for file, _ in pictures]
@@ -233,8 +236,15 @@ def _open_meshes(asked: Asked) -> Calibration:
     )  # fmt: skip
     backwards = {name: context.flip(0) for name, context in train.contexts.items()}
     judge = replace(train, contexts=backwards, samples=max(HELD_OUT, rows), seed=asked.seed + 10_000)
-    settings = FitSettings(probes=asked.probes, seed=asked.seed)
+    settings = _fit_settings(asked, backbone)
     return Calibration(asked, backbone, pipe, train, judge, list(pictures), settings)
+
+
+def _fit_settings(asked: Asked, backbone: Backbone | MeshBackbone) -> FitSettings:
+    tried = asked.plan_samples
+    if tried is None:
+        tried = TRIED if is_small(backbone.parameters) else TRIED_LARGE
+    return FitSettings(probes=asked.probes, tried=tried, least=asked.budgets[0], seed=asked.seed)
 
 
 def _cycle(lines: Sequence[str], count: int) -> list[str]:

@@ -28,7 +28,7 @@ class Asked:
     """Checked options; None where the model's default holds. budgets: to measure, ascending.
 
     images: a folder. background: see `mesh_pictures.cut_out`. training: None for
-    --method fit. data: a folder.
+    --method fit. data: a folder. plan_samples: see `FitSettings.tried`.
     """
 
     model: str | None
@@ -47,6 +47,7 @@ class Asked:
     resume: bool
     training: TrainSettings | None = None
     data: str | None = None
+    plan_samples: int | None = None
 
     @property
     def meshes(self) -> bool:

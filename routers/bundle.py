@@ -38,6 +38,8 @@ from .train.router import BudgetRouter
 FORMAT, TRAINED_FORMAT = 2, 3
 """A bundle made by training says 3, so that versions that cannot run it refuse it."""
 MOMENTS = ("gram", "gain", "mixing")
+PLANS = "moments.plans"
+"""Left out of bundles whose plans were not tried."""
 FINGERPRINT_TENSORS, FINGERPRINT_VALUES = 32, 8
 
 
@@ -101,6 +103,8 @@ class Bundle:
         }
         for name in MOMENTS:
             tensors[f"moments.{name}"] = torch.from_numpy(getattr(self.moments, name))
+        if self.moments.plans is not None:
+            tensors[PLANS] = torch.from_numpy(self.moments.plans)
         trained, files = self.trained, {}
         backbone = None if trained is None else trained.backbone
         if trained is not None:
@@ -156,6 +160,7 @@ def load_bundle(path: str | Path) -> Bundle:
         with safe_open(weights_file, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
         moments = {name: tensors[f"moments.{name}"].double().numpy() for name in MOMENTS}
+        plans = tensors[PLANS].to(torch.int8).numpy() if PLANS in tensors else None
         routers: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("routers."):
@@ -165,7 +170,7 @@ def load_bundle(path: str | Path) -> Bundle:
         return Bundle(
             trained=_read_trained(folder, data, tensors),
             spec=TransformerSpec.from_dict(data["spec"]),
-            moments=Moments(tuple(data["branches"]), **moments),
+            moments=Moments(tuple(data["branches"]), **moments, plans=plans),
             routers=[routers[i] for i in range(len(routers))],
             digest=digest,
             path=str(folder),

@@ -11,7 +11,8 @@ special case of weights that do not look at the data; these do, and are several 
 The same Gram matrix gives the squared error of the final latents for any choice of computed steps in
 closed form, errors that add up or cancel between steps and CFG branches included. The best choice is
 searched by removing steps one at a time, the best few choices kept, and then exchanging steps while that
-helps.
+helps. The closed form knows no error that a later step answers to, so calibration runs the best few
+choices and keeps which was best (calibrate/choose.py); other numbers of steps rely on the closed form.
 
 Between two whole steps lies a half one: the first CFG branch is computed, and the second is predicted from
 its own past *and* from what the first has just added, by weights from the same Gram matrix. A sampler that
@@ -61,13 +62,15 @@ class Moments:
     branches: names of the CFG branches. gram [G * S, G * S]: mean product of the stack's residual deltas of
     two (branch, step)s, branch-major. gain [S]: squared error of the final latents per unit of squared
     error of the mixed deltas at that step. mixing [G]: how the sampler combines the branches' outputs,
-    (g, 1 - g) for classifier-free guidance of scale g.
+    (g, 1 - g) for classifier-free guidance of scale g. plans [K, S]: levels of steps that came out best when
+    they were tried, one row for each sum of levels.
     """
 
     branches: tuple[str, ...]
     gram: Array
     gain: Array
     mixing: Array
+    plans: Levels | None = None
 
     @property
     def num_steps(self) -> int:
@@ -78,7 +81,8 @@ class Moments:
         """The moments of a run of another number of steps, interpolated over the share of it that is over.
 
         Interpolating the deltas themselves and not their products keeps the Gram matrix one. A step of
-        a run of T steps is S / T as long as a calibrated one, and so is what an error at it adds.
+        a run of T steps is S / T as long as a calibrated one, and so is what an error at it adds. Plans
+        that were tried hold for the calibrated steps alone.
         """
         if num_steps == self.num_steps:
             return self
@@ -160,6 +164,12 @@ class Planner:
         return self.moments.num_steps
 
     @cached_property
+    def _tried(self) -> dict[int, Levels]:
+        """The moments' plans by the number of branch passes that they compute."""
+        plans = self.moments.plans
+        return {} if plans is None else {int(levels.sum()): levels for levels in plans}
+
+    @cached_property
     def _root(self) -> Array:
         """[G * T, G * T]: products of its rows are the Gram matrix, so that energies are sums of squares."""
         values, vectors = np.linalg.eigh(self.moments.gram)
@@ -233,22 +243,24 @@ class Planner:
 
     def best_levels(self, halves: int) -> tuple[Levels, float]:
         """Levels [T] of steps that together compute `halves` branch passes, and the error they leave."""
+        if halves not in self._levels and halves in self._tried:
+            self._levels[halves] = self._tried[halves], self.levels_error(self._tried[halves])
         if halves not in self._levels:
             fresh, _ = self.best(halves // WHOLE)
             starts = [WHOLE * fresh.astype(np.int8)]
             if halves % WHOLE:
                 larger = WHOLE * self.best(halves // WHOLE + 1)[0].astype(np.int8)
-                starts = [_raised(starts[0], s) for s in np.flatnonzero(~fresh)]
-                starts += [_raised(larger, s, -1) for s in np.flatnonzero(larger)[1:]]
+                starts = [raised(starts[0], s) for s in np.flatnonzero(~fresh)]
+                starts += [raised(larger, s, -1) for s in np.flatnonzero(larger)[1:]]
             elif WHOLE < halves < WHOLE * self.num_steps:
                 fewer, _ = self.best_levels(halves - 1)
-                starts += [_raised(fewer, s) for s in np.flatnonzero(fewer < WHOLE)]
-            starts = [s for s in starts if self._late(s)]
+                starts += [raised(fewer, s) for s in np.flatnonzero(fewer < WHOLE)]
+            starts = [s for s in starts if self.is_late(s)]
             ranked = sorted(((s, self.levels_error(s)) for s in starts), key=lambda pair: pair[1])
             self._levels[halves] = self._transfer(*ranked[0])
         return self._levels[halves]
 
-    def _late(self, levels: Levels) -> bool:
+    def is_late(self, levels: Levels) -> bool:
         """Whether half steps stay out of the start of a run."""
         return not (levels[: int(EARLY * self.num_steps)] == HALF).any()
 
@@ -256,12 +268,12 @@ class Planner:
         """Move single branch passes from step to step near by, the best move each time, while that helps."""
         while True:
             moved = [
-                _raised(_raised(levels, giver, -1), taker)
+                raised(raised(levels, giver, -1), taker)
                 for giver in np.flatnonzero(levels)[1:]
                 for taker in range(max(1, giver - REACH), min(self.num_steps, giver + REACH + 1))
                 if taker != giver and levels[taker] < WHOLE
             ]
-            ranked = [(m, self.levels_error(m)) for m in moved if self._late(m)]
+            ranked = [(m, self.levels_error(m)) for m in moved if self.is_late(m)]
             best = min(ranked, key=lambda pair: pair[1], default=(levels, error))
             if best[1] >= error * (1 - GAIN):
                 return levels, error
@@ -281,7 +293,11 @@ class Planner:
     def best(self, count: int) -> Found:
         """The `count` steps whose computation leaves the least error, and that error."""
         if count not in self._best:
-            self._best[count] = self._exchange(self._beam(count)[0])
+            tried = self._tried.get(WHOLE * count)
+            if tried is not None and not (tried == HALF).any():
+                self._best[count] = tried == WHOLE, self.error(tried == WHOLE)
+            else:
+                self._best[count] = self._exchange(self._beam(count)[0])
         return self._best[count]
 
     def _beam(self, count: int) -> list[Found]:
@@ -329,7 +345,7 @@ class Planner:
         if fraction >= 1e-6:  # further blocks of a step that is not computed at all, where that helps most
             lowest = int(levels.min())  # HALF where no step is left out: then blocks of the second branch
             open_steps = np.flatnonzero(levels == lowest)
-            helped = [self.levels_error(_raised(levels, s, WHOLE - lowest)) for s in open_steps]
+            helped = [self.levels_error(raised(levels, s, WHOLE - lowest)) for s in open_steps]
             partial = int(open_steps[int(np.argmin(helped))])
             share = fraction * WHOLE / (WHOLE - lowest)
             error += share * min(0.0, min(helped) - error)
@@ -359,8 +375,8 @@ class Planner:
         return StepPlan(chosen[0], chosen[2], fraction, expected(chosen))
 
 
-def _raised(levels: Levels, step: int | np.signedinteger[Any], by: int = 1) -> Levels:
-    """A copy with one step's level raised."""
+def raised(levels: Levels, step: int | np.signedinteger[Any], by: int = 1) -> Levels:
+    """A copy with one step's level raised (or, by less than 0, lowered)."""
     changed = levels.copy()
     changed[step] += by
     return changed

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .plan import DEPTH, HALF, WHOLE, Moments, Planner, StepPlan
+from .plan import DEPTH, HALF, WHOLE, Levels, Moments, Planner, StepPlan
 from .policy import CallInfo, RunInfo, Units
 from .trace import FULL, REUSE, Actions
 
@@ -44,7 +44,8 @@ class _Rows:
 class PlannedPolicy:
     """Decisions for one budget from a bundle's moments.
 
-    planners: by number of steps, shared between runs. depth: passes a prediction is made from.
+    planners: by number of steps, shared between runs. levels [T]: a plan to follow whatever the budget.
+    depth: passes a prediction is made from.
     per_sample: False ignores the routers (and reads nothing from the device). batch_mean: every row
     follows the batch's mean logits (the paper's way; for comparison).
     """
@@ -58,11 +59,13 @@ class PlannedPolicy:
         moments: Moments,
         planners: dict[tuple[int, int], Planner] | None = None,
         *,
+        levels: Levels | None = None,
         depth: int = DEPTH,
         per_sample: bool = True,
         batch_mean: bool = False,
     ) -> None:
         self.moments, self.planners, self.depth = moments, {} if planners is None else planners, depth
+        self.levels = levels
         self.per_sample, self.batch_mean = per_sample, batch_mean
         self.cache_depth, self.reads_routers = depth, per_sample
         self.units: Units | None = None
@@ -79,7 +82,7 @@ class PlannedPolicy:
         """Forget the last run's plan and passes."""
         self._run, self._plan, self._rows, self._done = run, None, None, {}
         self.units = self.weights = self.peer = self._split = None
-        elastic = run.budget < 1.0  # a dense run pays for no cache and no router
+        elastic = run.budget < 1.0 or self.levels is not None  # a dense run pays for no cache and no router
         self.cache_depth = self.depth if elastic else 0
         self.reads_routers = elastic and self.per_sample
 
@@ -95,7 +98,7 @@ class PlannedPolicy:
     def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
         """Action codes int8 [R, N] for a call; logits [R, N, 5] of the branch's previous call, or None."""
         blocks, self.weights, self.peer = len(call.costs), None, None
-        if self._run.budget >= 1.0:
+        if self._run.budget >= 1.0 and self.levels is None:
             return np.full((call.rows, blocks), FULL, np.int8)
         if self._plan is None:
             self._start_plan(call)
@@ -150,6 +153,13 @@ class PlannedPolicy:
     def _solve(self, call: CallInfo, split: bool) -> tuple[StepPlan, Units, slice]:
         """The plan for this run's budget at this call's costs, its units, what the partial step predicts."""
         steps, blocks = self._run.num_steps, len(call.costs)
+        if self.levels is not None:
+            half = self.levels == HALF if split else None
+            return (
+                StepPlan(self.levels >= (WHOLE if split else HALF), None, 0.0, 0.0, half),
+                self._run.segments,
+                slice(0),
+            )
         costs = np.array([cost.dense for cost in call.costs])
         stack = costs.sum() + blocks * call.overhead
         dense = call.outside + costs.sum()

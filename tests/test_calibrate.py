@@ -128,7 +128,7 @@ def test_fit_gives_a_bundle_that_keeps_budgets(workload: PipelineWorkload, tmp_p
         workload.pipe.transformer, qwen_image.TRANSFORMER, workload, "random", 4.0, settings,
         lambda phase, done, total: phases.add(phase),
     )  # fmt: skip
-    assert phases == {"record", "gains", "routers"}
+    assert phases == {"record", "gains", "plans", "routers"}
     assert all(torch.equal(a, b) for a, b in zip(before, workload.pipe.transformer.parameters(), strict=True))
     assert len(bundle.times) == STEPS and bundle.times[0] > bundle.times[-1]
     prefers_routers(workload.pipe.transformer, bundle, workload)

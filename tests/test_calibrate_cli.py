@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import routers
 from edit_cli.calibration_inputs import parse_budgets
 from edit_cli.errors import EditError
 from tests.test_calibrate_mesh import picture
 
 PICTURES, MESHES = "{pictures}", "{meshes}"  # stand for the random models' folders
-SHORT = ["--samples", "4", "--probes", "8", "--batch-size", "2"]
+SHORT = ["--samples", "4", "--probes", "8", "--batch-size", "2", "--plan-samples", "0"]
 
 
 @pytest.fixture
@@ -50,6 +51,10 @@ BAD = [
     (["-o", "b", "--budgets", "nan:1"], "--budgets 'nan:1' is no range"),
     (["-o", "b", "--samples", "3"], "--samples '3' is out of range; allowed are whole numbers from 4"),
     (["-o", "b", "--probes", "x"], "--probes 'x' is not a whole number"),
+    (
+        ["-o", "b", "--plan-samples", "-1"],
+        "--plan-samples '-1' is out of range; allowed are whole numbers from 0",
+    ),
     (["-o", "b", "--steps", "1"], "--steps '1' is out of range; allowed are whole numbers from 2"),
     ([], "give either --output FOLDER for a new bundle or --evaluate BUNDLE"),
     (["-o", "b", "--evaluate", "c"], "give either --output FOLDER"),
@@ -117,7 +122,17 @@ def made(edit, qwen_folder, tmp_path_factory):
     """A bundle of the random pipeline, made once."""
     folder = tmp_path_factory.mktemp("calibrated")
     ran = edit(
-        "calibrate", "-m", qwen_folder, "-o", "b", "--budgets", "0.5:1:3", *SHORT, "--json", cwd=folder
+        "calibrate",
+        "-m",
+        qwen_folder,
+        "-o",
+        "b",
+        "--budgets",
+        "0.5:1:3",
+        *SHORT[:-1],
+        "2",
+        "--json",
+        cwd=folder,
     )
     assert ran.code == 0, ran.err
     return folder, ran
@@ -125,6 +140,7 @@ def made(edit, qwen_folder, tmp_path_factory):
 
 def test_table_and_json_tell_prediction_and_measurement(made) -> None:
     folder, ran = made
+    assert routers.load_bundle(folder / "b").moments.plans is not None
     quality = ran.json["quality"]
     assert [row["budget"] for row in quality] == [0.5, 0.75, 1.0]
     assert quality[0]["predicted"] < quality[1]["predicted"] and quality[2]["predicted"] is None
@@ -134,6 +150,7 @@ def test_table_and_json_tell_prediction_and_measurement(made) -> None:
         assert word in ran.err
     described = json.loads((folder / "b" / "bundle.json").read_text())
     assert described["metadata"]["quality"] == quality and described["metadata"]["latent_energy"] > 0
+    assert described["metadata"]["settings"]["tried"] == 2, "what --plan-samples asked for"
 
 
 def test_the_plot_lies_beside_the_bundle(made) -> None:

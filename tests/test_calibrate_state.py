@@ -26,7 +26,7 @@ from routers.plan import DEAD, gains_at
 from tests.conftest import EDIT, TIMEOUT, edit_environment
 from tests.test_calibrate_mesh import STEPS, make_workload
 
-SETTINGS = FitSettings(probes=8, hidden=4, steps=5)
+SETTINGS = FitSettings(probes=8, hidden=4, steps=5, tried=2)
 ASKED = {"model": "m", "steps": 6, "weights": [1.0, 2.0]}
 
 
@@ -62,20 +62,26 @@ def counting(workload: MeshWorkload) -> Counting:
     return Counting(**{name: getattr(workload, name) for name in workload.__dataclass_fields__})
 
 
-@pytest.mark.parametrize(("stop", "left"), [(("record", 1), 5), (("record", 2), 4), (("gains", 6), 1)])
+@pytest.mark.parametrize(
+    ("stop", "left"), [(("record", 1), 5), (("record", 2), 4), (("gains", 6), 1), (("plans", 3), 0)]
+)
 def test_a_continued_fit_gives_the_same_bundle(
     workload: MeshWorkload, counting: Counting, tmp_path: Path, stop: tuple[str, int], left: int
 ) -> None:
-    whole = run_fit(workload)
+    reference = replace(counting)
+    whole = run_fit(reference)
+    trials = reference.runs - 6
     state = State(tmp_path / "state")
     assert state.begin(ASKED, resume=False) is False
     with pytest.raises(Stopped):
         run_fit(workload, state, stop)
     again = State(tmp_path / "state")
     assert again.begin(ASKED, resume=True) is True
+    done = len(json.loads((tmp_path / "state" / "trials.json").read_text())) if stop[0] == "plans" else 0
+    assert (done > 0) == (stop[0] == "plans")
     bundle = run_fit(counting, again)
-    assert counting.runs == left, "2 dense batches and 4 of probes in all"
-    for name in ("gram", "gain", "mixing"):
+    assert counting.runs == left + trials - done, "2 dense batches and 4 of probes, then trials of plans"
+    for name in ("gram", "gain", "mixing", "plans"):
         assert np.array_equal(getattr(bundle.moments, name), getattr(whole.moments, name))
     assert all(torch.equal(b[k], w[k]) for b, w in zip(bundle.routers, whole.routers, strict=True) for k in w)
     assert bundle.metadata == whole.metadata and bundle.times == whole.times
@@ -210,7 +216,7 @@ def test_a_kill_leaves_the_old_bundle_and_resume_continues(mesh_folder: Path, tm
     before = {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir()}
     command = [
         str(EDIT), "calibrate", "-m", str(mesh_folder), "--images", "pictures", "-o", "b", "--samples", "4",
-        "--batch-size", "1", "--budgets", "0.5:1:2", "--json", "--probes",
+        "--batch-size", "1", "--budgets", "0.5:1:2", "--json", "--plan-samples", "0", "--probes",
     ]  # fmt: skip
     state = tmp_path / ".b.calibrate-state"
     arguments = {"cwd": tmp_path, "env": edit_environment(), "stdout": subprocess.PIPE, "text": True}

@@ -3,7 +3,8 @@
 1. record: what the blocks of the dense model add together at every step, as products between steps;
 2. gains: what an error at one step does to the final latents;
 3. routers: predict, per sample, how far the error of the next step will be from the average one;
-4. moments: averages of 1 and 2, from which a plan for any budget and step count is solved at run time.
+4. moments: averages of 1 and 2, from which a plan for any budget and step count is solved at run time;
+5. plans: for the calibrated number of steps, those that come out best when they are run.
 
 Shapes: R rows, G branches, S steps, N blocks, D dim, E time embedding dim.
 """
@@ -23,6 +24,7 @@ from ..elastic import Elastic
 from ..plan import Moments, Planner
 from ..router import Router
 from ..spec import TransformerSpec
+from .choose import choose_plans
 from .gains import measure_gains, prediction_error
 from .record import Record, record
 from .state import State
@@ -35,11 +37,14 @@ FLOOR = 1e-12
 
 @dataclass(frozen=True)
 class FitSettings:
-    """probes: single predictions to measure gains with. hidden: router width. steps, rate: its training
+    """probes: single predictions to measure gains with. tried: samples that plans are run on, 0 for none.
+    least: smallest budget that plans are run for. hidden: router width. steps, rate: its training
     (AdamW). held_out: share of the rows that only judge the routers.
     """
 
     probes: int = 80
+    tried: int = 8
+    least: float = 0.35
     hidden: int = 16
     steps: int = 250
     rate: float = 3e-3
@@ -71,6 +76,11 @@ def fit(
             elastic, workload, recorded, moments, settings.probes, lambda d, t: report("gains", d, t), state
         )
         moments = replace(moments, gain=gain)
+        plans = choose_plans(
+            elastic, workload, recorded, moments, settings.tried, settings.least,
+            lambda d, t: report("plans", d, t), state,
+        )  # fmt: skip
+        moments = replace(moments, plans=plans)
         blocks = len(elastic.blocks)
     finally:
         elastic.detach()

@@ -3,6 +3,7 @@
     asked.json                  what is being calibrated, and how; a continued run must ask for the same
     record-0000.safetensors     what one dense batch gave (`record.Recorder.tensors`)
     gains.json                  one [[step, log gain], ...] per finished batch of probes
+    trials.json                 one [levels of all steps, dB] per finished trial of a plan
 
 Each file appears whole or not at all.
 """
@@ -31,6 +32,7 @@ class State:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._gains: list[Probes] = []
+        self._trials: list[tuple[list[int], float]] = []
 
     def begin(self, asked: Mapping[str, Any], resume: bool) -> bool:
         """Start anew, or with resume go on where an earlier attempt stopped; True if there is one.
@@ -40,8 +42,9 @@ class State:
         file = self.folder / "asked.json"
         if resume and file.is_file():
             self._check(_read_json(file), json.loads(json.dumps(asked)))
-            gains = self.folder / "gains.json"
+            gains, trials = self.folder / "gains.json", self.folder / "trials.json"
             self._gains = _read_json(gains) if gains.is_file() else []
+            self._trials = _read_json(trials) if trials.is_file() else []
             return True
         self.discard()
         self.folder.mkdir(parents=True)
@@ -81,6 +84,16 @@ class State:
         self._gains.append(probes)
         text = json.dumps(self._gains)
         write_whole({self.folder / "gains.json": lambda path: Path(path).write_text(text, encoding="utf-8")})
+
+    def trial(self, levels: list[int]) -> float | None:
+        """What a plan's trial gave, in dB, or None if it was not finished."""
+        return next((float(found) for tried, found in self._trials if list(tried) == levels), None)
+
+    def keep_trial(self, levels: list[int], found: float) -> None:
+        """Remember a finished trial."""
+        self._trials.append((levels, found))
+        text = json.dumps(self._trials)
+        write_whole({self.folder / "trials.json": lambda path: Path(path).write_text(text, encoding="utf-8")})
 
     def batch_file(self, number: int) -> Path:
         """Where a dense batch is kept."""

@@ -1,0 +1,152 @@
+"""Which steps to compute, decided by trying: the closed form proposes plans, runs of the model choose.
+
+The closed form of `plan.Planner` adds up errors as if nothing answered to them. Where few steps are left
+out that is close; where most are, its best plan can be several dB behind its third best, and a plan of more
+steps behind one of fewer (docs/notes/planning.md). So calibration runs a few proposals for every number of
+branch passes on some of its samples, and keeps the best:
+
+1. the closed form's own choice, with gains as measured, evened out by half, and all alike;
+2. the best plan of one pass less, with one more, and then that of one pass more, with one less.
+
+Shapes: R rows, S steps, K plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..elastic import Elastic
+from ..plan import DEAD, HALF, WHOLE, Levels, Moments, Planner, raised
+from ..planned import PlannedPolicy
+from .record import Record
+from .state import State
+from .workload import Workload, run_patched
+
+EVENED = (1.0, 0.5, 0.0)
+"""Exponents of the gains that plans are proposed with. Measured gains are noisy, and they hold for a run in
+which every other step is computed."""
+MOVES = 2
+"""Neighbours of a plan that are tried, those the closed form likes best."""
+HIGHEST = 0.9
+"""Share of the steps from which plans are no longer tried: what they leave is beyond measuring."""
+SMALLEST_ERROR = 1e-12
+
+
+@dataclass
+class Trials:
+    """Runs of plans on some batches, each plan once."""
+
+    elastic: Elastic
+    workload: Workload
+    recorded: Record
+    moments: Moments
+    batches: int
+    state: State | None = None
+    scores: dict[bytes, float] = field(default_factory=dict)
+    planners: dict[tuple[int, int], Planner] = field(default_factory=dict)
+
+    def score(self, levels: Levels) -> float:
+        """Mean latent SNR in dB to the dense run. Raises NotFiniteError, OSError."""
+        key = levels.tobytes()
+        if key not in self.scores:
+            known = None if self.state is None else self.state.trial(levels.tolist())
+            if known is None:
+                known = float(np.mean([self._run(levels, batch) for batch in range(self.batches)]))
+                if self.state is not None:
+                    self.state.keep_trial(levels.tolist(), known)
+            self.scores[key] = known
+        return self.scores[key]
+
+    def splits(self) -> bool:
+        """Whether the CFG branches come in calls of their own, so that steps can be half ones."""
+        if len(self.moments.branches) != 2:
+            return False
+        policy = self._policy(np.full(self.workload.num_steps, WHOLE, np.int8))
+        run_patched(self.elastic, self.workload, 0, policy, "plans, all steps computed")
+        return policy.plan is not None and policy.plan.half is not None
+
+    def _policy(self, levels: Levels) -> PlannedPolicy:
+        return PlannedPolicy(self.moments, self.planners, levels=levels, per_sample=False)
+
+    def _run(self, levels: Levels, batch: int) -> NDArray[np.float64]:
+        """SNR in dB of each row of a batch."""
+        asked = f"plans, computing {int(levels.sum())} branch passes"
+        latents = run_patched(self.elastic, self.workload, batch, self._policy(levels), asked)
+        rows = self.workload.rows
+        dense = self.recorded.latents[batch * rows : (batch + 1) * rows]
+        signal = dense.flatten(1).square().mean(dim=1)
+        error = (latents - dense).flatten(1).square().mean(dim=1)
+        found: NDArray[np.float64] = (
+            (10 * torch.log10(signal / error.clamp_min(SMALLEST_ERROR))).double().numpy()
+        )
+        return found
+
+
+def choose_plans(
+    elastic: Elastic,
+    workload: Workload,
+    recorded: Record,
+    moments: Moments,
+    samples: int,
+    least: float,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    state: State | None = None,
+) -> Levels | None:
+    """Levels [K, S] of the best plan tried for each number of branch passes; None without samples or steps.
+
+    samples: rows that plans are tried on, rounded up to whole batches. least: the smallest budget that
+    will be asked for. state: keeps every trial, and gives back those of an earlier attempt.
+    """
+    steps, batches = workload.num_steps, min(-(-samples // workload.rows), workload.num_batches)
+    if batches < 1 or steps < 4:
+        return None
+    trials = Trials(elastic, workload, recorded, moments, batches, state)
+    split = trials.splits()
+    grain = HALF if split else WHOLE
+    first = max(WHOLE, WHOLE * int(least * steps) - WHOLE)
+    counts = range(first, int(WHOLE * HIGHEST * steps) + 1, grain)
+    planners = [Planner(replace(moments, gain=evened(moments.gain, e), plans=None)) for e in EVENED]
+    best: dict[int, Levels] = {}
+    stages = [
+        lambda count: [proposal(planner, count, split) for planner in planners],
+        lambda count: moves(planners[1], best.get(count - grain), grain),
+        lambda count: moves(planners[1], best.get(count + grain), -grain),
+    ]
+    for number, stage in enumerate(stages):
+        order = counts if number < len(stages) - 1 else reversed(counts)
+        for done, count in enumerate(order, 1):
+            tried = [*([best[count]] if count in best else []), *stage(count)]
+            best[count] = max(tried, key=trials.score)
+            report(number * len(counts) + done, len(stages) * len(counts))
+    return np.stack([best[count] for count in counts])
+
+
+def evened(gain: NDArray[np.float64], exponent: float) -> NDArray[np.float64]:
+    """Gains [S] brought nearer to their median, as a power; steps that never reach the latents stay so."""
+    typical = float(np.median(gain))
+    alive = gain > DEAD * 10 * typical
+    found = gain.copy()
+    found[alive] = typical * (gain[alive] / typical) ** exponent
+    return found
+
+
+def proposal(planner: Planner, count: int, split: bool) -> Levels:
+    """Levels [S] that the closed form likes best for `count` branch passes."""
+    if split:
+        return planner.best_levels(count)[0]
+    fresh: Levels = WHOLE * planner.best(count // WHOLE)[0].astype(np.int8)
+    return fresh
+
+
+def moves(planner: Planner, levels: Levels | None, by: int) -> list[Levels]:
+    """Plans [S] that compute `by` branch passes more (or less) than `levels`, in one step."""
+    if levels is None:
+        return []
+    places = [s for s in range(1, len(levels)) if 0 <= levels[s] + by <= WHOLE]
+    found = [plan for plan in (raised(levels, s, by) for s in places) if planner.is_late(plan)]
+    return sorted(found, key=planner.levels_error)[:MOVES]
