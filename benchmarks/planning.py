@@ -29,6 +29,7 @@ from backbones import loading, registry
 from backbones.spec import Placement
 from backbones.workload import PipelineWorkload
 from benchmarks.scores import COMMON, read_prompts
+from routers.calibrate.choose import choose_plans
 from routers.calibrate.fit import first_moments
 from routers.calibrate.gains import measure_gains
 from routers.calibrate.record import Record, record
@@ -36,7 +37,9 @@ from routers.elastic import Elastic
 from routers.plan import Found, Mask, Moments, Planner
 from routers.planned import PlannedPolicy
 
-BUDGETS = (0.35, 0.5, 0.7)
+BUDGETS = (0.35, 0.4, 0.45, 0.5, 0.6, 0.7)
+TRIED = 8
+"""Recorded samples that plans are tried on, as `edit calibrate` does."""
 
 
 class TaylorPlanner(Planner):
@@ -74,6 +77,8 @@ class Way:
     planner: Callable[..., Planner]
     depth: int = 3
     gains: bool = True
+    tried: bool = False
+    """Follow the plans that came out best when run on some of the recorded samples."""
 
 
 WAYS = (
@@ -84,6 +89,7 @@ WAYS = (
     Way("searched steps, fitted weights of 3 passes", Planner),
     Way("searched steps, fitted weights of 4 passes", Planner, 4),
     Way("the same with 3 passes, every step equally important", Planner, 3, gains=False),
+    Way("the best of several plans, tried on 8 recorded samples", Planner, tried=True),
 )
 
 
@@ -102,6 +108,7 @@ def measured(
     dense: the judging samples' dense latents, by batch.
     """
     fitted = moments if way.gains else replace(moments, gain=np.ones_like(moments.gain))
+    fitted = fitted if way.tried else replace(fitted, plans=None)
     planners = {(judge.num_steps, way.depth): way.planner(fitted.at(judge.num_steps), way.depth)}
     rows = []
     for budget in BUDGETS:
@@ -188,12 +195,13 @@ def main() -> None:
         recorded, held_out = record(elastic, learn), record(elastic, judge)
         moments = first_moments(recorded, learn.branches, learn.guidance)
         moments = replace(moments, gain=measure_gains(elastic, learn, recorded, moments, args.probes))
+        moments = replace(moments, plans=choose_plans(elastic, learn, recorded, moments, TRIED, min(BUDGETS)))
         with torch.no_grad():
             dense = [judge.run(batch) for batch in range(judge.num_batches)]
         table = {way.name: measured(elastic, judge, dense, moments, way) for way in WAYS}
     finally:
         elastic.detach()
-    planner = Planner(moments)
+    planner = Planner(replace(moments, plans=None))
     bounds = {
         "own steps per sample": [oracle_steps(planner, held_out, b) for b in BUDGETS],
         "own weights per sample": [oracle_weights(planner, held_out, b) for b in BUDGETS],
@@ -209,12 +217,14 @@ def show(
           f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")  # fmt: skip
     head = ["way", *(f"budget {b:g}" for b in BUDGETS)]
     lines = [head] + [[n, *(f"{db:.1f} dB" for db, _ in row)] for n, row in table.items()]
-    lines += [["", "", "", ""]] if not args.markdown else []
+    lines += [[""] * len(head)] if not args.markdown else []
     more = [[f"most that {n} could gain", *(f"{db:.2f} dB" for db in row)] for n, row in bounds.items()]
     if args.markdown:
         for block in (lines, [head, *more]):
             print(
-                "\n".join("| " + " | ".join(line) + " |" for line in [block[0], ["---"] * 4, *block[1:]])
+                "\n".join(
+                    "| " + " | ".join(line) + " |" for line in [block[0], ["---"] * len(head), *block[1:]]
+                )
                 + "\n"
             )
     else:
