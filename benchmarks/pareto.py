@@ -37,7 +37,14 @@ from benchmarks import scores
 from benchmarks.bench import Bench
 from benchmarks.mesh_bench import open_mesh_bench
 from benchmarks.pareto_plot import plot
-from benchmarks.pareto_run import announce, console, measure_quality, measure_times, thinned
+from benchmarks.pareto_run import (
+    announce,
+    console,
+    measure_quality,
+    measure_times,
+    thinned,
+    with_quality,
+)
 from benchmarks.pareto_store import Store, write_whole
 from benchmarks.rivals import Rival, all_rivals
 
@@ -258,6 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         if not args.report:
+            if args.phase == "time":
+                rivals = with_quality(store, rivals)
             with torch.no_grad():
                 announce(bench, store, rivals, args)
                 if args.phase != "time":

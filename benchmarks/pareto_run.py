@@ -1,6 +1,7 @@
 """The measuring half of the comparison: quality of every setting, then time, each resumable on its own.
 
-Quality may run on a busy machine, time may not: the phases share nothing but the results folder.
+Quality may run on a busy machine, time may not: the phases share nothing but the results folder. Time by itself is
+taken of the settings whose quality is there.
 """
 
 from __future__ import annotations
@@ -36,6 +37,15 @@ def thinned(rival: Rival, most: int | None) -> Rival:
     if most == 1:
         chosen = np.array([len(rival.settings) // 2])
     return replace(rival, settings=tuple(rival.settings[i] for i in chosen))
+
+
+def with_quality(store: Store, rivals: Sequence[Rival]) -> list[Rival]:
+    """The rivals with those of their settings whose quality is known: time alone makes no point."""
+    known = set(store.load())
+    kept = [
+        replace(r, settings=tuple(s for s in r.settings if point_key(r.name, s) in known)) for r in rivals
+    ]
+    return [rival for rival in kept if rival.settings]
 
 
 def todo_quality(store: Store, rivals: Sequence[Rival]) -> list[tuple[Rival, Setting]]:

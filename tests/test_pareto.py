@@ -14,7 +14,7 @@ from benchmarks import pareto, pareto_report, pareto_run, scores
 from benchmarks.caches import unpack
 from benchmarks.pareto_bars import accuracy_lines, all_bars, verdicts
 from benchmarks.pareto_report import RATIOS, at_time, equal_time, frontier
-from benchmarks.pareto_run import thinned
+from benchmarks.pareto_run import thinned, with_quality
 from benchmarks.pareto_store import Point, Store, point_key
 from benchmarks.rivals import Rival
 from benchmarks.solvers import SOLVERS
@@ -144,6 +144,15 @@ def test_settings_are_thinned_evenly_with_both_ends() -> None:
     assert [s["steps"] for s in thinned(rival, 3).settings] == [0, 4, 8]
     assert [s["steps"] for s in thinned(rival, 1).settings] == [4]
     assert thinned(rival, None) is rival and thinned(rival, 20) is rival
+
+
+def test_time_is_taken_where_quality_is_known(tmp_path: Path) -> None:
+    store = Store(tmp_path, {"model": "m"})
+    rivals = [Rival(name, tuple({"steps": n} for n in (4, 8)), lambda bench, setting: None) for name in "ab"]
+    assert with_quality(store, rivals) == []
+    store.add_point(Point("b", {"steps": 8}, 0.4, {"psnr": [30.0]}))
+    (left,) = with_quality(store, rivals)
+    assert left.name == "b" and left.settings == ({"steps": 8},)
 
 
 def test_interval_is_the_mean_of_equal_values_and_shrinks_with_their_number() -> None:
