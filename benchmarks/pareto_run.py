@@ -1,7 +1,7 @@
 """The measuring half of the comparison: quality of every setting, then time, each resumable on its own.
 
-Quality may run on a busy machine, time may not: the phases share nothing but the results folder. Time by itself is
-taken of the settings whose quality is there.
+Quality may run on a busy machine, time may not: the phases share nothing but the results folder. Time
+by itself is taken of the settings whose quality is there.
 """
 
 from __future__ import annotations
