@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality                       # qwen-image-tiny, its packaged bundle
     python -m benchmarks.quality --markdown            # the table of docs/quality.md
+    python -m benchmarks.quality --methods elastic     # after a new calibration: rivals stay as they were
     python -m benchmarks.quality -m FOLDER --routers BUNDLE --budgets 0.4 0.6
 
 Every method generates the same prompts from the same noise as the dense model. Reported: PSNR and SSIM
@@ -18,9 +19,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,24 +138,35 @@ def fewer_steps(bench: Bench, budget: float) -> tuple[list[Image.Image], float]:
     return bench.pictures(steps), steps / bench.workload.num_steps
 
 
-def measure(bench: Bench, budgets: list[float], ablations: bool) -> Iterator[Row]:
+def forced_run(family: str, bench: Bench, budget: float) -> tuple[list[Image.Image], float]:
+    """Random blocks at random steps are skipped, or reused."""
+    return planned_run(bench, forced_mix(family, bench.call, budget, bench.workload.num_steps))
+
+
+def reuse_run(bench: Bench, budget: float) -> tuple[list[Image.Image], float]:
+    """Evenly spread steps are reused whole."""
+    return planned_run(bench, whole_steps(bench.call, budget, bench.workload.num_steps))
+
+
+Method = Callable[[Bench, float], tuple[list[Image.Image], float]]
+METHODS: dict[str, Method] = {
+    "elastic": elastic_run,
+    "fewer steps": fewer_steps,
+    "whole-step reuse": reuse_run,
+    "random reuse": partial(forced_run, "reuse"),
+    "random skip": partial(forced_run, "skip"),
+}
+ABLATIONS: dict[str, Method] = {
+    "elastic, no routers": partial(elastic_run, per_sample=False),
+    "elastic, batch mean": partial(elastic_run, per_sample=True, batch_mean=True),
+}
+
+
+def measure(bench: Bench, budgets: list[float], methods: dict[str, Method]) -> Iterator[Row]:
     """Every method at every budget."""
-    steps = bench.workload.num_steps
     for budget in budgets:
-        yield judge(bench, "elastic", budget, *elastic_run(bench, budget))
-        if ablations:
-            yield judge(bench, "elastic, no routers", budget, *elastic_run(bench, budget, per_sample=False))
-            yield judge(
-                bench, "elastic, batch mean", budget,
-                *elastic_run(bench, budget, per_sample=True, batch_mean=True),
-            )  # fmt: skip
-        yield judge(bench, "fewer steps", budget, *fewer_steps(bench, budget))
-        yield judge(
-            bench, "whole-step reuse", budget, *planned_run(bench, whole_steps(bench.call, budget, steps))
-        )
-        for family in ("reuse", "skip"):
-            plan = forced_mix(family, bench.call, budget, steps)
-            yield judge(bench, f"random {family}", budget, *planned_run(bench, plan))
+        for name, run in methods.items():
+            yield judge(bench, name, budget, *run(bench, budget))
 
 
 def judge(bench: Bench, method: str, budget: float, pictures: list[Image.Image], spent: float) -> Row:
@@ -209,11 +222,14 @@ def main() -> None:
     parser.add_argument(
         "--ablations", action="store_true", help="also the plan alone and batch-mean decisions"
     )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="these alone")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
     with torch.no_grad():
         bench = open_bench(args)
-        rows = list(measure(bench, args.budgets, args.ablations))
+        methods = {**METHODS, **(ABLATIONS if args.ablations else {})}
+        chosen = {name: methods[name] for name in args.methods or methods}
+        rows = list(measure(bench, args.budgets, chosen))
     if args.markdown:
         print(markdown(rows, bench))
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
