@@ -244,7 +244,9 @@ def _fit_settings(asked: Asked, backbone: Backbone | MeshBackbone) -> FitSetting
     tried = asked.plan_samples
     if tried is None:
         tried = TRIED if is_small(backbone.parameters) else TRIED_LARGE
-    return FitSettings(probes=asked.probes, tried=tried, least=asked.budgets[0], seed=asked.seed)
+    return FitSettings(
+        probes=asked.probes, tried=tried, least=min(asked.budgets, default=1.0), seed=asked.seed
+    )
 
 
 def _cycle(lines: Sequence[str], count: int) -> list[str]:
