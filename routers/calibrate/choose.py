@@ -17,12 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..elastic import Elastic
 from ..plan import DEAD, HALF, WHOLE, Levels, Moments, Planner, raised
 from ..planned import PlannedPolicy
+from .evaluate import latent_snr
 from .record import Record
 from .state import State
 from .workload import Workload, run_patched
@@ -34,7 +34,6 @@ MOVES = 2
 """Neighbours of a plan that are tried, those the closed form likes best."""
 HIGHEST = 0.9
 """Share of the steps from which plans are no longer tried: what they leave is beyond measuring."""
-SMALLEST_ERROR = 1e-12
 
 
 @dataclass
@@ -73,18 +72,12 @@ class Trials:
     def _policy(self, levels: Levels) -> PlannedPolicy:
         return PlannedPolicy(self.moments, self.planners, levels=levels, per_sample=False)
 
-    def _run(self, levels: Levels, batch: int) -> NDArray[np.float64]:
+    def _run(self, levels: Levels, batch: int) -> list[float]:
         """SNR in dB of each row of a batch."""
         asked = f"plans, computing {int(levels.sum())} branch passes"
         latents = run_patched(self.elastic, self.workload, batch, self._policy(levels), asked)
         rows = self.workload.rows
-        dense = self.recorded.latents[batch * rows : (batch + 1) * rows]
-        signal = dense.flatten(1).square().mean(dim=1)
-        error = (latents - dense).flatten(1).square().mean(dim=1)
-        found: NDArray[np.float64] = (
-            (10 * torch.log10(signal / error.clamp_min(SMALLEST_ERROR))).double().numpy()
-        )
-        return found
+        return latent_snr(latents, self.recorded.latents[batch * rows : (batch + 1) * rows])
 
 
 def choose_plans(

@@ -69,7 +69,7 @@ def evaluate(
             predicted[budget] = predicted_snr(bundle, plan)
             if budget != 1.0:
                 seconds[budget].append(taken)
-            found[budget] += list(zip(trace.spent, _snr(latents, dense), strict=True))
+            found[budget] += list(zip(trace.spent, latent_snr(latents, dense), strict=True))
         report(batch + 1, workload.num_batches)
     reference = statistics.median(seconds[1.0])
     rows = []
@@ -119,7 +119,7 @@ def prefers_routers(
         for budget, routed in settings:
             bundle.per_sample = routed
             latents, _, _, _ = _elastic(transformer, bundle, workload, batch, budget)
-            means[budget, routed] += _snr(latents, dense)
+            means[budget, routed] += latent_snr(latents, dense)
         report(batch + 1, workload.num_batches)
     gains = [float(np.mean(means[b, True]) - np.mean(means[b, False])) for b in BENT]
     bundle.per_sample = float(np.mean(gains)) > MARGIN
@@ -155,7 +155,8 @@ def _timed(workload: Workload, batch: int) -> tuple[Tensor, float]:
     return latents, time.perf_counter() - start
 
 
-def _snr(latents: Tensor, dense: Tensor) -> list[float]:
+def latent_snr(latents: Tensor, dense: Tensor) -> list[float]:
+    """Energy of the dense latents over that of the difference, dB for each row of `[R, ...]`."""
     error = (latents - dense).flatten(1).square().mean(dim=1).clamp_min(1e-12)
     signal = dense.flatten(1).square().mean(dim=1)
     return [float(x) for x in 10 * torch.log10(signal / error)]
