@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import overhead
+from benchmarks import memory, overhead, split
 from benchmarks.mixes import FAMILIES, CostReader, forced_mix, mixed_rows, plan_cost
 from benchmarks.reads import count_reads
 from benchmarks.timing import interleaved, typical
@@ -99,8 +99,30 @@ def test_quick_run_prints_a_table_and_one_json_line(capsys):
     assert any("reuse 0.6" in line for line in table)
 
 
+def test_a_split_run_adds_up(capsys):
+    """Time is what is spent in blocks, around them and by elastic execution, whose block calls are fewer."""
+    assert split.main(["--quick", "--markdown"]) == 0
+    first, second = capsys.readouterr().out.strip().split("\n\n")
+    rows = [line.strip("| ").split(" | ") for line in first.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["dense", "forced mix", "independent mix"]
+    for row in rows:
+        time_, blocks, around, own = (float(cell) for cell in row[2:3] + row[4:])
+        assert time_ == pytest.approx(blocks + around + own, abs=0.002)
+    dense, mixed = rows[:2]
+    assert dense[1] == "1.000" and dense[-1] == "0.000"
+    assert int(mixed[3]) < int(dense[3]) and float(mixed[1]) < 0.65
+    assert len(second.splitlines()) == 2 + split.BATCH
+
+
 def test_at_most_one_host_read_per_call():
     """The bar itself, at small size: reads do not depend on size."""
     rows = overhead.measure_reads(overhead.QUICK)
     assert rows
     assert all(0 < row.ratio <= 1 for row in rows)
+
+
+def test_peak_memory_is_that_of_the_command():
+    """More than Python with the CLI needs; a command that fails gives no figure."""
+    assert 20 < memory.peak(["generate", "a cat", "--dry-run"]) < 8000
+    with pytest.raises(RuntimeError, match="exit code 2"):
+        memory.peak(["generate", "a cat", "--budget", "7"])
