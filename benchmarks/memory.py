@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from backbones import mesh_registry, registry
+from backbones import mesh_registry
 
 BAR = 1.3
 ROWS = 4
@@ -32,24 +32,11 @@ UNIT = 2**20 if sys.platform == "darwin" else 2**10
 def commands(model: str) -> tuple[list[str], list[str]]:
     """Arguments of `edit`: a dense generation of ROWS samples, and a calibration in batches of ROWS."""
     calibrate = ["calibrate", "-m", model, "-o", "bundle", "--batch-size", str(ROWS), *SHORTER]
+    dense = ["-m", model, "--budget", "1", "-o", "."]
     if model in mesh_registry.rows():
         pictures = sorted((Path(str(mesh_registry.resolve(model).source)) / "calibration").glob("*.png"))
-        shapes = [str(picture) for picture in pictures[:ROWS]]
-        return ["generate-3d", *shapes, "-m", model, "--budget", "1", "-o", "meshes/"], calibrate
-    registry.resolve(model)
-    prompts = ["a cat", "a dog", "a tree", "a house"]
-    return [
-        "generate",
-        *prompts,
-        "-m",
-        model,
-        "--budget",
-        "1",
-        "--batch-size",
-        str(ROWS),
-        "-o",
-        "pictures/",
-    ], calibrate
+        return ["generate-3d", *(str(picture) for picture in pictures[:ROWS]), *dense], calibrate
+    return ["generate", "a cat", "a dog", "a tree", "a house", "--batch-size", str(ROWS), *dense], calibrate
 
 
 def peak(arguments: list[str]) -> float:
