@@ -33,6 +33,8 @@ from edit_cli.mesh_compare import compare_meshes
 from edit_cli.mesh_session import MeshSession
 from edit_cli.stages import StageClock
 
+CALIBRATION_PICTURES = 4
+"""Pictures on which a rival may fit itself."""
 NOTHING = 1.0
 """Chamfer distance, as a share of the box, where only one of two fields has a surface."""
 
@@ -59,10 +61,11 @@ class MeshBench(Bench):
     things = "pictures"
 
     def workload(self, rows: int, prompts: list[str] | None = None) -> MeshWorkload:
-        """The requests in batches of `rows`."""
-        return MeshWorkload(
-            self.pipe, self.contexts, len(self.prompts), rows, self.num_steps, self.guidance, self.seed
-        )
+        """The requests in batches of `rows`. prompts: the first of them, with noise of their own."""
+        samples, seed = len(self.prompts), self.seed
+        if prompts is not None:
+            samples, seed = len(prompts), seed + samples
+        return MeshWorkload(self.pipe, self.contexts, samples, rows, self.num_steps, self.guidance, seed)
 
     def make(self, workload: Any, batch: int, num_steps: int) -> list[Shape]:
         """The shapes of one batch; decoding is no part of what is compared."""
@@ -160,6 +163,6 @@ def open_mesh_bench(args: argparse.Namespace) -> MeshBench:
     prompts = [names[i % len(names)] for i in range(args.count)]  # pictures come round with other noise
     defaults = backbone.defaults
     return MeshBench(
-        backbone, pipe, prompts, [], args.steps or defaults.steps, defaults.guidance, 0, 0, args.seed,
-        bundle, contexts=contexts, grid=args.grid,
+        backbone, pipe, prompts, names[:CALIBRATION_PICTURES], args.steps or defaults.steps,
+        defaults.guidance, 0, 0, args.seed, bundle, contexts=contexts, grid=args.grid,
     )  # fmt: skip

@@ -32,8 +32,8 @@ LEFT, RIGHT = 0.3, 1.0
 """Ratios that are drawn."""
 WIDE, HIGH, DPI = 8.0, 4.6, 200
 """Inches, and pixels per inch: readable when shown 800 px wide."""
-FLOOR_DB = 14.0
-"""PSNR below this is not drawn: random skipping would squeeze all else."""
+FLOORS = {"psnr": 14.0, "iou": 0.95}
+"""Scores below this are not drawn: random skipping would squeeze all else. PSNR in dB."""
 
 End = tuple[float, float, str, str]
 """Where a line ends: ratio, score, rival, colour."""
@@ -81,7 +81,7 @@ def draw(
     ends = []
     for number, (name, some) in enumerate(by_rival(points).items()):
         line = [(x, float(v.mean())) for x, v in frontier(some, size, score)]
-        line = [(x, y) for x, y in line if LEFT <= x <= RIGHT and (score != "psnr" or y >= FLOOR_DB)]
+        line = [(x, y) for x, y in line if LEFT <= x <= RIGHT and y >= FLOORS.get(score, -np.inf)]
         if not line:
             continue
         x, y = np.array(line).T

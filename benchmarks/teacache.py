@@ -15,18 +15,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from benchmarks.bench import Attached, Bench
 from routers.block import Block
-from routers.patching import patch_forward, restore_forward
+from routers.patching import Patch, patch_forward, restore_forward
 
 DEGREE = 4
 """Degree of the polynomial, as in the paper."""
 
 
 def modulated_input(block: Any, hidden: Tensor, temb: Tensor) -> Tensor:
-    """The first block's normalised, shifted and scaled image tokens [B, L, D]."""
+    """The first block's normalised, shifted and scaled image tokens [B, L, D] (latents of a mesh model)."""
+    if type(block).__name__ == "DoubleStreamBlock":  # Hunyuan3D
+        first: Tensor = block.img_mod(temb)[0].modulate(hidden)
+        return first
     if hasattr(block, "img_mod"):  # QwenImageTransformerBlock; zero_cond_t doubles the rows of temb
         shift, scale = block.img_mod(temb[: len(hidden)]).chunk(6, dim=-1)[:2]
         normed: Tensor = block.img_norm1(hidden)
@@ -74,13 +78,10 @@ class StackCache:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Patch the blocks; undone at the end."""
-        patches = [
-            (
-                self.transformer,
-                patch_forward(self.transformer, self._context, "cache_context"),
-                "cache_context",
-            )
-        ]
+        patches: list[tuple[nn.Module, Patch, str]] = []
+        if hasattr(self.transformer, "cache_context"):
+            patch = patch_forward(self.transformer, self._context, "cache_context")
+            patches.append((self.transformer, patch, "cache_context"))
         for block in self.blocks:
             patch = patch_forward(block.module, self._forward(block))
             patches.append((block.module, patch, "forward"))
@@ -108,14 +109,16 @@ class StackCache:
             if not branch.reusing:
                 output = original(*args, **kwargs)
                 if last:
-                    after = block.unpack(output)
-                    branch.residual = tuple(a - b for a, b in zip(after, branch.entered, strict=True))
+                    after, before = block.unpack(output), branch.entered
+                    if len(after) < len(before):  # Hunyuan3D's single blocks run on one joined stream
+                        before = (torch.cat(before[::-1], dim=1),)
+                    branch.residual = tuple(a - b for a, b in zip(after, before, strict=True))
                     if self.record:
                         self.residuals.append((self.name, branch.residual[0].clone()))
                 return output
             assert branch.residual is not None, "a reuse follows a computed call"
             if last:
-                streams = tuple(s + r for s, r in zip(branch.entered, branch.residual, strict=True))
+                streams = tuple(s + r for s, r in zip(streams, branch.residual, strict=True))
             return block.pack(streams)
 
         return forward
@@ -133,8 +136,8 @@ class StackCache:
 
 
 def why_not(bench: Bench) -> str | None:
-    """Known for the two diffusers families only: the modulated input is read from their blocks."""
-    known = ("QwenImageTransformerBlock", "FluxTransformerBlock")
+    """Known for the first blocks of three families: the modulated input is read from them."""
+    known = ("QwenImageTransformerBlock", "FluxTransformerBlock", "DoubleStreamBlock")
     first = bench.backbone.family.transformer.blocks[0].block_class
     return None if first in known else f"the modulated input of {first} is not known to it"
 
