@@ -159,6 +159,8 @@ class Backbone:
 
 OFFLOADS = ("none", "model", "sequential", "group")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+SOLVERS = ("euler", "ab2", "dpm++2m")
+"""How a sampler steps from one time to the next (solvers.py); "euler" is what the families come with."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import routers
+from backbones.solvers import solver
 from backbones.spec import Backbone
 from backbones.workload import PipelineWorkload
 from benchmarks import scores
 from benchmarks.mixes import CostReader
-from benchmarks.solvers import solver
 from routers.elastic import Elastic
 from routers.patching import patch_forward, restore_forward
 from routers.policy import CallInfo, Policy

@@ -23,10 +23,10 @@ import routers
 from backbones import mesh_registry
 from backbones.hunyuan3d.errors import NoSurfaceError
 from backbones.hunyuan3d.schedulers import FlowMatchEulerScheduler
+from backbones.solvers import MULTISTEP
 from backbones.spec import Placement
 from backbones.workload import MeshWorkload, embed
 from benchmarks.bench import Bench
-from benchmarks.solvers import SOLVERS
 from edit_cli.calibration_inputs import read_images
 from edit_cli.errors import EditError
 from edit_cli.mesh_compare import compare_meshes
@@ -116,7 +116,7 @@ def distances(shape: Shape, other: Shape) -> dict[str, float]:
 
 
 class MultistepMeshScheduler(FlowMatchEulerScheduler):
-    """A second-order solver of `benchmarks.solvers` on the mesh pipeline's times, which run the other way."""
+    """A second-order solver of `backbones.solvers` on the mesh pipeline's times, which run the other way."""
 
     def __init__(self, times: FlowMatchEulerScheduler, name: str) -> None:
         self.times, self.name = times, name
@@ -126,7 +126,7 @@ class MultistepMeshScheduler(FlowMatchEulerScheduler):
         """A new run, on the times of the scheduler this one replaces."""
         self.times.set_timesteps(num_steps, sigmas)
         self.timesteps, self.sigmas = self.times.timesteps, self.times.sigmas
-        self.solver = SOLVERS[self.name]()
+        self.solver = MULTISTEP[self.name]()
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         """One step in float32; a step of size zero, the last of every run, changes nothing."""

@@ -23,7 +23,6 @@ from backbones import loading, registry
 from benchmarks import caches, teacache
 from benchmarks.bench import Attached, Bench, untouched
 from benchmarks.mixes import forced_mix, whole_steps
-from benchmarks.solvers import SOLVERS
 from routers import release, release_policy
 from routers.elastic import Elastic
 from routers.policy import FixedPolicy
@@ -32,7 +31,9 @@ from routers.trace import Actions
 Setting = Mapping[str, float | int | str]
 """One operating point of a rival; JSON data."""
 
-BUDGETS = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9)
+SOLVERS = {"AB2": "ab2", "DPM++(2M)": "dpm++2m"}
+"""Second-order solvers as tables name them -> `backbones.solvers`."""
+BUDGETS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9)
 STEP_SHARES = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 
 
@@ -74,6 +75,11 @@ def all_rivals(bench: Bench, *, equal: bool = False, release_file: Path | None =
         Rival(name, budgets, functools.partial(_elastic, options), _no_bundle, elastic=True)
         for name, options in ways.items()
     ]
+    with_ab2 = tuple({"budget": budget, "solver": "AB2"} for budget in BUDGETS)
+    note = "the same bundle, calibrated with Euler's solver, under another one"
+    found.append(
+        Rival("elastic, AB2", with_ab2, functools.partial(_elastic, {}), _no_bundle, note, elastic=True)
+    )
     steps = tuple({"steps": n} for n in step_counts(bench.num_steps))
     found.append(Rival("fewer steps, Euler", steps, _fewer_steps))
     for name in SOLVERS:
@@ -137,11 +143,19 @@ def _elastic(options: Mapping[str, bool], bench: Bench, setting: Setting) -> Ite
     elastic = routers.attach(bench.transformer, bench.bundle, budget=float(setting["budget"]), force=True)
     policy = functools.partial(bench.bundle.policy, **({"per_sample": True, **options} if options else {}))
     try:
-        yield Attached(
-            bench.num_steps, lambda: elastic.scope(policy=policy(), num_steps=bench.num_steps), traced=True
-        )
+        with _solver(bench, setting):
+            yield Attached(
+                bench.num_steps,
+                lambda: elastic.scope(policy=policy(), num_steps=bench.num_steps),
+                traced=True,
+            )
     finally:
         elastic.detach()
+
+
+def _solver(bench: Bench, setting: Setting) -> AbstractContextManager[None]:
+    """The setting's solver in place of the pipeline's, if it names one."""
+    return bench.solver(SOLVERS[str(setting["solver"])]) if "solver" in setting else nullcontext()
 
 
 def _no_bundle(bench: Bench) -> str | None:
@@ -150,7 +164,7 @@ def _no_bundle(bench: Bench) -> str | None:
 
 @contextmanager
 def _fewer_steps(bench: Bench, setting: Setting) -> Iterator[Attached]:
-    with bench.solver(str(setting["solver"])) if "solver" in setting else nullcontext():
+    with _solver(bench, setting):
         yield Attached(int(setting["steps"]), nullcontext)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from backbones.registry import DEFAULT_MODEL
-from backbones.spec import DTYPES, OFFLOADS
+from backbones.spec import DTYPES, OFFLOADS, SOLVERS
 
 PICTURE, MODEL, OUTPUT, MACHINE = "Picture", "Model and routers", "Output", "Machine"
 
@@ -56,6 +56,15 @@ Guidance = Annotated[
     str | None,
     typer.Option(
         "--guidance", "--guidance-scale", "--true-cfg-scale", metavar="X", help="Guidance scale. *",
+        rich_help_panel=PICTURE,
+    ),
+]  # fmt: skip
+Solver = Annotated[
+    str | None,
+    typer.Option(
+        "--solver", "--sampler", metavar="NAME",
+        help=f"{', '.join(SOLVERS)}: ab2 and dpm++2m come nearer to the exact solution in as many steps. "
+        "[dim]default: the model's own[/] *",
         rich_help_panel=PICTURE,
     ),
 ]  # fmt: skip

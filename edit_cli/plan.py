@@ -40,6 +40,7 @@ class Asked:
     height: str | None = None
     image: str | None = None
     strength: str | None = None
+    solver: str | None = None
     output: str | None = None
     device: str | None = None
     dtype: str | None = None
@@ -53,7 +54,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to make. budget None: what the routers recommend. Sizes in px."""
+    """One picture to make. budget, solver None: what the routers recommend, the model's own. Sizes in px."""
 
     index: int
     path: Path
@@ -67,11 +68,15 @@ class Job:
     budget: float | None
     image: str | None = None
     strength: float | None = None
+    solver: str | None = None
 
     @property
     def group(self) -> tuple[Any, ...]:
         """Jobs with equal groups may share a batch: these arguments exist once per pipeline call."""
-        return (self.width, self.height, self.steps, self.guidance, self.budget, self.image, self.strength)
+        return (
+            self.width, self.height, self.steps, self.guidance, self.budget, self.image, self.strength,
+            self.solver,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,7 @@ def _typed_fields(asked: Asked) -> dict[str, Any]:
         "height": asked.height,
         "image": asked.image,
         "strength": asked.strength,
+        "solver": asked.solver,
     }
     return values.checked(typed, "--{}")
 
@@ -223,6 +229,7 @@ def _complete(request: Mapping[str, Any], backbone: Backbone, warnings: list[str
         "budget": request.get("budget"),
         "image": request.get("image"),
         "strength": request.get("strength"),
+        "solver": request.get("solver"),
     }
     for name in ("width", "height"):
         values.divisible(f"--{name}", done[name], backbone.size_multiple)

@@ -83,7 +83,8 @@ def _model(result: Result) -> str:
     steps = one_or_all([job.steps for job in result.jobs])
     sizes = size if isinstance(size, str) else "several sizes"
     numbers = f"{steps} steps" if isinstance(steps, int) else "several step counts"
-    return f"{plan.backbone.name}, {routers}, {sizes}, {numbers}, guidance {first.guidance:g}"
+    solver = f", solver {first.solver}" if first.solver else ""
+    return f"{plan.backbone.name}, {routers}, {sizes}, {numbers}, guidance {first.guidance:g}{solver}"
 
 
 def _asked(asked: Any) -> str:

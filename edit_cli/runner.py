@@ -25,6 +25,8 @@ from edit_cli.session import Batch, RouterSource, Session, denoising_steps, fit_
 from edit_cli.stages import StageClock
 from edit_cli.tally import Tally
 
+SAMPLERS = {"ab2": "AB2", "dpm++2m": "DPM++ 2M"}
+"""Solver -> its name in web UIs."""
 MUST_MATCH = (
     "model_hash", "routers_hash", "lora_hashes", "image_hash", "device", "dtype", "compile", "versions",
 )  # fmt: skip
@@ -192,7 +194,8 @@ def make_record(batch: Batch, row: int, session: Session, plan: Plan) -> dict[st
         "image": str(Path(job.image).resolve()) if job.image else None,
         "image_hash": hashlib.sha256(Path(job.image).read_bytes()).hexdigest()[:16] if job.image else None,
         "strength": job.strength,
-        "sampler": type(session.pipe.scheduler).__name__.replace("DiscreteScheduler", ""),
+        "solver": job.solver,
+        "sampler": SAMPLERS.get(job.solver or "", _own_sampler(session.pipe)),
         "device": session.pipe._execution_device.type,  # with offloading, `device` is the CPU
         "dtype": loading.dtype_name(session.pipe.dtype),
         "compile": placement.compile,
@@ -204,6 +207,10 @@ def make_record(batch: Batch, row: int, session: Session, plan: Plan) -> dict[st
         record["batch"] = [{name: getattr(peer, name) for name in names} for peer in batch.jobs]
         record["row"] = row
     return record
+
+
+def _own_sampler(pipe: Any) -> str:
+    return type(pipe.scheduler).__name__.replace("DiscreteScheduler", "")
 
 
 def _versions() -> dict[str, str]:

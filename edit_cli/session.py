@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from backbones import loading, registry
+from backbones.solvers import check_solver, solver
 from backbones.spec import Backbone
 from edit_cli import choices
 from edit_cli.errors import EditError, bad_input, memory_errors
@@ -100,6 +101,8 @@ class Session:
                     "the MLP activation was switched to x * sigmoid(1.702 x)"
                 )
             pipe = loading.load_pipeline(plan.backbone, plan.placement, transformer)
+            for name in {job.solver for job in plan.jobs} - {None}:
+                check_solver(pipe, str(name))
             if source.release is not None:
                 release.use_sigmoid_gelu(pipe.transformer, plan.backbone.family.transformer)
         return cls(
@@ -143,8 +146,12 @@ class Session:
             scope: Any = nullcontext()
         else:
             scope = self.elastic.scope(budget=None if self.source.release else first.budget, num_steps=steps)
+        stepping = nullcontext() if first.solver is None else solver(pipe, first.solver)
         size = f"at {first.width}x{first.height}, batch {len(jobs)}"
-        with memory_errors(size), loading.quiet_libraries(), self.clock.pipeline_call(pipe), scope as trace:
+        with (
+            memory_errors(size), loading.quiet_libraries(), self.clock.pipeline_call(pipe), stepping,
+            scope as trace,
+        ):  # fmt: skip
             pictures = pipe(**arguments, callback_on_step_end=after_step).images
         return Batch(tuple(jobs), pictures, trace)
 

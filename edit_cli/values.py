@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from backbones.spec import SOLVERS
 from edit_cli.errors import EditError
 
 MAX_STEPS = 1000  # the training timesteps of every family here
@@ -123,6 +124,11 @@ def one_of(where: str, value: Any, allowed: Sequence[str]) -> str:
     return str(value)
 
 
+def solver(where: str, value: Any) -> str:
+    """A solver's name, in lower case."""
+    return one_of(where, text(where, value).lower(), SOLVERS)
+
+
 def readable_file(where: str, value: Any) -> str:
     """A path of an existing, readable file, as text."""
     path = Path(text(where, value)).expanduser()
@@ -159,6 +165,7 @@ FIELDS = {
     "budget": budget,
     "image": picture_file,
     "strength": strength,
+    "solver": solver,
     "output": text,
 }
 """What one picture's request consists of, and how each value is checked."""

@@ -115,6 +115,7 @@ QUICK = [
     (["a cat", "--image", "missing.png"], "--image 'missing.png' is no file"),
     (["a cat", "--image", "plain.png"], "--image 'plain.png' is no readable picture"),
     (["a cat", "--strength", "0.5"], "--strength is for image-to-image; give --image"),
+    (["a cat", "--solver", "heun"], "--solver 'heun' is unknown; allowed are euler, ab2, dpm++2m"),
     (["a cat", "--dtype", "int8"], "--dtype 'int8' is unknown; allowed are auto, fp32, bf16, fp16"),
     (
         ["a cat", "--offload", "disk"],

@@ -154,6 +154,31 @@ def test_prompt_lines_override_options(edit_here, tmp_path, qwen_folder):
     assert metadata.read(tmp_path / "a-car.png")["negative_prompt"] is None
 
 
+def test_a_solver_steps_otherwise_at_the_same_price(edit_here, tmp_path, qwen_folder):
+    common = ("-b", "0.6", "--steps", "8", "--json", "-m", qwen_folder)
+    lines = [
+        {"prompt": "a cat"},
+        {"prompt": "a cat", "solver": "Euler"},
+        {"prompt": "a cat", "solver": "ab2"},
+    ]
+    ran = edit_here(
+        "generate", "--prompts", "-", *common, "-o", "{index}.png", cwd=tmp_path,
+        stdin="\n".join(json.dumps(line) for line in lines),
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    own, euler, second = (pixels(tmp_path / name) for name in ran.json["outputs"])
+    assert (own == euler).all()
+    assert (own != second).any()
+    assert len(set(ran.json["spent"])) == 1
+    last = ran.json["outputs"][-1]
+    record = metadata.read(tmp_path / last)
+    assert (record["solver"], record["sampler"]) == ("ab2", "AB2")
+    again = edit_here("generate", "--from", last, "-o", "again.png", cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert "solver ab2" in " ".join(again.out.split())
+    assert (pixels(tmp_path / "again.png") == second).all()
+
+
 def test_without_routers_it_is_dense(edit_here, tmp_path, qwen_folder):
     ran = edit_here("generate", "a cat", "--routers", "none", "--json", "-q", "-m", qwen_folder, cwd=tmp_path)
     assert ran.code == 0, ran.err

@@ -1,9 +1,8 @@
-"""The comparison: solvers and curves against hand-made truths, the results folder, bad input, every rival."""
+"""The comparison: curves against hand-made truths, the results folder, bad input, every rival."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -17,52 +16,8 @@ from benchmarks.pareto_report import RATIOS, at_time, equal_time, frontier
 from benchmarks.pareto_run import thinned, with_quality
 from benchmarks.pareto_store import Point, Store, point_key
 from benchmarks.rivals import Rival
-from benchmarks.solvers import SOLVERS
 
-# -- solvers -----------------------------------------------------------------------------------
-
-
-def integrate(scheduler_class, steps: int) -> float:
-    """Error at s = 0 for data N(2, 0.5^2), whose flow is known in closed form."""
-    scheduler = scheduler_class()
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist())
-    start = torch.tensor([[-1.3, 0.2, 1.7]])
-    mean, deviation = 2.0, 0.5
-    x = start
-    for t in scheduler.timesteps:
-        s = float(t) / 1000
-        variance = (1 - s) ** 2 * deviation**2 + s**2
-        slope = (s - (1 - s) * deviation**2) / variance
-        v = -mean + slope * (x - (1 - s) * mean)
-        x = scheduler.step(v, t, x, return_dict=False)[0]
-    return float((x - (mean + deviation * start)).abs().max())
-
-
-@pytest.mark.parametrize("name", SOLVERS)
-def test_solvers_are_of_second_order(name: str) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    errors = [integrate(SOLVERS[name], steps) for steps in (20, 40, 80)]
-    euler = [integrate(FlowMatchEulerDiscreteScheduler, steps) for steps in (20, 40, 80)]
-    assert euler[0] / euler[1] == pytest.approx(2, abs=0.4), (
-        "Euler is of first order: the test problem is fit"
-    )
-    assert all(ours < theirs for ours, theirs in zip(errors, euler, strict=True))
-    assert math.log2(errors[1] / errors[2]) > 1.5
-
-
-@pytest.mark.parametrize("name", SOLVERS)
-def test_solvers_start_with_the_euler_step_and_forget_the_last_run(name: str) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    x, v = torch.tensor([[0.3, -2.0]]), torch.tensor([[1.0, 0.5]])
-    euler, solver = FlowMatchEulerDiscreteScheduler(), SOLVERS[name]()
-    for _ in range(2):
-        for scheduler in (euler, solver):
-            scheduler.set_timesteps(sigmas=[1.0, 0.6, 0.3])
-        first = [s.step(v, s.timesteps[0], x, return_dict=False)[0] for s in (euler, solver)]
-        assert torch.allclose(*first, atol=1e-6)
-        solver.step(2 * v, solver.timesteps[1], x)
+# -- what rivals work on ------------------------------------------------------------------------
 
 
 def test_latents_are_unpacked_as_the_pipelines_do() -> None:
