@@ -144,8 +144,10 @@ def show(store: Store, about: dict[str, Any], reasons: dict[str, str], as_markdo
                 table.add_row(*row)
             console.print(table)
         console.print(*lines, *missing, sep="\n")
-    plot(rivals, store.folder / "pareto.png", f"{about['model']}, {about['count']} {about['things']}")
-    console.print(f"{store.folder}/pareto.json, pareto.md, pareto.png")
+    title, truth = f"{about['model']}, {about['count']} {about['things']}", f"{main_score}_truth"
+    plot(rivals, store.folder / "pareto.png", title)
+    plot(rivals, store.folder / "pareto-truth.png", title, truth)
+    console.print(f"{store.folder}/pareto.json, pareto.md, pareto.png, pareto-truth.png")
 
 
 def describe(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:

@@ -32,21 +32,28 @@ LEFT, RIGHT = 0.3, 1.0
 """Ratios that are drawn."""
 WIDE, HIGH, DPI = 8.0, 4.6, 200
 """Inches, and pixels per inch: readable when shown 800 px wide."""
-FLOORS = {"psnr": 14.0, "iou": 0.95}
+FLOORS = {"psnr": 14.0, "psnr_truth": 24.0, "iou": 0.95, "iou_truth": 0.95}
 """Scores below this are not drawn: random skipping would squeeze all else. PSNR in dB."""
 
 End = tuple[float, float, str, str]
 """Where a line ends: ratio, score, rival, colour."""
 
 
-def plot(points: Sequence[Point], target: Path, title: str) -> None:
-    """One panel per batch size, or one over FLOPs where no time was measured. Raises ImportError."""
+def plot(points: Sequence[Point], target: Path, title: str, score: str | None = None) -> None:
+    """One panel per batch size, or one over FLOPs where no time was measured. Raises ImportError.
+
+    score: what is drawn, default the main one: likeness to the dense result, which a run with another solver
+    does not aim at.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    score, sizes = main_score(points), list[Any](batch_sizes(points)) or [None]
+    sizes = list[Any](batch_sizes(points)) or [None]
+    if score is None:
+        score = main_score(points)
+        points = [p for p in points if not (p.rival.startswith(FIRST) and "solver" in p.setting)]
     figure, axes = pyplot.subplots(1, len(sizes), figsize=(WIDE, HIGH), squeeze=False, sharey=True)
     for axis, size in zip(axes[0], sizes, strict=True):
         ends = draw(axis, points, size, score)
@@ -68,8 +75,8 @@ def plot(points: Sequence[Point], target: Path, title: str) -> None:
 
 def style_of(name: str, number: int) -> tuple[str, str]:
     """Colour and mark of a rival. number: its place among all."""
-    if name == FIRST:
-        return OWN, "o"
+    if name.startswith(FIRST):
+        return OWN, "o" if name == FIRST else "s"
     colour = next((colour for start, colour in KINDS if name.startswith(start)), REST)
     return colour, MARKS[number % len(MARKS)]
 
@@ -86,7 +93,7 @@ def draw(
             continue
         x, y = np.array(line).T
         colour, mark = style_of(name, number)
-        ours = name == FIRST
+        ours = name.startswith(FIRST)
         axis.plot(
             x, y, color=colour, marker=mark, linewidth=2.6 if ours else 1.1, markersize=5.5 if ours else 4,
             markerfacecolor=colour if ours else "white", zorder=3 if ours else 2,
@@ -109,6 +116,6 @@ def name_lines(axis: Any, ends: Sequence[End]) -> None:
     for (x, y, name, colour), place in zip(ordered, places, strict=True):
         axis.annotate(
             name, (x, y), (RIGHT + 0.03 * (RIGHT - LEFT), place), color=colour, fontsize=9, va="center",
-            annotation_clip=False, weight="bold" if name == FIRST else "normal",
+            annotation_clip=False, weight="bold" if name.startswith(FIRST) else "normal",
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.5, "relpos": (0, 0.5)},
         )  # fmt: skip
