@@ -20,6 +20,7 @@ from benchmarks.pareto_report import (
     curve,
     digits_of,
     frontier,
+    is_ours,
 )
 from benchmarks.pareto_store import Point
 from benchmarks.scores import mean_interval
@@ -58,7 +59,7 @@ def all_bars(points: Sequence[Point], dense: Point, score: str) -> list[Bar]:
         for ratio in RATIOS:
             here = {name: at_time(line, ratio) for name, line in curves.items()}
             ours = here.pop(FIRST, None)
-            others = {n: v for n, v in here.items() if v is not None and not n.startswith(FIRST)}
+            others = {n: v for n, v in here.items() if v is not None and not is_ours(n)}
             if ours is None or not others:
                 continue
             name = max(others, key=lambda other: float(others[other].mean()))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.pareto_report import FIRST, LABELS, batch_sizes, by_rival, frontier, main_score
+from benchmarks.pareto_report import FIRST, LABELS, batch_sizes, by_rival, frontier, is_ours, main_score
 from benchmarks.pareto_store import Point, write_whole
 
 KINDS = (
@@ -53,7 +53,7 @@ def plot(points: Sequence[Point], target: Path, title: str, score: str | None = 
     sizes = list[Any](batch_sizes(points)) or [None]
     if score is None:
         score = main_score(points)
-        points = [p for p in points if not (p.rival.startswith(FIRST) and "solver" in p.setting)]
+        points = [p for p in points if not (is_ours(p.rival) and "solver" in p.setting)]
     figure, axes = pyplot.subplots(1, len(sizes), figsize=(WIDE, HIGH), squeeze=False, sharey=True)
     for axis, size in zip(axes[0], sizes, strict=True):
         ends = draw(axis, points, size, score)
@@ -75,7 +75,7 @@ def plot(points: Sequence[Point], target: Path, title: str, score: str | None = 
 
 def style_of(name: str, number: int) -> tuple[str, str]:
     """Colour and mark of a rival. number: its place among all."""
-    if name.startswith(FIRST):
+    if is_ours(name):
         return OWN, "o" if name == FIRST else "s"
     colour = next((colour for start, colour in KINDS if name.startswith(start)), REST)
     return colour, MARKS[number % len(MARKS)]
@@ -93,7 +93,7 @@ def draw(
             continue
         x, y = np.array(line).T
         colour, mark = style_of(name, number)
-        ours = name.startswith(FIRST)
+        ours = is_ours(name)
         axis.plot(
             x, y, color=colour, marker=mark, linewidth=2.6 if ours else 1.1, markersize=5.5 if ours else 4,
             markerfacecolor=colour if ours else "white", zorder=3 if ours else 2,
@@ -116,6 +116,6 @@ def name_lines(axis: Any, ends: Sequence[End]) -> None:
     for (x, y, name, colour), place in zip(ordered, places, strict=True):
         axis.annotate(
             name, (x, y), (RIGHT + 0.03 * (RIGHT - LEFT), place), color=colour, fontsize=9, va="center",
-            annotation_clip=False, weight="bold" if name.startswith(FIRST) else "normal",
+            annotation_clip=False, weight="bold" if is_ours(name) else "normal",
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.5, "relpos": (0, 0.5)},
         )  # fmt: skip

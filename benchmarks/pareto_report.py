@@ -36,7 +36,7 @@ EQUAL_SCORES = ("psnr", "psnr_truth", "iou", "chamfer", "iou_truth", "top5")
 LOWER = ("chamfer", "chamfer_truth")
 """Scores where less is better."""
 FIRST = "elastic"
-"""The rival that the others are compared with."""
+"""The rival that the others are compared with; its variations are named "elastic, ..."."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class EqualTime:
     low: float
     high: float
     behind: tuple[float, float, float] | None
+
+
+def is_ours(rival: str) -> bool:
+    """Whether it runs a bundle: the first of all, or one of its variations."""
+    return rival.startswith(FIRST)
 
 
 def time_ratio(point: Point, rows: int) -> float | None:

@@ -31,7 +31,7 @@ from routers.trace import Actions
 Setting = Mapping[str, float | int | str]
 """One operating point of a rival; JSON data."""
 
-SOLVERS = {"AB2": "ab2", "DPM++(2M)": "dpm++2m"}
+SECOND_ORDER = {"AB2": "ab2", "DPM++(2M)": "dpm++2m"}
 """Second-order solvers as tables name them -> `backbones.solvers`."""
 BUDGETS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9)
 STEP_SHARES = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
@@ -82,7 +82,7 @@ def all_rivals(bench: Bench, *, equal: bool = False, release_file: Path | None =
     )
     steps = tuple({"steps": n} for n in step_counts(bench.num_steps))
     found.append(Rival("fewer steps, Euler", steps, _fewer_steps))
-    for name in SOLVERS:
+    for name in SECOND_ORDER:
         settings = tuple(
             {"steps": n, "solver": name} for n in (*step_counts(bench.num_steps), bench.num_steps)
         )
@@ -155,7 +155,7 @@ def _elastic(options: Mapping[str, bool], bench: Bench, setting: Setting) -> Ite
 
 def _solver(bench: Bench, setting: Setting) -> AbstractContextManager[None]:
     """The setting's solver in place of the pipeline's, if it names one."""
-    return bench.solver(SOLVERS[str(setting["solver"])]) if "solver" in setting else nullcontext()
+    return bench.solver(SECOND_ORDER[str(setting["solver"])]) if "solver" in setting else nullcontext()
 
 
 def _no_bundle(bench: Bench) -> str | None:

@@ -101,8 +101,8 @@ class Session:
                     "the MLP activation was switched to x * sigmoid(1.702 x)"
                 )
             pipe = loading.load_pipeline(plan.backbone, plan.placement, transformer)
-            for name in {job.solver for job in plan.jobs} - {None}:
-                check_solver(pipe, str(name))
+            for name in filter(None, {job.solver for job in plan.jobs}):
+                check_solver(pipe, name)
             if source.release is not None:
                 release.use_sigmoid_gelu(pipe.transformer, plan.backbone.family.transformer)
         return cls(
