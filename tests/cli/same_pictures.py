@@ -1,7 +1,7 @@
 """Twelve commands whose pictures, meshes and records must not change when the code is rearranged.
 
-`python -m tests.cli.same_pictures` makes the reference file anew; do that only where a result is meant to change,
-and say so in CHANGELOG.md.
+`python -m tests.cli.same_pictures` makes the reference file anew; do that only where a result is meant to
+change, and say so in CHANGELOG.md.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def run_all(folder: Path) -> dict[str, Any]:
                 with redirect_stdout(out):
                     main([*line.split("|"), "--json", "--quiet"])
             except SystemExit as done:
-                assert done.code == 0, f"{line}: exit code {done.code}"
+                if done.code != 0:
+                    raise RuntimeError(f"{line}: exit code {done.code}") from done
             report = json.loads(out.getvalue().splitlines()[-1])
             files = sorted(set(Path().iterdir()) - before)
             results[line] = {
