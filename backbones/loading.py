@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from backbones import static
+from backbones import static_folder as static
 from backbones.model_files import ModelNotFoundError, hub_message, is_small, require_hub
 from backbones.single_file import load_denoiser
 from backbones.spec import Backbone, Lora, Placement

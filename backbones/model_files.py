@@ -72,7 +72,7 @@ def folder_defaults(folder: Path, base: AnyDefaults) -> AnyDefaults:
     if not file.is_file():
         return base
     data, allowed = read_json(file), [f.name for f in fields(base)]
-    data.pop("static", None)  # what `backbones.static` reads
+    data.pop("static", None)  # what `backbones.static_folder` reads
     unknown = sorted(set(data) - set(allowed))
     if unknown:
         raise ModelNotFoundError(f"{file}: unknown keys {unknown}; allowed are {', '.join(allowed)}")

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import routers
 from backbones.solvers import solver
 from backbones.spec import Backbone
-from backbones.workload import PipelineWorkload
+from backbones.workloads import PipelineWorkload
 from benchmarks import scores
 from benchmarks.mixes import CostReader
 from routers.elastic import Elastic

@@ -22,10 +22,10 @@ from scipy.spatial import cKDTree
 
 from backbones import mesh_registry
 from backbones.spec import Placement
-from backbones.workload import embed
-from edit_cli.calibration_inputs import read_images
-from edit_cli.mesh_session import MeshSession
-from edit_cli.stages import StageClock
+from backbones.workloads import embed
+from edit_cli.calibrate.inputs import read_images
+from edit_cli.generate.clock import StageClock
+from edit_cli.generate.mesh_session import MeshSession
 
 BOX = 1.01
 METHODS = ("dense", "hierarchical")

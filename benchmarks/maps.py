@@ -20,10 +20,10 @@ from typing import Any
 
 from PIL import Image
 
-from edit_cli.outputs import write_whole
-from edit_cli.profile_heatmap import draw_heatmaps
-from edit_cli.profile_terminal import limit_line, overhead_line
-from edit_cli.profile_trace import read_trace
+from edit_cli.generate.outputs import write_whole
+from edit_cli.profile.heatmap import draw_heatmaps
+from edit_cli.profile.terminal import limit_line, overhead_line
+from edit_cli.profile.trace import read_trace
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 BUDGETS = ("0.5", "0.7")

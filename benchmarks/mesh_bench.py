@@ -25,13 +25,13 @@ from backbones.hunyuan3d.errors import NoSurfaceError
 from backbones.hunyuan3d.schedulers import FlowMatchEulerScheduler
 from backbones.solvers import MULTISTEP
 from backbones.spec import Placement
-from backbones.workload import MeshWorkload, embed
+from backbones.workloads import MeshWorkload, embed
 from benchmarks.bench import Bench
-from edit_cli.calibration_inputs import read_images
+from edit_cli.calibrate.inputs import read_images
 from edit_cli.errors import EditError
-from edit_cli.mesh_compare import compare_meshes
-from edit_cli.mesh_session import MeshSession
-from edit_cli.stages import StageClock
+from edit_cli.generate.clock import StageClock
+from edit_cli.generate.mesh_compare import compare_meshes
+from edit_cli.generate.mesh_session import MeshSession
 
 CALIBRATION_PICTURES = 4
 """Pictures on which a rival may fit itself."""

@@ -27,15 +27,15 @@ from torch import Tensor
 
 from backbones import loading, registry
 from backbones.spec import Placement
-from backbones.workload import PipelineWorkload
+from backbones.workloads import PipelineWorkload
 from benchmarks.scores import COMMON, read_prompts
 from routers.calibrate.choose import choose_plans
 from routers.calibrate.fit import first_moments
 from routers.calibrate.gains import measure_gains
 from routers.calibrate.record import Record, record
 from routers.elastic import Elastic
-from routers.plan import Found, Mask, Moments, Planner
-from routers.planned import PlannedPolicy
+from routers.planned.plan import Found, Mask, Moments, Planner
+from routers.planned.policy import PlannedPolicy
 
 BUDGETS = (0.35, 0.4, 0.45, 0.5, 0.6, 0.7)
 TRIED = 8

@@ -33,7 +33,7 @@ from PIL import Image
 import routers
 from backbones import loading, registry
 from backbones.spec import Backbone, Placement
-from backbones.workload import PipelineWorkload
+from backbones.workloads import PipelineWorkload
 from benchmarks import scores
 from benchmarks.mixes import CostReader, forced_mix, whole_steps
 from routers.elastic import Elastic

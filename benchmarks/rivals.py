@@ -23,8 +23,9 @@ from backbones import loading, registry
 from benchmarks import caches, teacache
 from benchmarks.bench import Attached, Bench, untouched
 from benchmarks.mixes import forced_mix, whole_steps
-from routers import release, release_policy
 from routers.elastic import Elastic
+from routers.paper import checkpoint as release
+from routers.paper import policy as release_policy
 from routers.policy import FixedPolicy
 from routers.trace import Actions
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from backbones import registry
 from backbones.loading import load_pipeline
 from backbones.spec import Backbone, Placement
-from backbones.workload import PipelineWorkload
+from backbones.workloads import PipelineWorkload
 from routers.bundle import attach
 
 BUDGETS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.35)

@@ -19,9 +19,9 @@ import torch
 import routers
 from backbones import loading, registry
 from backbones.spec import Placement
-from backbones.workload import PipelineWorkload
+from backbones.workloads import PipelineWorkload
 from benchmarks.mixes import CostReader, forced_mix
-from edit_cli.prompts import default_prompts, read_prompts
+from edit_cli.generate.prompts import default_prompts, read_prompts
 from routers.bundle import Bundle
 from routers.calibrate.evaluate import _snr
 from routers.elastic import Elastic

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import typer
 
 from edit_cli import __version__
-from edit_cli.calibrate import calibrate
+from edit_cli.commands.calibrate import calibrate
+from edit_cli.commands.export import export
+from edit_cli.commands.generate import generate
+from edit_cli.commands.generate_3d import generate_3d
+from edit_cli.commands.models import models
+from edit_cli.commands.profile import profile
 from edit_cli.console import print_error
 from edit_cli.errors import BAD_INPUT, FAILED_RUN, EditError, Interrupted, is_out_of_memory, out_of_memory
-from edit_cli.export import export
-from edit_cli.generate import generate
-from edit_cli.generate_3d import generate_3d
-from edit_cli.models import models
-from edit_cli.profile import profile
 
 app = typer.Typer(
     name="edit",

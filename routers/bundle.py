@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from . import bundle_file
 from .elastic import Elastic
 from .files import write_whole
-from .plan import Moments, Planner
-from .planned import PlannedPolicy
+from .planned.plan import Moments, Planner
+from .planned.policy import PlannedPolicy
 from .policy import OpenPolicy
 from .router import Router
 from .spec import TransformerSpec
-from .train import backbone as trained_backbone
-from .train.backbone import BackboneWeights
-from .train.policy import Profile, TrainedPolicy
-from .train.router import BudgetRouter
+from .trained import backbone as trained_backbone
+from .trained.backbone import BackboneWeights
+from .trained.policy import Profile, TrainedPolicy
+from .trained.router import BudgetRouter
 
 FORMAT, TRAINED_FORMAT = 2, 3
 """A bundle made by training says 3, so that versions that cannot run it refuse it."""

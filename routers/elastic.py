@@ -27,8 +27,8 @@ from .policy import OpenPolicy, Policy
 from .router import Router, RouterStack
 from .run import ATTACH_AGAIN, Call, Run
 from .spec import WIDTHS, TransformerSpec
-from .timing import Timeline
 from .trace import REUSE, SKIP, Trace
+from .watch.timing import Timeline
 
 _UNTIMED = nullcontext()
 

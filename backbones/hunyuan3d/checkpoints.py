@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from backbones import static
+from backbones import static_folder as static
 
 from .config import COMPONENTS, SECTIONS, build, read_config
 from .errors import CheckpointError

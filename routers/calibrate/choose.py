@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..elastic import Elastic
-from ..plan import DEAD, HALF, WHOLE, Levels, Moments, Planner, raised
-from ..planned import PlannedPolicy
+from ..planned.plan import DEAD, HALF, WHOLE, Levels, Moments, Planner, raised
+from ..planned.policy import PlannedPolicy
 from .evaluate import latent_snr
 from .record import Record
 from .state import State

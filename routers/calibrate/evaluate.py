@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..bundle import Bundle, attach
-from ..plan import StepPlan
+from ..planned.plan import StepPlan
 from ..trace import Trace
 from .workload import Workload, require_finite
 

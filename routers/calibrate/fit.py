@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..bundle import Bundle, architecture, fingerprint
 from ..elastic import Elastic
-from ..plan import Moments, Planner
+from ..planned.plan import Moments, Planner
 from ..router import Router
 from ..spec import TransformerSpec
 from .choose import choose_plans

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..elastic import Elastic
-from ..plan import DEAD, Moments, Planner
-from ..planned import row_branches
+from ..planned.plan import DEAD, Moments, Planner
+from ..planned.policy import row_branches
 from ..policy import CallInfo, OpenPolicy, RunInfo
 from ..trace import REUSE, Actions
 from .record import Record

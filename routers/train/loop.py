@@ -26,12 +26,12 @@ from ..calibrate.gains import measure_gains
 from ..calibrate.state import State
 from ..calibrate.workload import Workload
 from ..elastic import Elastic
-from ..plan import Moments
+from ..planned.plan import Moments
 from ..spec import TransformerSpec
+from ..trained.backbone import BackboneWeights, add_lora, lora_targets
+from ..trained.policy import Profile
 from . import progress
-from .backbone import BackboneWeights, add_lora, lora_targets
 from .objective import Draw, Draws, Routers, decide, expected_spend, relative_error
-from .policy import Profile
 from .settings import TrainSettings
 from .student import Student
 from .trajectory import RecordedCall, Trajectories, record_batch

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate.workload import Workload
-from ..plan import Moments
+from ..planned.plan import Moments
 from ..spec import WIDTHS
-from .router import BudgetRouter
+from ..trained.router import BudgetRouter
 from .student import Decision
 from .trajectory import Trajectories
 

@@ -79,7 +79,7 @@ def describe(file: Path) -> dict[str, Any]:
         (length,) = struct.unpack("<I", header[12:16])
         record = json.loads(header[20 : 20 + length])["asset"]["extras"]["edit"]
     else:
-        from edit_cli import metadata
+        from edit_cli.generate import metadata
 
         with Image.open(file) as opened:
             picture = opened.convert("RGB")

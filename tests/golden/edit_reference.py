@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from backbones.qwen_image import PATCH, TRANSFORMER
 from routers.elastic import Elastic
-from routers.release import load_release, use_sigmoid_gelu
-from routers.release_policy import ReleasePolicy, ReleaseSettings
+from routers.paper.checkpoint import load_release, use_sigmoid_gelu
+from routers.paper.policy import ReleasePolicy, ReleaseSettings
 from routers.trace import REUSE, SKIP, CallRecord
 
 from .runner import Case, Outcome, Tolerance

@@ -24,7 +24,7 @@ from backbones.tiny.recipes.shapes.dataset import BOX, GRID
 from backbones.tiny.recipes.shapes.render import render_volume
 from backbones.tiny.recipes.shapes.store import KINDS, ShapeSet
 from backbones.tiny.recipes.shapes.vae import iou
-from backbones.workload import MeshWorkload
+from backbones.workloads import MeshWorkload
 
 TILE, HEADER = 112, 20  # px
 PER_LINE = 2  # shapes side by side

@@ -1,0 +1,140 @@
+"""What `edit calibrate` is asked for: checked options, and the pictures for mesh models. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backbones import mesh_registry, registry
+from backbones.spec import MeshBackbone
+from edit_cli import checks as values
+from edit_cli.errors import EditError
+from edit_cli.generate.outputs import PICTURE_SUFFIXES
+from routers.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+POINTS = 8
+"""Budgets measured by default."""
+OWN_PICTURES = "calibration"
+"""Folder of calibration pictures inside a mesh model's folder."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Checked options; None where the model's default holds. budgets: to measure, ascending.
+
+    images: a folder. background: see `mesh_pictures.cut_out`. training: None for
+    --method fit. data: a folder. plan_samples: see `FitSettings.tried`.
+    """
+
+    model: str | None
+    prompts: str | None
+    images: str | None
+    background: str
+    budgets: tuple[float, ...]
+    samples: int
+    probes: int
+    steps: int | None
+    guidance: float | None
+    seed: int
+    batch_size: int | None
+    device: str
+    dtype: str
+    resume: bool
+    training: TrainSettings | None = None
+    data: str | None = None
+    plan_samples: int | None = None
+
+    @property
+    def meshes(self) -> bool:
+        """Whether the model makes meshes. Raises EditError if prompts or pictures do not suit it."""
+        if self.images is not None and self.prompts is not None:
+            raise EditError(
+                "--images is for models that make meshes and --prompts for others; give one of them"
+            )
+        if self.data is not None and self.prompts is not None:
+            raise EditError("--data brings its own prompts; leave --prompts out")
+        found = self.model is not None and _makes_meshes(self.model)
+        if self.data is not None and (found or self.images is not None):
+            raise EditError("--data is for models that make pictures; for meshes leave it out")
+        if found and self.prompts is not None:
+            raise EditError(
+                f"--prompts is for models that make pictures and {self.model!r} makes meshes; "
+                "give --images DIR"
+            )
+        if not found and self.images is not None and self.model is not None and _makes_pictures(self.model):
+            raise EditError(
+                f"--images is for models that make meshes and {self.model!r} makes pictures; "
+                "give --prompts FILE"
+            )
+        return found or self.images is not None
+
+
+def _makes_meshes(model: str) -> bool:
+    table = mesh_registry.rows()
+    published = any(f"{row.source}/".startswith(f"{model}/") for row in table.values())
+    return model in table or published or (Path(model).expanduser() / "config.yaml").is_file()
+
+
+def _makes_pictures(model: str) -> bool:
+    return model in registry.rows() or (Path(model).expanduser() / "model_index.json").is_file()
+
+
+def parse_budgets(text: str) -> tuple[float, ...]:
+    """Evenly spaced budgets from "0.35:1.0" or, with how many, "0.35:1.0:8". Raises EditError."""
+    parts, count = text.split(":"), POINTS
+    try:
+        low, high = (float(part) for part in parts[:2])
+        if len(parts) == 3:
+            count = int(parts[2])
+        if len(parts) > 3 or not 0 < low < high <= 1 or not 2 <= count <= 100:
+            raise ValueError
+    except ValueError:
+        raise EditError(
+            f"--budgets {text!r} is no range of budgets; give LOW:HIGH or LOW:HIGH:COUNT, "
+            "0 < LOW < HIGH <= 1 and 2 to 100 of them, like 0.35:1.0:8"
+        ) from None
+    return tuple(low + (high - low) * i / (count - 1) for i in range(count))
+
+
+def read_images(backbone: MeshBackbone, folder: str | None, background: str) -> dict[str, Image.Image]:
+    """Pictures without background by a hash of their files, in the order of their names. Raises EditError.
+
+    folder None: those in the model's own folder.
+    """
+    own = None if backbone.folder is None else backbone.folder / OWN_PICTURES
+    if folder is None and (own is None or not own.is_dir()):
+        raise EditError(
+            f"{backbone.name!r} makes meshes from pictures and none were given; "
+            "add --images DIR, a folder of pictures of one object each"
+        )
+    path, where = (own, str(own)) if folder is None else (Path(folder).expanduser(), folder)
+    assert path is not None
+    if not path.is_dir():
+        what = "is no folder" if path.exists() else "does not exist"
+        raise EditError(f"--images {where!r} {what}; give a folder of pictures of one object each")
+    try:
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise EditError(f"--images {where!r} cannot be read: {reason}; check its permissions") from error
+    if not files:
+        raise EditError(
+            f"--images {where!r} holds no picture; put {', '.join(PICTURE_SUFFIXES)} files of one object "
+            "each there"
+        )
+    from edit_cli.generate.cutout import (  # numpy and Pillow, which `edit --help` can do without
+        cut_out,
+        open_rgba,
+    )
+
+    found: dict[str, Image.Image] = {}
+    for file in files:
+        name = values.readable_file("IMAGE", str(file))
+        picture, _ = cut_out(open_rgba(name), background, name)
+        found[hashlib.sha256(file.read_bytes()).hexdigest()] = picture
+    return found

@@ -1,0 +1,1 @@
+"""What `edit export` does, one file per format."""

@@ -1,0 +1,84 @@
+"""A model folder as an export: written in its source's own layout, and loaded again as users would."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from backbones import loading, mesh_registry, registry
+from backbones import static_folder as static
+from backbones.spec import Placement
+from edit_cli.calibrate.inputs import OWN_PICTURES
+from edit_cli.errors import EditError
+from edit_cli.export.source import Source
+from edit_cli.generate.clock import StageClock
+
+OWN_PROMPTS = "calibration.txt"
+
+
+def save_model(
+    source: Source, transformer: nn.Module, folder: Path, entries: Mapping[str, Any] | None = None
+) -> None:
+    """The source's pipeline with this transformer; `edit.json` with its defaults and more `entries`.
+
+    Raises EditError for shards of a layout that has one file.
+    """
+    if source.meshes:
+        _save_mesh_model(source, transformer, folder)
+    else:
+        dense, shard_size = source.pipe.transformer, source.request.shard_size
+        source.pipe.register_modules(transformer=transformer)
+        try:
+            with loading.quiet_libraries():
+                source.pipe.save_pretrained(folder, safe_serialization=True, max_shard_size=shard_size)
+        finally:
+            source.pipe.register_modules(transformer=dense)
+        _forget_origin(folder)
+    defaults = {name: value for name, value in asdict(source.backbone.defaults).items() if value is not None}
+    text = json.dumps({**defaults, **(entries or {})}, indent=1)
+    (folder / static.DEFAULTS_FILE).write_text(text + "\n", encoding="utf-8")
+    own = source.backbone.folder
+    if own is not None and (own / OWN_PROMPTS).is_file():
+        shutil.copy(own / OWN_PROMPTS, folder)
+    if own is not None and (own / OWN_PICTURES).is_dir():
+        shutil.copytree(own / OWN_PICTURES, folder / OWN_PICTURES)
+
+
+def _save_mesh_model(source: Source, transformer: nn.Module, folder: Path) -> None:
+    from backbones.hunyuan3d.checkpoints import save_checkpoint
+    from backbones.hunyuan3d.config import read_config
+    from backbones.hunyuan3d.folders import resolve_folder
+
+    if source.request.shard_size is not None:
+        raise EditError("--shard-size is for pipelines of diffusers; mesh models are one file: leave it out")
+    config = read_config(resolve_folder(source.backbone.source) / "config.yaml")
+    counts = static.block_counts(transformer, source.backbone.family.transformer)
+    params = {**(config["model"].get("params") or {}), **counts}
+    config["model"] = {**config["model"], "params": params}
+    save_checkpoint(folder, config, {**source.pipe.components, "model": transformer})
+
+
+def _forget_origin(folder: Path) -> None:
+    """Diffusers notes where the original lay; that is a path of this machine."""
+    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def load_again(source: Source, folder: Path, dtype: torch.dtype) -> Any:
+    """The transformer as `edit generate --model FOLDER` finds it."""
+    placement = Placement(device=source.request.device, dtype=loading.dtype_name(dtype))
+    if source.meshes:
+        from edit_cli.generate.mesh_session import MeshSession
+
+        backbone = mesh_registry.resolve(str(folder))
+        return MeshSession.open(backbone, placement, None, False, StageClock()).pipe.transformer
+    return loading.load_pipeline(registry.resolve(str(folder)), placement).transformer

@@ -1,0 +1,132 @@
+"""`edit export --format reference`: the paper's own layout, one file or shards, in any dtype.
+
+The layout holds a fine-tuned transformer and `gate_mlps.*`. Its routers read every token at the model's own
+width, decide at fixed thresholds, and its MLPs use another activation, so only checkpoints of that kind can
+be written in it: bundles of `edit` decide by other rules and would not mean the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from backbones.loading import DTYPES
+from edit_cli import __version__
+from edit_cli.console import two_columns
+from edit_cli.errors import EditError, RunError
+from edit_cli.export.folder import new_folder, write_manifest
+from routers.paper.checkpoint import build_routers, is_release_file, read_release, split_keys
+
+FILE_PATTERN, INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
+ONE_FILE = 10**15  # bytes; no limit
+
+
+def is_reference(source: str) -> bool:
+    """Whether this is a checkpoint in the paper's layout. Raises ValueError for a damaged file."""
+    path = Path(source).expanduser()
+    return path.exists() and is_release_file(path)
+
+
+def export_reference(
+    source: str, output: str, force: bool, dtype: str = "auto", shard_size: str | None = None
+) -> dict[str, Any]:
+    """Write `output` with the checkpoint, its manifest and a README.md. Returns what was done, as JSON data.
+
+    source: a file, index or folder in the paper's layout. dtype: one of DTYPES; auto keeps the file's.
+    Raises EditError or ValueError for bad input, RunError if what was written is not what was read.
+    """
+    if not is_reference(source):
+        raise EditError(
+            f"{source!r} is no checkpoint in the paper's layout (gate_mlps.* beside a transformer), and its "
+            "routers cannot be written as such: they decide by other rules; use --format bundle or diffusers"
+        )
+    path, wanted = Path(source).expanduser(), None if dtype == "auto" else DTYPES[dtype]
+    file = read_release(path)
+    build_routers(path, file.shapes)  # raises where the numbering has a gap
+    with new_folder(output, force) as building:
+        tensors = _read(path, wanted)
+        names = _write(tensors, building, shard_size)
+        difference = _difference(tensors, _read(building, None))
+        if difference != 0:
+            raise RunError(f"the written checkpoint differs by {difference:g} when loaded; nothing was kept")
+        transformer, routers = split_keys(file.shapes)
+        facts = {
+            "format": "reference",
+            "edit": __version__,
+            "source": path.name,
+            "tensors": {"transformer": len(transformer), "routers": len(routers)},
+            "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
+            "weights": names,
+            "difference": difference,
+        }
+        (building / "README.md").write_text(_card(facts, Path(output).name), encoding="utf-8")
+        manifest = write_manifest(building, facts)
+    size = sum(manifest["files"][name]["bytes"] for name in names)
+    return {"output": output, "bytes": size, **{k: v for k, v in manifest.items() if k != "files"}}
+
+
+def _read(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """All tensors by name, memory-mapped where the dtype is the file's."""
+    tensors: dict[str, Tensor] = {}
+    for shard, names in read_release(path).shards.items():
+        with safe_open(shard, framework="pt") as stored:
+            for name in names:
+                tensor = stored.get_tensor(name)
+                tensors[name] = tensor if dtype is None else tensor.to(dtype)
+    return tensors
+
+
+def _write(tensors: dict[str, Tensor], folder: Path, shard_size: str | None) -> list[str]:
+    """Write the weights, and an index where there are several files; returns the files of weights."""
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern=FILE_PATTERN, max_shard_size=shard_size or ONE_FILE
+    )
+    for name, keys in split.filename_to_tensors.items():
+        save_file({key: tensors[key].contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return sorted(split.filename_to_tensors)
+
+
+def _difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """Largest absolute difference; infinite if names, shapes or dtypes differ."""
+    kinds = [{n: (t.shape, t.dtype) for n, t in tensors.items()} for tensors in (left, right)]
+    if kinds[0] != kinds[1]:
+        return float("inf")
+    return max(float((left[name].float() - right[name].float()).abs().max()) for name in left)
+
+
+def _card(facts: Mapping[str, Any], name: str) -> str:
+    return f"""# {name}
+
+An elastic diffusion transformer in the layout of E-DiT's release (arXiv 2602.13993): a fine-tuned
+transformer and its routers under `gate_mlps.*`, {", ".join(facts["dtypes"])}.
+
+    edit generate "a cat" --model Qwen/Qwen-Image --routers {name}
+
+The licence of the original checkpoint applies.
+"""
+
+
+def as_table(found: Mapping[str, Any]) -> Any:
+    """What was made, for people."""
+    counts, files = found["tensors"], found["weights"]
+    where = files[0] if len(files) == 1 else f"{len(files)} shards"
+    return two_columns(
+        {
+            "written": f"{found['output']} ({where}, {found['bytes'] / 2**20:.2f} MiB, "
+            f"{', '.join(found['dtypes'])})",
+            "tensors": f"{counts['transformer']} of the transformer, {counts['routers']} of its routers",
+            "checked": f"loaded again, largest difference {found['difference']:g}",
+            "use": f"edit generate PROMPT --model FOLDER --routers {found['output']}",
+        }
+    )

@@ -1,0 +1,1 @@
+"""The paper's own checkpoints and their block-by-block policy."""

@@ -1,0 +1,1 @@
+"""The plan: which steps are computed, and the policy that follows it."""

@@ -1,0 +1,389 @@
+"""`edit generate` and `edit models` through the real entry point, on random-weight pipelines, offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edit_cli.generate import metadata
+from edit_cli.generate.clock import STAGES
+
+KEYS = ["outputs", "model", "seeds", "budget", "spent", "flops", "seconds", "decisions"]
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"), dtype=int)
+
+
+@pytest.fixture(scope="module")
+def made(edit, qwen_folder, tmp_path_factory):
+    """One generation that several tests look at: two prompts, two seeds, one batch, compared with dense."""
+    folder = tmp_path_factory.mktemp("made")
+    ran = edit(
+        "generate", "a cat", "a red dog", "--seed", "1", "2", "-b", "0.6", "--steps", "10", "--compare",
+        "--json", "-m", qwen_folder, "-o", "{prompt}-{seed}.png", cwd=folder,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    return folder, ran
+
+
+def test_the_json_object(made, qwen_folder):
+    folder, ran = made
+    assert len(ran.out.splitlines()) == 1
+    found = ran.json
+    assert list(found)[: len(KEYS)] == KEYS
+    assert found["outputs"] == ["a-cat-1.png", "a-cat-2.png", "a-red-dog-1.png", "a-red-dog-2.png"]
+    assert all((folder / name).is_file() for name in found["outputs"])
+    assert found["model"] == qwen_folder.name
+    assert found["seeds"] == [1, 2, 1, 2]
+    assert found["budget"] == 0.6
+    assert len(found["spent"]) == 4
+    assert found["flops"]["spent"] / found["flops"]["dense"] == pytest.approx(
+        np.mean(found["spent"]), abs=1e-3
+    )
+    assert list(found["seconds"]) == [*STAGES, "total"]
+    assert sum(found["seconds"][stage] for stage in STAGES) <= found["seconds"]["total"]
+    # 4 rows, 10 steps, 2 branches, 4 blocks
+    decisions = found["decisions"]
+    assert decisions["skip"] + decisions["reuse"] + sum(decisions["compute"].values()) == 4 * 10 * 2 * 4
+    assert list(decisions["compute"]) == ["0.25", "0.5", "0.75", "1.0"]
+
+
+def test_the_table_for_people(made):
+    _, ran = made
+    for words in (
+        "asked 0.6, spent 0.",
+        "a-red-dog-2.png",
+        "seed 2",
+        "decisions",
+        "load",
+        "denoise",
+        "time ratio",
+    ):
+        assert words in ran.err
+    assert "speed-up" not in ran.err.lower()
+
+
+def test_comparing_with_dense(made):
+    folder, ran = made
+    compare = ran.json["compare"]
+    assert compare["outputs"][0] == "a-cat-1-compare.png"
+    assert all((folder / p).is_file() for p in compare["outputs"])
+    assert len(compare["psnr"]) == len(compare["ssim"]) == 4
+    assert all(20 < value <= 99 for value in compare["psnr"])
+    # both numbers of the quotient are rounded to 0.1 ms
+    expected = compare["elastic_seconds"] / compare["dense_seconds"]
+    assert compare["time_ratio"] == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_picture_of_a_batch_is_the_one_made_alone(edit_here, made, qwen_folder):
+    folder, _ = made
+    ran = edit_here(
+        "generate", "a red dog", "-s", "2", "-b", "0.6", "--steps", "10", "-q", "-m", qwen_folder,
+        "-o", "alone.png", cwd=folder,
+    )  # fmt: skip
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    # 1e-5 of the latents may tip a pixel to the next of 256 levels
+    assert abs(pixels(folder / "alone.png") - pixels(folder / "a-red-dog-2.png")).max() <= 1
+    assert abs(pixels(folder / "alone.png") - pixels(folder / "a-red-dog-1.png")).max() > 1
+
+
+def test_replay_is_identical(edit, made):
+    folder, _ = made
+    ran = edit("generate", "--from", "a-red-dog-2.png", "-o", "again.png", "--json", cwd=folder)
+    assert ran.code == 0, ran.err
+    assert ran.json["outputs"] == ["again.png"]
+    assert (pixels(folder / "again.png") == pixels(folder / "a-red-dog-2.png")).all()
+    old, new = (metadata.read(folder / name) for name in ("a-red-dog-2.png", "again.png"))
+    assert old == new
+
+
+def test_replay_with_a_change(edit_here, made):
+    folder, _ = made
+    ran = edit_here("generate", "--from", "a-cat-1.png", "-b", "1", "-o", "dense.webp", "--json", cwd=folder)
+    assert ran.code == 0, ran.err
+    assert (ran.json["budget"], ran.json["seeds"], ran.json["spent"]) == (1.0, [1], [1.0])
+    assert metadata.read(folder / "dense.webp")["prompt"] == "a cat"
+
+
+def test_the_record_in_a_picture(made, qwen_folder):
+    folder, _ = made
+    record = metadata.read(folder / "a-cat-1.png")
+    assert record["prompt"] == "a cat"
+    assert (record["seed"], record["budget"], record["steps"]) == (1, 0.6, 10)
+    assert record["negative_prompt"] == " "
+    assert len(record["model_hash"]) == 16
+    assert len(record["routers_hash"]) == 64
+    assert record["routers"] == "default"
+    assert set(record["versions"]) == {"edit", "python", "torch", "diffusers", "transformers"}
+    assert [peer["seed"] for peer in record["batch"]] == [1, 2, 1, 2]
+    assert (record["device"], record["compile"], record["force"]) == ("cpu", False, False)
+    assert (record["lora_hashes"], record["image_hash"], record["model_base"]) == ([], None, None)
+
+
+def test_prompt_lines_override_options(edit_here, tmp_path, qwen_folder):
+    lines = [
+        {"prompt": "a cat", "seed": 7, "budget": 0.5, "output": "own.jpg"},
+        {"prompt": "a dog", "width": 96, "steps": 6},
+        {"prompt": "a car", "guidance": 1.0},
+        {"prompt": "a cat", "seed": 8, "budget": 0.5, "output": "last.png"},
+    ]
+    ran = edit_here(
+        "generate", "--prompts", "-", "--seed", "3", "--steps", "8", "--json", "--quiet", "-m", qwen_folder,
+        "-o", "./", "--compare", cwd=tmp_path, stdin="\n".join(json.dumps(line) for line in lines),
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    found = ran.json
+    assert found["outputs"] == ["own.jpg", "a-dog.png", "a-car.png", "last.png"]
+    assert found["seeds"] == [7, 3, 3, 8]
+    assert found["budget"] == [0.5, 0.8, 0.8, 0.5]  # the bundle recommends 0.8
+    # the first and the last run together, and are told in their order all the same
+    assert found["compare"]["outputs"] == [
+        "own-compare.png", "a-dog-compare.png", "a-car-compare.png", "last-compare.png",
+    ]  # fmt: skip
+    assert pixels(tmp_path / "a-dog.png").shape == (64, 96, 3)
+    assert metadata.read(tmp_path / "own.jpg")["steps"] == 8
+    assert metadata.read(tmp_path / "a-dog.png")["steps"] == 6
+    assert metadata.read(tmp_path / "a-car.png")["negative_prompt"] is None
+
+
+def test_a_solver_steps_otherwise_at_the_same_price(edit_here, tmp_path, qwen_folder):
+    common = ("-b", "0.6", "--steps", "8", "--json", "-m", qwen_folder)
+    lines = [
+        {"prompt": "a cat"},
+        {"prompt": "a cat", "solver": "Euler"},
+        {"prompt": "a cat", "solver": "ab2"},
+    ]
+    ran = edit_here(
+        "generate", "--prompts", "-", *common, "-o", "{index}.png", cwd=tmp_path,
+        stdin="\n".join(json.dumps(line) for line in lines),
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    own, euler, second = (pixels(tmp_path / name) for name in ran.json["outputs"])
+    assert (own == euler).all()
+    assert (own != second).any()
+    assert len(set(ran.json["spent"])) == 1
+    last = ran.json["outputs"][-1]
+    record = metadata.read(tmp_path / last)
+    assert (record["solver"], record["sampler"]) == ("ab2", "AB2")
+    again = edit_here("generate", "--from", last, "-o", "again.png", cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert "solver ab2" in " ".join(again.out.split())
+    assert (pixels(tmp_path / "again.png") == second).all()
+
+
+def test_without_routers_it_is_dense(edit_here, tmp_path, qwen_folder):
+    ran = edit_here("generate", "a cat", "--routers", "none", "--json", "-q", "-m", qwen_folder, cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert (ran.json["budget"], ran.json["spent"]) == (1.0, [1.0])
+    assert ran.json["decisions"]["reuse"] == ran.json["decisions"]["skip"] == 0
+    again = edit_here(
+        "generate", "a cat", "--routers", "none", "--json", "-q", "-m", qwen_folder, cwd=tmp_path
+    )
+    assert again.json["outputs"] == ["a-cat-2.png"]
+    assert (pixels(tmp_path / "a-cat.png") == pixels(tmp_path / "a-cat-2.png")).all()
+
+
+def test_image_to_image(edit_here, made, qwen_folder):
+    folder, _ = made
+    ran = edit_here(
+        "generate", "a cat", "--image", "a-cat-1.png", "--strength", "0.5", "--steps", "8", "--json", "-q",
+        "-m", qwen_folder, "-o", "varied.png", cwd=folder,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    decisions = ran.json["decisions"]
+    # half of 8 steps, 2 branches, 4 blocks
+    assert decisions["skip"] + decisions["reuse"] + sum(decisions["compute"].values()) == 4 * 2 * 4
+    assert metadata.read(folder / "varied.png")["strength"] == 0.5
+
+
+def test_a_failed_run_names_what_it_kept(edit_here, monkeypatch, tmp_path, qwen_folder):
+    from edit_cli.errors import RunError
+    from edit_cli.generate.session import Session
+
+    run, calls = Session.run, []
+
+    def fails_at_the_second(self, jobs, on_step=None):
+        calls.append(jobs)
+        if len(calls) > 1:
+            raise RunError("out of memory")
+        return run(self, jobs, on_step)
+
+    monkeypatch.setattr(Session, "run", fails_at_the_second)
+    ran = edit_here(
+        "generate", "a cat", "-n", "2", "--batch-size", "1", "--steps", "1", "--routers", "none",
+        "-o", "cat-{seed}.png", "-m", qwen_folder, cwd=tmp_path,
+    )  # fmt: skip
+    assert (ran.code, ran.err) == (1, "error: out of memory; kept cat-0.png\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["cat-0.png"]
+
+
+def test_flux(edit_here, tmp_path, flux_folder):
+    ran = edit_here(
+        "generate", "a cat", "-b", "0.7", "--steps", "6", "--json", "-m", flux_folder, cwd=tmp_path
+    )
+    assert ran.code == 0, ran.err
+    # 6 steps, one branch (guidance is distilled), 2 double and 3 single blocks
+    decisions = ran.json["decisions"]
+    assert decisions["skip"] + decisions["reuse"] + sum(decisions["compute"].values()) == 6 * 5
+    assert ran.json["spent"][0] < 0.9
+    refused = edit_here("generate", "a cat", "--negative-prompt", "dog", "-m", flux_folder, cwd=tmp_path)
+    assert refused.code == 2
+    assert "FLUX.1 takes no --negative-prompt" in refused.err
+
+
+def test_lora_changes_the_picture_and_scale_zero_does_not(edit_here, made, qwen_folder):
+    import torch
+    from safetensors.torch import save_file
+
+    folder, _ = made
+    torch.manual_seed(0)
+    prefix = "transformer.transformer_blocks.0.attn.to_q"
+    lora = {f"{prefix}.lora_A.weight": torch.randn(4, 64), f"{prefix}.lora_B.weight": torch.randn(64, 4)}
+    save_file(lora, folder / "lora.safetensors")
+    save_file({"unrelated.weight": torch.zeros(1)}, folder / "foreign.safetensors")
+
+    def run(name: str, *options: str):
+        return edit_here(
+            "generate", "a cat", "-q", "--steps", "4", *options, "-m", qwen_folder, "-o", name, cwd=folder
+        )
+
+    for name, options in (
+        ("plain.png", []),
+        ("on.png", ["--lora", "lora.safetensors"]),
+        ("off.png", ["--lora", "lora.safetensors:0"]),
+    ):
+        ran = run(name, *options)
+        assert ran.code == 0, ran.err
+    assert abs(pixels(folder / "on.png") - pixels(folder / "plain.png")).max() > 1
+    assert abs(pixels(folder / "off.png") - pixels(folder / "plain.png")).max() <= 1
+    assert metadata.read(folder / "on.png")["loras"][0].endswith("lora.safetensors:1")
+    save_file({name: 2 * tensor for name, tensor in lora.items()}, folder / "lora.safetensors")
+    replayed = edit_here("generate", "--from", "on.png", "-o", "other.png", cwd=folder)
+    assert replayed.code == 0, replayed.err
+    assert "not what the original was made with: lora_hashes; the picture may differ" in replayed.err
+    refused = run("x.png", "--lora", "foreign.safetensors")
+    assert refused.code == 2
+    assert "foreign.safetensors" in refused.err
+    assert not (folder / "x.png").exists()
+
+
+def test_the_papers_release_runs_in_exact_mode(edit_here, tmp_path, qwen_folder):
+    import torch
+    from diffusers import QwenImageTransformer2DModel
+    from safetensors.torch import save_file
+
+    from routers.paper.checkpoint import ReleaseRouter
+
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel.from_pretrained(qwen_folder, subfolder="transformer")
+    tensors = dict(transformer.state_dict())
+    for i in range(4):
+        router = ReleaseRouter(64, 8)
+        # every second block is closed by its bias
+        torch.nn.init.constant_(router.out[2].bias, 3.0 if i % 2 else -3.0)
+        tensors |= {f"gate_mlps.{i}.{name}": value for name, value in router.state_dict().items()}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    ran = edit_here(
+        "generate",
+        "a cat",
+        "--routers",
+        "model.safetensors",
+        "--json",
+        "-m",
+        qwen_folder,
+        "-o",
+        "cat.png",
+        cwd=tmp_path,
+    )
+    assert ran.code == 0, ran.err
+    assert "the MLP activation was switched to x * sigmoid(1.702 x)" in ran.err
+    assert ran.json["budget"] is None
+    assert ran.json["decisions"]["skip"] == 2 * 4 * 2  # two blocks, four steps, two branches
+    refused = edit_here(
+        "generate", "a cat", "--routers", "model.safetensors", "-b", "0.6", "-m", qwen_folder, cwd=tmp_path
+    )
+    assert refused.code == 2
+    assert "--budget does not apply" in refused.err
+
+
+@pytest.mark.parametrize(("model", "dense"), [("qwen-image", 6.82e15), ("flux-dev", 2.08e15)])
+def test_dry_run_of_a_model_that_is_not_here(edit_here, tmp_path, model, dense):
+    ran = edit_here("generate", "a cat", "--dry-run", "-b", "0.6", "--json", "-m", model, cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    found = ran.json
+    assert found["flops"]["dense"] == pytest.approx(dense, rel=0.02)
+    assert found["flops"]["spent"] == pytest.approx(0.6 * found["flops"]["dense"])
+    assert found["memory_gib"]["weights"]["transformer"] > 20
+    assert found["outputs"] == ["a-cat.png"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_flops_are_those_of_the_run(edit_here, tmp_path, qwen_folder):
+    arguments = ["generate", "a cat", "-b", "0.5", "--json", "-q", "-m", qwen_folder]
+    planned = edit_here(*arguments, "--dry-run", cwd=tmp_path).json
+    assert list(tmp_path.iterdir()) == []
+    ran = edit_here(*arguments, cwd=tmp_path).json
+    assert planned["outputs"] == ran["outputs"]
+    # the number of text tokens is an estimate before the prompt is tokenised
+    assert planned["flops"]["dense"] == pytest.approx(ran["flops"]["dense"], rel=0.15)
+
+
+def test_models_lists_the_registry(edit_here, tmp_path):
+    ran = edit_here("models", cwd=tmp_path)
+    assert ran.code == 0
+    for words in ("qwen-image", "flux-dev", "flux-schnell", "28.8 B", "GiB", "FLUX.1 [dev]"):
+        assert words in ran.out
+    rows = edit_here("models", "--json", cwd=tmp_path).json["models"]
+    assert {"name", "family", "parameters", "licence", "memory_gib", "packaged"} <= set(rows[0])
+
+
+def test_the_python_api(qwen_folder):
+    import diffusers
+
+    import routers
+
+    pipe = diffusers.QwenImagePipeline.from_pretrained(qwen_folder)
+    dense = pipe("a cat", num_inference_steps=6, width=64, height=64, generator=_generator()).images[0]
+    elastic = routers.attach(pipe.transformer, qwen_folder / "routers", budget=0.6)
+    image = pipe("a cat", num_inference_steps=6, width=64, height=64, generator=_generator()).images[0]
+    assert "budget asked 0.6, spent 0." in elastic.summary()
+    elastic.detach()
+    assert np.abs(np.asarray(image, dtype=int) - np.asarray(dense, dtype=int)).max() > 0
+    again = pipe("a cat", num_inference_steps=6, width=64, height=64, generator=_generator()).images[0]
+    assert (np.asarray(again) == np.asarray(dense)).all()
+
+
+def _generator():
+    import torch
+
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_picture(edit, made, qwen_folder):
+    folder, _ = made
+    ran = edit(
+        "generate", "a red dog", "-s", "2", "-b", "0.6", "--steps", "10", "--compile", "-m", qwen_folder,
+        "-o", "compiled.png", cwd=folder,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert abs(pixels(folder / "compiled.png") - pixels(folder / "a-red-dog-2.png")).max() <= 2
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("arguments", [["--help"], ["models"], ["generate", "--help"]])
+def test_help_is_quick(edit, tmp_path, arguments):
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        assert edit(*arguments, cwd=tmp_path).code == 0
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.4, f"{times} s at load {os.getloadavg()[0]}"
