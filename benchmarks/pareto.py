@@ -45,7 +45,7 @@ from benchmarks.pareto_run import (
     thinned,
     with_quality,
 )
-from benchmarks.pareto_store import Store, write_whole
+from benchmarks.pareto_store import Store, write_text
 from benchmarks.rivals import Rival, all_rivals
 
 QUICK = {"count": 2, "rows": 2, "rounds": 1, "batch_sizes": [1, 2], "reference_steps": 8}
@@ -130,11 +130,11 @@ def show(store: Store, about: dict[str, Any], reasons: dict[str, str], as_markdo
     text = "\n\n".join(
         [*(f"### {title}\n\n{report.markdown(*table)}" for title, table in tables.items()), *lines, *missing]
     )
-    write_whole(store.folder / "pareto.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_text(store.folder / "pareto.md", text + "\n")
     data = report.as_json(
         rivals, {**about, "bundle": store.bundle, "not_run": reasons, "bars": [vars(bar) for bar in found]}
     )
-    write_whole(store.folder / "pareto.json", lambda path: path.write_text(json.dumps(data) + "\n"))
+    write_text(store.folder / "pareto.json", json.dumps(data) + "\n")
     if as_markdown:
         print(text)
     else:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.pareto_report import FIRST, LABELS, batch_sizes, by_rival, frontier, is_ours, main_score
-from benchmarks.pareto_store import Point, write_whole
+from benchmarks.pareto_store import Point
+from routers.files import write_whole
 
 KINDS = (
     ("fewer steps", "#D55E00"),
@@ -69,7 +70,7 @@ def plot(points: Sequence[Point], target: Path, title: str, score: str | None = 
     figure.subplots_adjust(left=0.09, right=0.77, top=0.87, bottom=0.12, wspace=0.06)
     figure.canvas.draw()
     name_lines(axes[0][-1], ends)
-    write_whole(target, lambda path: figure.savefig(path, dpi=DPI))
+    write_whole({target: lambda path: figure.savefig(path, format=target.suffix[1:], dpi=DPI)})
     pyplot.close(figure)
 
 

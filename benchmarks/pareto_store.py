@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from routers.files import write_whole
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Store:
             raise ValueError(f"results folder {str(folder)!r} cannot be made: {error.strerror}") from error
         description, asked = folder / "run.json", json.loads(json.dumps(dict(asked)))
         if not description.is_file():
-            write_whole(description, lambda path: path.write_text(json.dumps(asked, indent=1) + "\n"))
+            write_text(description, json.dumps(asked, indent=1) + "\n")
             return
         known = json.loads(description.read_text())
         changed = [name for name in sorted({*known, *asked}) if known.get(name) != asked.get(name)]
@@ -98,7 +99,7 @@ class Store:
         ):
             kept = "".join(json.dumps(line) + "\n" for line in _lines(file) if not lost(line))
             if file.is_file():
-                write_whole(file, lambda path, text=kept: path.write_text(text, encoding="utf-8"))
+                write_text(file, kept)
 
     def timed(self) -> set[tuple[str, int, int]]:
         """(key, rows, round) of all times kept."""
@@ -119,11 +120,11 @@ class Store:
     def save_references(self, arrays: Mapping[str, NDArray[Any]], dense_flops: float) -> None:
         """Keep the references, packed. dense_flops: of all prompts."""
 
-        def write(path: Path) -> None:
-            with path.open("wb") as file:
+        def write(path: str) -> None:
+            with open(path, "wb") as file:
                 np.savez_compressed(file, dense_flops=np.array(dense_flops), **dict(arrays))
 
-        write_whole(self.references, write)
+        write_whole({self.references: write})
 
     def load_references(self) -> tuple[dict[str, NDArray[Any]], float] | None:
         """What `save_references` kept, or None."""
@@ -134,16 +135,9 @@ class Store:
             return {name: file[name] for name in file.files if name != "dense_flops"}, flops
 
 
-def write_whole(target: Path, write: Callable[[Path], Any]) -> None:
-    """`write` a file beside the target, then rename it, so that the target is never half a file."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
-    os.close(handle)
-    try:
-        write(Path(name))
-        Path(name).chmod(0o644)
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
+def write_text(target: Path, text: str) -> None:
+    """A text file, which appears whole or not at all."""
+    write_whole({target: lambda path: Path(path).write_text(text, encoding="utf-8")})
 
 
 def _append(file: Path, row: Mapping[str, Any]) -> None:
@@ -160,7 +154,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
     data = file.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
-        write_whole(file, lambda path: path.write_bytes(whole))
+        write_text(file, whole.decode("utf-8"))
     for line in whole.decode("utf-8").splitlines():
         yield json.loads(line)
 

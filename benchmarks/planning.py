@@ -30,6 +30,7 @@ from backbones.spec import Placement
 from backbones.workloads import PipelineWorkload
 from benchmarks.scores import COMMON, read_prompts
 from routers.calibrate.choose import choose_plans
+from routers.calibrate.evaluate import latent_snr
 from routers.calibrate.fit import first_moments
 from routers.calibrate.gains import measure_gains
 from routers.calibrate.record import Record, record
@@ -121,8 +122,7 @@ def measured(
                 elastic.scope(policy=policy, num_steps=judge.num_steps, budget=budget) as trace,
             ):
                 latents = judge.run(batch)
-            error = (latents - truth).flatten(1).square().mean(dim=1)
-            snr += (10 * torch.log10(truth.flatten(1).square().mean(dim=1) / error)).tolist()
+            snr += latent_snr(latents, truth)
             spent += trace.spent
         rows.append((float(np.mean(snr)), float(np.mean(spent))))
     return rows

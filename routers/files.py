@@ -24,10 +24,7 @@ def write_whole(files: Mapping[Path, Callable[[str], object]]) -> None:
             os.close(handle)
             written.append((Path(name), target))
             write(name)
-            # temporary files are private; what takes their place is as readable as any new file
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(name, 0o666 & ~mask)
+            os.chmod(name, ordinary_mode(0o666))
         for temporary, target in written:
             os.replace(temporary, target)
     except SafetensorError as error:
@@ -35,3 +32,10 @@ def write_whole(files: Mapping[Path, Callable[[str], object]]) -> None:
     finally:
         for temporary, _ in written:
             temporary.unlink(missing_ok=True)
+
+
+def ordinary_mode(mode: int) -> int:
+    """The mode that a new file (0o666) or folder (0o777) gets here; temporary ones are private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mode & ~mask

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from edit_cli.errors import EditError, RunError
+from edit_cli.files import reason
+from routers.files import ordinary_mode
 
 MANIFEST = "edit-export.json"
 
@@ -30,17 +32,14 @@ def new_folder(output: str, force: bool) -> Iterator[Path]:
         building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     except OSError as error:
         raise EditError(
-            f"--output {output!r} cannot be written: {(error.strerror or str(error)).lower()}; "
-            "choose another place"
+            f"--output {output!r} cannot be written: {reason(error)}; choose another place"
         ) from error
     try:
         yield building
-        mask = os.umask(0)
-        os.umask(mask)
-        building.chmod(0o777 & ~mask)  # temporary folders are private, results are ordinary ones
+        building.chmod(ordinary_mode(0o777))
         _swap(building, target)
     except OSError as error:
-        raise RunError(f"{output!r} cannot be written: {(error.strerror or str(error)).lower()}") from error
+        raise RunError(f"{output!r} cannot be written: {reason(error)}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from backbones import static_folder as static
@@ -22,6 +21,7 @@ from edit_cli.export.model import load_again, save_model
 from edit_cli.export.source import Frozen, Request, Source, freeze, largest_difference, open_source
 from edit_cli.generate.pictures import psnr, side_by_side
 from routers.bundle import attach
+from routers.calibrate.evaluate import latent_snr
 
 ROUNDS = 3
 """Times every variant is run, in turn; medians are reported."""
@@ -91,7 +91,7 @@ def measure(source: Source, small: Frozen, folder: Path) -> list[dict[str, Any]]
         row: dict[str, Any] = {"variant": name, "spent": spent[name]}
         row |= {"seconds": taken, "time_ratio": taken / dense}
         if name != "dense":
-            row["snr"] = _snr(latents[name], latents["dense"])
+            row["snr"] = statistics.median(latent_snr(latents[name], latents["dense"]))
             if pictures:
                 row["psnr"] = statistics.median(
                     psnr(a, b) for a, b in zip(pictures[name], pictures["dense"], strict=True)
@@ -151,13 +151,6 @@ def _pictures(source: Source, small: Frozen, names: list[str], folder: Path) -> 
         sheet.paste(row, (0, sum(r.height for r in rows[:i])))
     sheet.save(folder / PICTURE)
     return found
-
-
-def _snr(latents: Tensor, dense: Tensor) -> float:
-    """Median over samples, dB."""
-    error = (latents - dense).flatten(1).square().mean(dim=1).clamp_min(1e-12)
-    signal = dense.flatten(1).square().mean(dim=1)
-    return float((10 * torch.log10(signal / error)).median())
 
 
 def as_table(found: dict[str, Any]) -> Any:

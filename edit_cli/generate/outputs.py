@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edit_cli.errors import EditError, RunError
+from edit_cli.errors import EditError
+from edit_cli.files import write_files
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 TEMPLATE_FIELDS = ("prompt", "seed", "index", "budget", "model")
@@ -65,33 +66,13 @@ def plan_outputs(
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write beside the target, then rename: the file appears whole or not at all. Raises RunError."""
-    name = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".edit-", delete=False) as file:
-            name = file.name
-            file.write(data)
-        os.chmod(name, 0o666 & ~_umask())  # temporary files are private, results are ordinary files
-        os.replace(name, path)
-    except BaseException as error:
-        if name is not None and os.path.exists(name):
-            os.unlink(name)
-        if isinstance(error, OSError):
-            raise RunError(
-                f"{str(path)!r} cannot be written: {(error.strerror or str(error)).lower()}"
-            ) from error
-        raise
+    """Write a file that appears whole or not at all. Raises RunError."""
+    write_files({path: data})
 
 
 def comparison_path(path: Path) -> Path:
     """Where the side-by-side picture of a result goes."""
     return path.with_name(f"{path.stem}-compare.png")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _is_folder(target: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from edit_cli.errors import EditError, Interrupted, RunError
+from edit_cli.files import reason, write_files
 from edit_cli.profile.chrome import chrome_trace
 from edit_cli.profile.heatmap import RAMP, draw_heatmaps
 from edit_cli.profile.plan import ProfilePlan
@@ -33,9 +33,9 @@ from edit_cli.profile.trace import (
     scale_of,
     write_trace,
 )
-from routers.files import write_whole as write_together
 
 PAGE = Path(__file__).with_name("report.html")
+MAIN_FILES = ("report.html", "heatmap.png", "heatmap.svg", "trace.json", "chrome-trace.json")
 PLACE = "/*DATA*/null"
 EMBEDDED_SIDE = 320
 """Pictures are embedded in the page at most so large, px; the files beside it keep their size."""
@@ -106,18 +106,11 @@ def write(folder: Path, trace: Mapping[str, Any], pictures: Pictures, metric: st
     for name, picture in pictures.items():
         files[name] = _png(picture)
     try:
-        for place in {(folder / name).parent for name in files}:
-            place.mkdir(parents=True, exist_ok=True)
-        write_together({folder / name: functools.partial(_put, data) for name, data in files.items()})
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise RunError(f"report folder {str(folder)!r} cannot be written: {reason}") from error
-    main = ("report.html", "heatmap.png", "heatmap.svg", "trace.json", "chrome-trace.json")
-    return [folder / name for name in main]
-
-
-def _put(data: bytes, path: str) -> None:
-    Path(path).write_bytes(data)
+        raise RunError(f"report folder {str(folder)!r} cannot be made: {reason(error)}") from error
+    write_files({folder / name: data for name, data in files.items()})
+    return [folder / name for name in MAIN_FILES]
 
 
 def as_json(trace: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:

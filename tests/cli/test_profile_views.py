@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from edit_cli import files
 from edit_cli.errors import RunError
 from edit_cli.main import spread
 from edit_cli.profile import report as profile_report
@@ -311,13 +312,13 @@ def test_no_space_left_keeps_no_half_file(desk, edit_here, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         Path(path).write_bytes(data)
 
-    monkeypatch.setattr(profile_report, "_put", full)
+    monkeypatch.setattr(files, "put", full)
     trace = json.loads((desk / "good.json").read_text())
     complete = trace | {"made": dict.fromkeys(("device", "device_name", "dtype", "threads"), "x")}
     with pytest.raises(RunError, match="no space left") as error:
         profile_report.write(desk / "report", complete | timing(), {}, None)
     assert error.value.exit_code == 1
-    assert [*(desk / "report").iterdir()] == []
+    assert [path for path in (desk / "report").rglob("*") if path.is_file()] == []
 
 
 def timing() -> dict:
