@@ -142,7 +142,7 @@ def measure_pipeline(size: Size, batch: int, bar: float | None) -> list[Row]:
         )
         policies[what] = forced_policy(elastics[what], denoising, budget, steps, batch, deviation)
     if bundle is not None:
-        from routers.bundle import attach
+        from routers.attachment import attach
 
         elastics["packaged routers"], policies["packaged routers"] = (
             attach(twin(dense), bundle, budget=budget),
@@ -210,7 +210,7 @@ def measure_reads(size: Size) -> list[Row]:
     measure(f"{name}, forced mix", elastic, policy=policy)
     elastic.detach()
     if bundle is not None:
-        from routers.bundle import attach
+        from routers.attachment import attach
 
         measure(f"{name}, packaged routers", attach(dense, bundle, budget=0.6))
     return rows

@@ -36,7 +36,7 @@ from benchmarks.overhead_models import (
     twin,
 )
 from benchmarks.pareto_report import markdown
-from routers.bundle import attach
+from routers.attachment import attach
 from routers.elastic import Elastic
 
 BATCH, BUDGET = 8, 0.6

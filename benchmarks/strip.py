@@ -16,7 +16,7 @@ from backbones import registry
 from backbones.loading import load_pipeline
 from backbones.spec import Backbone, Placement
 from backbones.workloads import PipelineWorkload
-from routers.bundle import attach
+from routers.attachment import attach
 
 BUDGETS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.35)
 PROMPTS = ("a cat", "a rocket", "a pizza")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from .spec import WIDTHS, BlockSpec, MlpSpec, TransformerSpec
 
 if TYPE_CHECKING:
+    from .attachment import attach as attach
     from .bundle import Bundle as Bundle
-    from .bundle import attach as attach
     from .bundle import load_bundle as load_bundle
     from .elastic import Elastic as Elastic
     from .policy import FixedPolicy as FixedPolicy
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .trace import Trace as Trace
 
 _HOME = {
-    "attach": "bundle",
+    "attach": "attachment",
     "load_bundle": "bundle",
     "Bundle": "bundle",
     "Elastic": "elastic",

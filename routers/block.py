@@ -5,9 +5,10 @@ Shapes: B batch rows, L tokens, D dim, E time embedding dim.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .patching import Patches
 from .policy import Units
 from .spec import BlockSpec, TransformerSpec
 from .width import MlpSlicer
@@ -132,6 +134,17 @@ class Block:
     def signature(self) -> tuple[Any, ...]:
         """Equal for blocks that cost the same on the same inputs."""
         return (self.spec.kind, *(tuple(p.shape) for p in self.module.parameters()))
+
+
+def patch_blocks(
+    patches: Patches, blocks: Iterable[Block], forward: Callable[..., Any], widths: bool = False
+) -> None:
+    """Make each block's forward `forward(block, original, *args, **kwargs)`; widths: slice its MLPs too."""
+    for block in blocks:
+        patches.add(block.module, functools.partial(forward, block))
+        for slicer in block.slicers if widths else ():
+            slicer.attach()
+            patches.callback(slicer.detach)
 
 
 def call_shapes(inputs: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]], ...]:

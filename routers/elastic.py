@@ -9,7 +9,6 @@ Shapes: B batch rows, L tokens, D dim, E time embedding dim.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .block import COMPILED_WHOLE, Block, call_shapes, find_blocks, segments
+from .block import COMPILED_WHOLE, Block, call_shapes, find_blocks, patch_blocks, segments
 from .cost import BlockCost, block_cost, count_linears, router_flops
 from .groups import Group
-from .patching import Patch, learns_order, patch_forward, restore_forward
+from .patching import Patches, learns_order
 from .policy import OpenPolicy, Policy
 from .router import Router, RouterStack
 from .run import ATTACH_AGAIN, Call, Run
@@ -82,7 +81,6 @@ class Elastic:
         self._call: Call | None = None
         self._dense = False
         self._probing: list[tuple[Block, tuple[Any, ...], dict[str, Any]]] | None = None
-        self._patches: list[tuple[nn.Module, Patch, str]] = []
         self._attach()
 
     # -- a run ---------------------------------------------------------------------------------
@@ -150,7 +148,7 @@ class Elastic:
         """The transformer's own forward between two calls of a run: every block in full, nothing booked."""
         assert self._call is None, "a call is being made"
         with self._densely():
-            return self._patches[0][1].original(*args, **kwargs)
+            return self._own.original(*args, **kwargs)
 
     @contextmanager
     def _densely(self) -> Iterator[None]:
@@ -168,23 +166,16 @@ class Elastic:
     # -- patches -------------------------------------------------------------------------------
 
     def _attach(self) -> None:
-        patches = self._patches
-        patches.append(
-            (self.transformer, patch_forward(self.transformer, self._transformer_forward), "forward")
-        )
+        self._patches = patches = Patches()
+        self._own = patches.add(self.transformer, self._transformer_forward)
         if hasattr(self.transformer, "cache_context"):
-            patch = patch_forward(self.transformer, self._cache_context, "cache_context")
-            patches.append((self.transformer, patch, "cache_context"))
-        for block in self.blocks:
-            forward = functools.partial(self._block_forward, block)
-            patches.append((block.module, patch_forward(block.module, forward), "forward"))
-            for slicer in block.slicers:
-                slicer.attach()
+            patches.add(self.transformer, self._cache_context, "cache_context")
+        patch_blocks(patches, self.blocks, self._block_forward, widths=True)
         self.transformer.__dict__["_edit_elastic"] = self
 
     def detach(self) -> None:
         """Put the transformer back exactly as it was. Safe to call twice."""
-        self._unpatch()
+        self._patches.close()
         for block in self.blocks:
             block.return_compiled()
         self._run = self._implicit = self._call = None
@@ -193,14 +184,6 @@ class Elastic:
         if undo is not None:
             undo()
 
-    def _unpatch(self) -> None:
-        for block in self.blocks:
-            for slicer in block.slicers:
-                slicer.detach()
-        for module, patch, name in reversed(self._patches):
-            restore_forward(module, patch, name)
-        self._patches = []
-
     def _patch_again(self, args: Any, kwargs: Any) -> Callable[..., Any]:
         """Let group offloading learn its order in a dense call, after which it forgets what patched it.
 
@@ -208,9 +191,9 @@ class Elastic:
         Returns what the transformer's new patch calls.
         """
         self.dense_forward(*args, **kwargs)
-        self._unpatch()
+        self._patches.close()
         self._attach()
-        original: Callable[..., Any] = self._patches[0][1].original
+        original: Callable[..., Any] = self._own.original
         return original
 
     @contextmanager
@@ -228,7 +211,7 @@ class Elastic:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         for block in self.blocks:
             block.adopt_compiled()
-        if learns_order(self.transformer) and vars(self.transformer)["forward"] is self._patches[0][1]:
+        if learns_order(self.transformer) and vars(self.transformer)["forward"] is self._own:
             original = self._patch_again(args, kwargs)
         sample: Tensor = inputs[self.spec.sample]
         time = torch.as_tensor(inputs[self.spec.timestep], device=sample.device).float().flatten()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -52,6 +53,19 @@ def restore_instance(module: nn.Module, patch: Patch, name: str = "forward") -> 
         module.__dict__[name] = patch.original
     else:
         del module.__dict__[name]
+
+
+class Patches(ExitStack):
+    """Forwards that are replaced together, and put back in reverse order: by `close`, or as a context.
+
+    `callback` registers whatever else is to be undone with them.
+    """
+
+    def add(self, module: nn.Module, replacement: Callable[..., Any], name: str = "forward") -> Patch:
+        """As `patch_forward`, until the context ends."""
+        patch = patch_forward(module, replacement, name)
+        self.callback(restore_forward, module, patch, name)
+        return patch
 
 
 def learns_order(module: nn.Module) -> bool:

@@ -9,7 +9,8 @@ from torch import nn
 from backbones.hunyuan3d.checkpoints import save_checkpoint
 from backbones.hunyuan3d.config import build
 from backbones.hunyuan3d.family import TRANSFORMER_2
-from routers.bundle import Bundle, architecture, fingerprint
+from routers.bundle import Bundle
+from routers.identity import architecture, fingerprint
 from routers.router import Router
 from tests.tiny_pipelines import make_moments
 

@@ -145,7 +145,8 @@ def make_bundle(folder: Path, pipeline: Path, spec, *, steps: int = 4) -> Path:
     """Save a bundle with made-up moments and untrained routers for a pipeline folder's transformer."""
     import diffusers
 
-    from routers.bundle import Bundle, architecture, fingerprint
+    from routers.bundle import Bundle
+    from routers.identity import architecture, fingerprint
     from routers.router import Router
 
     transformer_class = getattr(diffusers, spec.transformer_class)

@@ -28,10 +28,10 @@ from edit_cli.generate.clock import StageClock
 from edit_cli.generate.mesh_session import MeshSession
 from edit_cli.generate.pictures import open_rgb
 from edit_cli.generate.prompts import default_prompts, read_prompts
-from routers.bundle import architecture, fingerprint
 from routers.calibrate.evaluate import Quality, as_metadata, evaluate, prefers_routers, recommend
 from routers.calibrate.fit import FitSettings, fit
 from routers.calibrate.state import State
+from routers.identity import architecture, fingerprint
 
 HELD_OUT = 8
 """Samples that only measure the finished bundle."""

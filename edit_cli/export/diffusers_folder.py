@@ -20,7 +20,9 @@ from edit_cli.errors import EditError, RunError
 from edit_cli.export.folder import new_folder, write_manifest
 from edit_cli.export.model import load_again, save_model
 from edit_cli.export.source import Request, Source, calibration_calls, is_static, open_source
-from routers.bundle import Bundle, attach, fingerprint, load_bundle
+from routers.attachment import attach
+from routers.bundle import Bundle, load_bundle
+from routers.identity import fingerprint
 from routers.static.choose import Inputs, narrow_error, order_units
 from routers.watch.redundancy import first_tensor
 

@@ -16,7 +16,8 @@ from edit_cli.calibrate.calibration import Calibration
 from edit_cli.calibrate.inputs import Asked
 from edit_cli.errors import EditError
 from routers import bundle_file
-from routers.bundle import Bundle, attach, load_bundle
+from routers.attachment import attach
+from routers.bundle import Bundle, load_bundle
 from routers.paper.checkpoint import is_release_file
 from routers.static.choose import Choice, Inputs, choose, order_units, record_calls
 from routers.static.frozen import frozen

@@ -20,7 +20,7 @@ from edit_cli.export.folder import new_folder, write_manifest
 from edit_cli.export.model import load_again, save_model
 from edit_cli.export.source import Frozen, Request, Source, freeze, largest_difference, open_source
 from edit_cli.generate.pictures import psnr, side_by_side
-from routers.bundle import attach
+from routers.attachment import attach
 from routers.calibrate.evaluate import latent_snr
 
 ROUNDS = 3

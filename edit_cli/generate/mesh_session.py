@@ -21,7 +21,8 @@ from backbones.spec import MeshBackbone, Placement
 from edit_cli.errors import EditError, RunError, bad_input, memory_errors
 from edit_cli.generate.clock import StageClock
 from edit_cli.generate.mesh_plan import MeshJob
-from routers.bundle import Bundle, attach
+from routers.attachment import attach
+from routers.bundle import Bundle
 
 STAGES = ("load", "condition", "denoise", "decode", "extract", "clean")
 """condition: pictures to embeddings. decode: latents to a sampled volume. extract: volume to triangles."""

@@ -20,7 +20,8 @@ from edit_cli.generate import routers as choices
 from edit_cli.generate.clock import StageClock
 from edit_cli.generate.pictures import open_rgb
 from edit_cli.generate.plan import Job, Plan
-from routers.bundle import attach, load_bundle
+from routers.attachment import attach
+from routers.bundle import load_bundle
 from routers.elastic import Elastic
 from routers.paper import checkpoint as release
 from routers.paper import policy as release_policy

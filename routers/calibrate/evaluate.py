@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bundle import Bundle, attach
+from ..attachment import attach
+from ..bundle import Bundle
 from ..planned.plan import StepPlan
 from ..trace import Trace
 from .workload import Workload, require_finite

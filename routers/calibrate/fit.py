@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..bundle import Bundle, architecture, fingerprint
+from ..bundle import Bundle
 from ..elastic import Elastic
+from ..identity import architecture, fingerprint
 from ..planned.plan import Moments, Planner
 from ..router import Router
 from ..spec import TransformerSpec

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..bundle import Bundle, Trained, architecture, fingerprint
+from ..bundle import Bundle, Trained
 from ..calibrate.fit import first_moments
 from ..calibrate.gains import measure_gains
 from ..calibrate.state import State
 from ..calibrate.workload import Workload
 from ..elastic import Elastic
+from ..identity import architecture, fingerprint
 from ..planned.plan import Moments
 from ..spec import TransformerSpec
 from ..trained.backbone import BackboneWeights, add_lora, lora_targets

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from routers import bundle_file
-from routers.bundle import Bundle, architecture, fingerprint, load_bundle
+from routers.bundle import Bundle, load_bundle
+from routers.identity import architecture, fingerprint
 from routers.router import Router
 from tests.block_kinds import CASES
 from tests.tiny_pipelines import make_moments

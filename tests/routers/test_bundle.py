@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import routers
-from routers.bundle import Bundle, architecture, fingerprint
+from routers.bundle import Bundle
 from routers.elastic import steps_from_time
+from routers.identity import architecture, fingerprint
 from routers.router import Router
 from tests.block_kinds import CASES
 from tests.tiny_pipelines import make_moments

@@ -17,7 +17,8 @@ import routers
 from backbones.hunyuan3d.family import TRANSFORMER_2
 from backbones.workloads import MeshWorkload
 from routers import bundle_file
-from routers.bundle import Bundle, build_router
+from routers.attachment import build_router
+from routers.bundle import Bundle
 from routers.calibrate.evaluate import evaluate
 from routers.calibrate.state import State
 from routers.cost import count_flops
