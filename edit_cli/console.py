@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -76,13 +76,16 @@ def two_columns(rows: Mapping[str, str], title: str = "") -> Table:
 
 
 @contextmanager
-def working(text: str, enabled: bool) -> Iterator[None]:
-    """A spinner on stderr while something of unknown length runs; nothing if stderr is no terminal."""
+def working(text: str, enabled: bool) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr while something of unknown length runs; nothing if stderr is not a terminal.
+
+    Gives a function that changes the text.
+    """
     if not enabled or not stderr().is_terminal:
-        yield
+        yield lambda text: None
         return
-    with stderr().status(_escape(text)):
-        yield
+    with stderr().status(_escape(text)) as status:
+        yield lambda text: status.update(_escape(text))
 
 
 @contextmanager

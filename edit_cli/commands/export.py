@@ -2,114 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from backbones.spec import DTYPES
 from edit_cli import checks as values
 from edit_cli import options as o
-from edit_cli.console import print_result, two_columns, working
+from edit_cli.console import print_result, working
 from edit_cli.errors import EditError, bad_input
-
-Made = tuple[dict[str, Any], Any]
-"""What was exported, as JSON data and for people."""
-
-
-@dataclass(frozen=True)
-class Typed:
-    """The command line."""
-
-    source: str
-    output: str
-    force: bool
-    budget: str | None
-    prompts: str | None
-    images: str | None
-    batch_size: int | None
-    text_tokens: int | None
-    dtype: str | None
-    shard_size: str | None
-
-    def request(self, highest: str | None) -> Any:
-        """An `export_source.Request`. highest: of the budget, for formats that freeze one."""
-        from edit_cli.export.source import Request, parse_budget
-
-        budget = 1.0 if highest is None else parse_budget(self.budget, highest)
-        return Request(
-            self.source, budget, self.prompts, self.images, dtype=self.dtype or "auto",
-            shard_size=self.shard_size,
-        )  # fmt: skip
-
-
-def _bundle(typed: Typed) -> Made:
-    from edit_cli.export.bundle import export_bundle
-
-    found = export_bundle(typed.source, typed.output, typed.force)
-    return found, two_columns(
-        {
-            "written": f"{found['output']} ({found['files'][0]}, {found['bytes'] / 2**20:.2f} MiB)",
-            "checked": f"loaded again, largest difference {found['difference']:g}",
-            "use": f"edit generate PROMPT --routers {found['output']}",
-        }
-    )
-
-
-def _reference(typed: Typed) -> Made:
-    from edit_cli.export import reference as to
-
-    found = to.export_reference(
-        typed.source, typed.output, typed.force, typed.dtype or "auto", typed.shard_size
-    )
-    return found, to.as_table(found)
-
-
-def _diffusers(typed: Typed) -> Made:
-    request = typed.request(None)
-    from edit_cli.export import diffusers_folder as to
-
-    found = to.export_diffusers(request, typed.output, typed.force)
-    return found, to.as_table(found)
-
-
-def _static(typed: Typed) -> Made:
-    request = typed.request("below 1")
-    from edit_cli.export import static as to
-
-    found = to.export_static(request, typed.output, typed.force)
-    return found, to.as_table(found)
-
-
-def _torch_export(typed: Typed) -> Made:
-    request = typed.request("at most 1")
-    from edit_cli.export import program as to
-
-    found = to.export_torch(request, typed.output, typed.force, typed.batch_size or 1, typed.text_tokens)
-    return found, to.as_table(found)
-
-
-FORMATS: dict[str, Callable[[Typed], Made]] = {
-    "bundle": _bundle,
-    "reference": _reference,
-    "diffusers": _diffusers,
-    "static": _static,
-    "torch-export": _torch_export,
-}
-FREEZING, MODELS = ("static", "torch-export"), ("diffusers", "static", "torch-export")
-APPLIES = {
-    "--budget": FREEZING,
-    "--prompts": MODELS,
-    "--images": MODELS,
-    "--batch-size": ("torch-export",),
-    "--text-tokens": ("torch-export",),
-    "--dtype": ("reference", *MODELS),
-    "--shard-size": ("reference", "diffusers", "static"),
-}
-"""Formats that an option is for; it is refused with the others."""
-SIZE = re.compile(r"[1-9]\d*(\.\d+)?[KMGT]B")
+from edit_cli.export import write
+from edit_cli.export.settings import APPLIES, FORMATS, Settings, budget_for, check_format
+from edit_cli.export.settings import shard_size as check_shard_size
 
 
 def _for(option: str, text: str) -> str:
@@ -179,25 +83,17 @@ def export(
     [dim]edit export bundle -o my-routers
     edit export qwen-image-tiny --format static --budget 0.7 -o small[/dim]
     """
-    if format not in FORMATS:
-        raise EditError(f"--format {format!r} is unknown; allowed are {', '.join(FORMATS)}")
-    if output is None:
-        raise EditError("no place to write to; give --output FOLDER")
     given = {
         "--budget": budget, "--prompts": prompts, "--images": images, "--batch-size": batch_size,
         "--text-tokens": text_tokens, "--dtype": dtype, "--shard-size": shard_size,
     }  # fmt: skip
-    for name, value in given.items():
-        if value is not None and format not in APPLIES[name]:
-            raise EditError(
-                f"{name} does not apply to --format {format}, only to {', '.join(APPLIES[name])}; "
-                "leave it out"
-            )
-    if dtype is not None:
-        values.one_of("--dtype", dtype, DTYPES)
-    if shard_size is not None and not SIZE.fullmatch(shard_size):
-        raise EditError(f"--shard-size {shard_size!r} is no size; give a number with a unit, like 5GB")
-    typed = Typed(source, output, force, budget, prompts, images, batch_size, text_tokens, dtype, shard_size)
-    with bad_input(), working(f"exporting {source} ...", not quiet):
-        found, table = FORMATS[format](typed)
-    print_result(found, table, json_output=json_output, quiet=quiet)
+    check_format(format, given)
+    if output is None:
+        raise EditError("no place to write to; give --output FOLDER")
+    settings = Settings(
+        source, output, format, force, budget_for(format, budget), prompts, images, batch_size or 1,
+        text_tokens, values.one_of("--dtype", dtype or "auto", DTYPES), check_shard_size(shard_size),
+    )  # fmt: skip
+    with bad_input(), working(f"opening {source}", not quiet) as say:
+        written = write.export(settings, say)
+    print_result(written, write.as_table(written), json_output=json_output, quiet=quiet)

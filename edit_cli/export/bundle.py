@@ -8,45 +8,29 @@ from typing import Any
 
 from backbones import mesh_registry, registry
 from backbones.model_files import ModelNotFoundError
-from edit_cli import __version__
+from edit_cli.console import two_columns
 from edit_cli.errors import EditError, RunError
-from edit_cli.export.folder import new_folder, write_manifest
+from edit_cli.export.settings import Settings
+from edit_cli.export.write import Say
 from routers import bundle_file
 from routers.bundle import Bundle, load_bundle
 
 FILE = "edit-routers.safetensors"
 
 
-def export_bundle(source: str, output: str, force: bool) -> dict[str, Any]:
-    """Write `output`: the bundle in one file, README.md and a manifest. Returns what was done, as JSON data.
+def open_source(settings: Settings, say: Say) -> Bundle:
+    """The bundle that the source is or brings along. Raises EditError, ValueError."""
+    return load_bundle(find_bundle(settings.source))
 
-    source: a bundle folder, or a model that brings its bundle. Raises EditError, ValueError, RunError.
-    """
-    folder = find_bundle(source)
-    bundle = load_bundle(folder)
-    with new_folder(output, force) as building:
-        bundle_file.pack(folder, building / FILE)
-        (building / "README.md").write_text(model_card(bundle, Path(output).name), encoding="utf-8")
-        again = load_bundle(building / FILE)
-        worst = difference(bundle.routers, again.routers)
-        if worst != 0 or again.digest != bundle.digest:
-            raise RunError(f"the written file differs from the bundle (by {worst:g}); nothing was kept")
-        facts = {
-            "format": "bundle",
-            "edit": __version__,
-            "model": bundle.base_model,
-            "routers": bundle.digest,
-            "difference": worst,
-        }
-        manifest = write_manifest(building, facts)
-    return {
-        "output": output,
-        "format": "bundle",
-        "model": bundle.base_model,
-        "files": [FILE, *(name for name in manifest["files"] if name != FILE)],
-        "bytes": manifest["files"][FILE]["bytes"],
-        "difference": worst,
-    }
+
+def fill(bundle: Bundle, settings: Settings, folder: Path, say: Say) -> dict[str, Any]:
+    """Write the bundle in one file. Raises RunError if it is another when loaded."""
+    bundle_file.pack(bundle.path, folder / FILE)
+    again = load_bundle(folder / FILE)
+    worst = difference(bundle.routers, again.routers)
+    if worst != 0 or again.digest != bundle.digest:
+        raise RunError(f"the written file differs from the bundle (by {worst:g}); nothing was kept")
+    return {"model": bundle.base_model, "routers": bundle.digest, "difference": worst}
 
 
 def find_bundle(source: str) -> Path:
@@ -55,7 +39,7 @@ def find_bundle(source: str) -> Path:
     if (path / "bundle.json").is_file():
         return path
     if path.is_file() or bundle_file.find(path) is not None:
-        raise EditError(f"{source!r} is one file already, or no bundle; give a bundle folder or a model")
+        raise EditError(f"{source!r} is one file already, or not a bundle; give a bundle folder or a model")
     try:
         backbone: Any = registry.resolve(source)
     except ModelNotFoundError as error:
@@ -78,7 +62,7 @@ def difference(left: Sequence[Mapping[str, Any]], right: Sequence[Mapping[str, A
     return worst
 
 
-def model_card(bundle: Bundle, name: str) -> str:
+def model_card(facts: Mapping[str, Any], bundle: Bundle, name: str) -> str:
     """README.md for a hub repository: what it is for, its measured figures, how to use it."""
     card = f"""---
 library_name: edit
@@ -99,14 +83,25 @@ The licence of the model applies to what is made with it; say here which licence
     rows = bundle.metadata.get("quality")
     if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
         names = [k for k, v in rows[0].items() if isinstance(v, int | float)]
-        card += "\n## Measured by `edit calibrate`\n\n" + table(names, rows)
+        card += "\n## Measured by `edit calibrate`\n\n" + _markdown(names, rows)
     return card
 
 
-def table(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+def _markdown(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     """Figures as a Markdown table; a figure that a row does not have is a dash."""
     lines = [f"| {' | '.join(names)} |", "|" + "---:|" * len(names)]
     for row in rows:
         shown = ("-" if row.get(name) is None else f"{row[name]:.4g}" for name in names)
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
+
+
+def as_table(facts: Mapping[str, Any]) -> Any:
+    """What was written, for people."""
+    return two_columns(
+        {
+            "written": f"{facts['output']} ({FILE}, {facts['bytes'] / 2**20:.2f} MiB)",
+            "checked": f"loaded again, largest difference {facts['difference']:g}",
+            "use": f"edit generate PROMPT --routers {facts['output']}",
+        }
+    )

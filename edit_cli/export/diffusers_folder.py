@@ -6,25 +6,23 @@ taking the first of them is all that slicing needs. Dense results stay the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from edit_cli import __version__
 from edit_cli.console import two_columns
 from edit_cli.errors import EditError, RunError
-from edit_cli.export.folder import new_folder, write_manifest
 from edit_cli.export.model import load_again, save_model
-from edit_cli.export.source import Request, Source, calibration_calls, is_static, open_source
+from edit_cli.export.settings import Settings
+from edit_cli.export.source import Source, calibration_calls, largest_difference, outputs
+from edit_cli.export.write import Say
 from routers.attachment import attach
 from routers.bundle import Bundle, load_bundle
 from routers.identity import fingerprint
 from routers.static.choose import Inputs, narrow_error, order_units
-from routers.watch.redundancy import first_tensor
 
 SAME, SAME_HALF = 1e-5, 3e-2
 """Largest difference of the dense outputs, relative to the largest output, in fp32 and in half precision."""
@@ -32,48 +30,36 @@ HALF_WIDTH = 0.5
 ROUTERS = "routers"
 
 
-def export_diffusers(
-    request: Request, output: str, force: bool, report: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
-    """Write `output`, a model folder with its bundle in `routers/`. Returns what was done, as JSON data.
-
-    Raises EditError or ValueError for bad input, RunError if what was written is not what was made.
-    """
-    with new_folder(output, force) as building:
-        source = open_source(request)
-        if is_static(source):
-            raise EditError(f"{request.source!r} is a static model: it is in this layout already")
-        trained = _merge_trained(source)
-        calls = calibration_calls(source)
-        wanted = _outputs(source.transformer, calls)
-        report("ordering hidden units")
-        units = "as trained" if trained else _order(source, calls)
-        save_model(source, source.transformer, building)
-        if source.bundle is not None:
-            moved = _bundle_for(source.bundle, source.transformer, Path(output).name)
-            moved.save(building / ROUTERS)
-        report("loading it again")
-        dtype = next(source.transformer.parameters()).dtype
-        again = load_stock(source, building, dtype)
-        difference = relative_difference(_outputs(again, calls), wanted)
-        if not difference <= (SAME if dtype == torch.float32 else SAME_HALF):
-            raise RunError(f"the written model differs by {difference:g} when loaded; nothing was kept")
-        if source.bundle is not None:
-            attach(again, load_bundle(building / ROUTERS), budget=1.0).detach()  # raises if it does not fit
-        facts = {
-            "format": "diffusers",
-            "edit": __version__,
-            "model": source.backbone.name,
-            "dtype": str(dtype).removeprefix("torch."),
-            "units": units,
-            "bundle": None if source.bundle is None else ROUTERS,
-            "difference": difference,
-        }
-        card = model_card(facts, source, Path(output).name)
-        (building / "README.md").write_text(card, encoding="utf-8")
-        manifest = write_manifest(building, facts)
-    size = sum(file["bytes"] for file in manifest["files"].values())
-    return {"output": output, "bytes": size, **{k: v for k, v in manifest.items() if k != "files"}}
+def fill(source: Source, settings: Settings, folder: Path, say: Say) -> dict[str, Any]:
+    """Write the model, with its bundle in `routers/`. Raises EditError, ValueError, RunError."""
+    if source.is_static:
+        raise EditError(f"{settings.source!r} is a static model: it is in this layout already")
+    trained = _merge_trained(source)
+    say("recording calls of dense runs")
+    calls = calibration_calls(source)
+    wanted = outputs(source.transformer, calls)
+    say("ordering hidden units")
+    units = "as trained" if trained else _order(source, calls)
+    say("writing")
+    save_model(source, source.transformer, folder, settings.shard_size)
+    if source.bundle is not None:
+        moved = _bundle_for(source.bundle, source.transformer, Path(settings.output).name)
+        moved.save(folder / ROUTERS)
+    say("loading it again")
+    again = load_stock(source, folder)
+    largest = max(float(output.abs().max()) for output in wanted)
+    difference = largest_difference(outputs(again, calls), wanted) / max(largest, 1e-12)
+    if not difference <= (SAME if source.dtype == torch.float32 else SAME_HALF):
+        raise RunError(f"the written model differs by {difference:g} when loaded; nothing was kept")
+    if source.bundle is not None:
+        attach(again, load_bundle(folder / ROUTERS), budget=1.0).detach()  # raises if it does not fit
+    return {
+        "model": source.backbone.name,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "units": units,
+        "bundle": None if source.bundle is None else ROUTERS,
+        "difference": difference,
+    }
 
 
 def _merge_trained(source: Source) -> bool:
@@ -106,26 +92,14 @@ def _bundle_for(bundle: Bundle, transformer: Any, name: str) -> Bundle:
     return replace(bundle, base_model=name, fingerprint=fingerprint(transformer), planners={})
 
 
-def load_stock(source: Source, folder: Path, dtype: torch.dtype) -> Any:
+def load_stock(source: Source, folder: Path) -> Any:
     """The written transformer: pictures through diffusers alone, meshes as their own reader finds it."""
     if source.meshes:
-        return load_again(source, folder, dtype)
+        return load_again(source, folder)
     from diffusers import DiffusionPipeline
 
-    found: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    found: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=source.dtype, local_files_only=True)
     return found.transformer.to(source.transformer.device).eval()
-
-
-@torch.no_grad()
-def _outputs(transformer: Any, calls: list[Inputs]) -> list[Tensor]:
-    return [first_tensor(transformer(**call)).float() for call in calls]
-
-
-def relative_difference(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """Largest absolute difference over the largest output."""
-    largest = max(float(output.abs().max()) for output in wanted)
-    worst = max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
-    return worst / max(largest, 1e-12)
 
 
 def _units_line(units: Any) -> str:
@@ -164,15 +138,15 @@ def model_card(facts: Mapping[str, Any], source: Source, name: str) -> str:
     return "\n".join([*lines, "The licence of the original model applies.", ""])
 
 
-def as_table(found: Mapping[str, Any]) -> Any:
-    """What was made, for people."""
-    bundle = f"in {found['output']}/{ROUTERS}" if found["bundle"] else "none: the model has no bundle"
+def as_table(facts: Mapping[str, Any]) -> Any:
+    """What was written, for people."""
+    bundle = f"in {facts['output']}/{ROUTERS}" if facts["bundle"] else "none: the model has no bundle"
     return two_columns(
         {
-            "written": f"{found['output']} ({found['model']}, {found['dtype']}, "
-            f"{found['bytes'] / 2**20:.1f} MiB)",
-            "hidden units": _units_line(found["units"]),
+            "written": f"{facts['output']} ({facts['model']}, {facts['dtype']}, "
+            f"{facts['bytes'] / 2**20:.1f} MiB)",
+            "hidden units": _units_line(facts["units"]),
             "bundle": bundle,
-            "checked": f"loaded again, largest relative difference {found['difference']:.1e}",
+            "checked": f"loaded again, largest relative difference {facts['difference']:.1e}",
         }
     )

@@ -26,8 +26,7 @@ def new_folder(output: str, force: bool) -> Iterator[Path]:
     force: replace an earlier export, and nothing else. Raises EditError for a target that is in the way,
     RunError if it cannot be written.
     """
-    target = Path(os.path.abspath(os.path.expanduser(output)))
-    check_target(target, output, force)
+    target = check_target(output, force)
     try:
         building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     except OSError as error:
@@ -44,30 +43,30 @@ def new_folder(output: str, force: bool) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def check_target(target: Path, output: str, force: bool) -> None:
-    """Raise EditError unless `target` is free, or an earlier export that may be replaced."""
+def check_target(output: str, force: bool) -> Path:
+    """The target's path. Raises EditError unless it is free, or an earlier export that may be replaced."""
+    target = Path(os.path.abspath(os.path.expanduser(output)))
     if not target.parent.is_dir():
         raise EditError(
             f"--output folder {str(target.parent)!r} does not exist; create it with: mkdir -p {target.parent}"
         )
-    if not os.path.lexists(target):
-        return
-    if not (target / MANIFEST).is_file():
-        raise EditError(f"--output {output!r} exists and is no export of edit; choose another name")
-    if not force:
+    if os.path.lexists(target) and not (target / MANIFEST).is_file():
+        raise EditError(f"--output {output!r} exists and is not an export of edit; choose another name")
+    if os.path.lexists(target) and not force:
         raise EditError(f"--output {output!r} exists; choose another name, or replace it with --force")
+    return target
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Write what was exported, with the size and sha256 of every file; returns it."""
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Write what was exported, with the size and sha256 of every file; returns those by name."""
     files = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
-    manifest = {**facts, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return manifest
+    text = json.dumps({**facts, "files": files}, indent=1)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return files
 
 
 def sha256(file: Path) -> str:

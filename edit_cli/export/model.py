@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from backbones import loading, mesh_registry, registry
@@ -24,16 +23,24 @@ OWN_PROMPTS = "calibration.txt"
 
 
 def save_model(
-    source: Source, transformer: nn.Module, folder: Path, entries: Mapping[str, Any] | None = None
+    source: Source,
+    transformer: nn.Module,
+    folder: Path,
+    shard_size: str | None,
+    entries: Mapping[str, Any] | None = None,
 ) -> None:
     """The source's pipeline with this transformer; `edit.json` with its defaults and more `entries`.
 
     Raises EditError for shards of a layout that has one file.
     """
     if source.meshes:
+        if shard_size is not None:
+            raise EditError(
+                "--shard-size is for pipelines of diffusers; mesh models are one file: leave it out"
+            )
         _save_mesh_model(source, transformer, folder)
     else:
-        dense, shard_size = source.pipe.transformer, source.request.shard_size
+        dense = source.pipe.transformer
         source.pipe.register_modules(transformer=transformer)
         try:
             with loading.quiet_libraries():
@@ -56,8 +63,6 @@ def _save_mesh_model(source: Source, transformer: nn.Module, folder: Path) -> No
     from backbones.hunyuan3d.config import read_config
     from backbones.hunyuan3d.folders import resolve_folder
 
-    if source.request.shard_size is not None:
-        raise EditError("--shard-size is for pipelines of diffusers; mesh models are one file: leave it out")
     config = read_config(resolve_folder(source.backbone.source) / "config.yaml")
     counts = static.block_counts(transformer, source.backbone.family.transformer)
     params = {**(config["model"].get("params") or {}), **counts}
@@ -73,9 +78,9 @@ def _forget_origin(folder: Path) -> None:
             file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def load_again(source: Source, folder: Path, dtype: torch.dtype) -> Any:
+def load_again(source: Source, folder: Path) -> Any:
     """The transformer as `edit generate --model FOLDER` finds it."""
-    placement = Placement(device=source.request.device, dtype=loading.dtype_name(dtype))
+    placement = Placement(dtype=loading.dtype_name(source.dtype))
     if source.meshes:
         from edit_cli.generate.mesh_session import MeshSession
 

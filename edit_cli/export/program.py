@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from backbones import mesh_registry, registry
 from backbones.loading import first_line
-from edit_cli import __version__
 from edit_cli.console import two_columns
 from edit_cli.errors import EditError, RunError
-from edit_cli.export.folder import new_folder, write_manifest
-from edit_cli.export.source import Request, Source, freeze, open_source
+from edit_cli.export.settings import Settings
+from edit_cli.export.source import Source, freeze
+from edit_cli.export.write import Say
 from routers.watch.redundancy import first_tensor
 
 FILE = "transformer.pt2"
@@ -76,45 +76,34 @@ class Call(nn.Module):
         return first_tensor(self.transformer(**arguments))
 
 
-def export_torch(
-    request: Request, output: str, force: bool, batch: int = 1, text_tokens: int | None = None
-) -> dict[str, Any]:
-    """Write `output` with the program, its manifest and a README.md. Returns what was done, as JSON data.
-
-    batch: rows of a call. text_tokens: of a call; default the model's own, else TEXT_TOKENS. Raises EditError
-    or ValueError for bad input, RunError for a model that cannot be traced or a program that gives something
-    else.
+def fill(source: Source, settings: Settings, folder: Path, say: Say) -> dict[str, Any]:
+    """Write the program. Raises EditError, ValueError; RunError for a model that cannot be traced or a
+    program that gives something else.
     """
-    with new_folder(output, force) as building:
-        source = open_source(request)
-        transformer: nn.Module = source.transformer
-        flops = 1.0
-        if request.budget < 1:
-            frozen = freeze(source, lambda spent, error: None)
-            transformer, flops = frozen.transformer, frozen.choice.flops
-        arguments = call_inputs(source, batch, text_tokens)
-        call = Call(transformer.eval(), arguments)
-        tensors = flat_tensors(arguments)
-        write_program(call, tensors, building / FILE)
-        difference = check_program(call, tensors, building / FILE)
-        facts = {
-            "format": "torch-export",
-            "edit": __version__,
-            "torch": torch.__version__,
-            "model": source.backbone.name,
-            "budget": request.budget,
-            "flops": round(flops, 4),
-            "inputs": [
-                {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-                for name, tensor in zip(call.names, tensors, strict=True)
-            ],
-            "fixed": {name: repr(value) for name, value in call.constants.items()},
-            "difference": difference,
-        }
-        (building / "README.md").write_text(read_me(facts, Path(output).name), encoding="utf-8")
-        manifest = write_manifest(building, facts)
-    size = manifest["files"][FILE]["bytes"]
-    return {"output": output, "bytes": size, **{k: v for k, v in manifest.items() if k != "files"}}
+    transformer: nn.Module = source.transformer
+    flops = 1.0
+    if settings.budget < 1:
+        frozen = freeze(source, settings.budget, say)
+        transformer, flops = frozen.transformer, frozen.choice.flops
+    arguments = call_inputs(source, settings.batch_size, settings.text_tokens)
+    call = Call(transformer.eval(), arguments)
+    tensors = flat_tensors(arguments)
+    say("tracing")
+    write_program(call, tensors, folder / FILE)
+    say("running it in a fresh process")
+    difference = check_program(call, tensors, folder / FILE)
+    return {
+        "torch": torch.__version__,
+        "model": source.backbone.name,
+        "budget": settings.budget,
+        "flops": round(flops, 4),
+        "inputs": [
+            {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+            for name, tensor in zip(call.names, tensors, strict=True)
+        ],
+        "fixed": {name: repr(value) for name, value in call.constants.items()},
+        "difference": difference,
+    }
 
 
 def call_inputs(source: Source, batch: int, text_tokens: int | None) -> dict[str, Any]:
@@ -210,7 +199,7 @@ def check_program(call: Call, tensors: list[Tensor], file: Path) -> float:
     return difference
 
 
-def read_me(facts: Mapping[str, Any], name: str) -> str:
+def model_card(facts: Mapping[str, Any], source: Source, name: str) -> str:
     """README.md: how to call the program."""
     inputs = "\n".join(f"| {i['name']} | {i['shape']} | {i['dtype']} |" for i in facts["inputs"])
     return f"""# {name}
@@ -229,14 +218,14 @@ The licence of the original model applies.
 """
 
 
-def as_table(found: Mapping[str, Any]) -> Any:
-    """What was made, for people."""
-    inputs = ", ".join(f"{i['name']} {i['shape']}" for i in found["inputs"])
+def as_table(facts: Mapping[str, Any]) -> Any:
+    """What was written, for people."""
+    inputs = ", ".join(f"{i['name']} {i['shape']}" for i in facts["inputs"])
     return two_columns(
         {
-            "written": f"{found['output']} ({FILE}, {found['bytes'] / 2**20:.2f} MiB)",
-            "transformer": f"{found['model']} at {found['flops']:.1%} of its FLOPs",
-            "inputs": f"{inputs}, {found['inputs'][0]['dtype']}",
-            "checked": f"run in a fresh process, largest relative difference {found['difference']:.1e}",
+            "written": f"{facts['output']} ({FILE}, {facts['bytes'] / 2**20:.2f} MiB)",
+            "transformer": f"{facts['model']} at {facts['flops']:.1%} of its FLOPs",
+            "inputs": f"{inputs}, {facts['inputs'][0]['dtype']}",
+            "checked": f"run in a fresh process, largest relative difference {facts['difference']:.1e}",
         }
     )

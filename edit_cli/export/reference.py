@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from backbones.loading import DTYPES
-from edit_cli import __version__
 from edit_cli.console import two_columns
 from edit_cli.errors import EditError, RunError
-from edit_cli.export.folder import new_folder, write_manifest
+from edit_cli.export.settings import Settings
+from edit_cli.export.write import Say
 from routers.paper.checkpoint import build_routers, is_release_file, read_release, split_keys
 
 FILE_PATTERN, INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
@@ -35,42 +35,36 @@ def is_reference(source: str) -> bool:
     return path.exists() and is_release_file(path)
 
 
-def export_reference(
-    source: str, output: str, force: bool, dtype: str = "auto", shard_size: str | None = None
-) -> dict[str, Any]:
-    """Write `output` with the checkpoint, its manifest and a README.md. Returns what was done, as JSON data.
-
-    source: a file, index or folder in the paper's layout. dtype: one of DTYPES; auto keeps the file's.
-    Raises EditError or ValueError for bad input, RunError if what was written is not what was read.
-    """
-    if not is_reference(source):
+def open_source(settings: Settings, say: Say) -> Path:
+    """A file, index or folder in the paper's layout. Raises EditError or ValueError for anything else."""
+    if not is_reference(settings.source):
         raise EditError(
-            f"{source!r} is no checkpoint in the paper's layout (gate_mlps.* beside a transformer), and its "
-            "routers cannot be written as such: they decide by other rules; use --format bundle or diffusers"
+            f"{settings.source!r} is not a checkpoint in the paper's layout (gate_mlps.* beside a "
+            "transformer), and its routers cannot be written as one: they decide by other rules; use "
+            "--format bundle or diffusers"
         )
-    path, wanted = Path(source).expanduser(), None if dtype == "auto" else DTYPES[dtype]
-    file = read_release(path)
-    build_routers(path, file.shapes)  # raises where the numbering has a gap
-    with new_folder(output, force) as building:
-        tensors = _read(path, wanted)
-        names = _write(tensors, building, shard_size)
-        difference = _difference(tensors, _read(building, None))
-        if difference != 0:
-            raise RunError(f"the written checkpoint differs by {difference:g} when loaded; nothing was kept")
-        transformer, routers = split_keys(file.shapes)
-        facts = {
-            "format": "reference",
-            "edit": __version__,
-            "source": path.name,
-            "tensors": {"transformer": len(transformer), "routers": len(routers)},
-            "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
-            "weights": names,
-            "difference": difference,
-        }
-        (building / "README.md").write_text(_card(facts, Path(output).name), encoding="utf-8")
-        manifest = write_manifest(building, facts)
-    size = sum(manifest["files"][name]["bytes"] for name in names)
-    return {"output": output, "bytes": size, **{k: v for k, v in manifest.items() if k != "files"}}
+    path = Path(settings.source).expanduser()
+    build_routers(path, read_release(path).shapes)  # raises where the numbering has a gap
+    return path
+
+
+def fill(path: Path, settings: Settings, folder: Path, say: Say) -> dict[str, Any]:
+    """Write the checkpoint. dtype "auto" keeps the file's. Raises RunError if it is another when loaded."""
+    say("writing")
+    tensors = _read(path, None if settings.dtype == "auto" else DTYPES[settings.dtype])
+    names = _write(tensors, folder, settings.shard_size)
+    say("loading it again")
+    difference = _difference(tensors, _read(folder, None))
+    if difference != 0:
+        raise RunError(f"the written checkpoint differs by {difference:g} when loaded; nothing was kept")
+    transformer, routers = split_keys(tensors)
+    return {
+        "source": path.name,
+        "tensors": {"transformer": len(transformer), "routers": len(routers)},
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
+        "weights": names,
+        "difference": difference,
+    }
 
 
 def _read(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -105,7 +99,8 @@ def _difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> floa
     return max(float((left[name].float() - right[name].float()).abs().max()) for name in left)
 
 
-def _card(facts: Mapping[str, Any], name: str) -> str:
+def model_card(facts: Mapping[str, Any], source: Path, name: str) -> str:
+    """README.md of the folder."""
     return f"""# {name}
 
 An elastic diffusion transformer in the layout of E-DiT's release (arXiv 2602.13993): a fine-tuned
@@ -117,16 +112,16 @@ The licence of the original checkpoint applies.
 """
 
 
-def as_table(found: Mapping[str, Any]) -> Any:
-    """What was made, for people."""
-    counts, files = found["tensors"], found["weights"]
+def as_table(facts: Mapping[str, Any]) -> Any:
+    """What was written, for people."""
+    counts, files = facts["tensors"], facts["weights"]
     where = files[0] if len(files) == 1 else f"{len(files)} shards"
     return two_columns(
         {
-            "written": f"{found['output']} ({where}, {found['bytes'] / 2**20:.2f} MiB, "
-            f"{', '.join(found['dtypes'])})",
+            "written": f"{facts['output']} ({where}, {facts['bytes'] / 2**20:.2f} MiB, "
+            f"{', '.join(facts['dtypes'])})",
             "tensors": f"{counts['transformer']} of the transformer, {counts['routers']} of its routers",
-            "checked": f"loaded again, largest difference {found['difference']:g}",
-            "use": f"edit generate PROMPT --model FOLDER --routers {found['output']}",
+            "checked": f"loaded again, largest difference {facts['difference']:g}",
+            "use": f"edit generate PROMPT --model FOLDER --routers {facts['output']}",
         }
     )

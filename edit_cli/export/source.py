@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -15,6 +15,8 @@ from backbones.spec import MeshBackbone
 from edit_cli.calibrate.calibration import Calibration
 from edit_cli.calibrate.inputs import Asked
 from edit_cli.errors import EditError
+from edit_cli.export.settings import Settings
+from edit_cli.export.write import Say
 from routers import bundle_file
 from routers.attachment import attach
 from routers.bundle import Bundle, load_bundle
@@ -27,29 +29,10 @@ SAMPLES, STEPS = 4, 3
 """Calibration: so many samples, seen at so many steps spread over a generation, in every branch."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """Checked options of an export of a model. budget: share of the dense FLOPs in (0, 1]; 1 freezes nothing.
-
-    prompts, images: as for `edit calibrate`; None: the model's own. dtype: one of DTYPES; what the model is
-    loaded, measured and written in. shard_size: most of a weight file, like "5GB"; None: diffusers' own.
-    """
-
-    source: str
-    budget: float = 1.0
-    prompts: str | None = None
-    images: str | None = None
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    shard_size: str | None = None
-
-
 @dataclass
 class Source:
     """A loaded dense model with requests to try it on. bundle: what its dynamic runs use, or None."""
 
-    request: Request
     calibration: Calibration
     bundle: Bundle | None
 
@@ -73,6 +56,17 @@ class Source:
         """Whether it makes meshes."""
         return isinstance(self.backbone, MeshBackbone)
 
+    @property
+    def is_static(self) -> bool:
+        """Whether the model is a static one already."""
+        return static.read_shape(self.backbone.folder) is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the transformer was loaded in, and is written in."""
+        dtype: torch.dtype = next(self.transformer.parameters()).dtype
+        return dtype
+
 
 @dataclass
 class Frozen:
@@ -83,30 +77,18 @@ class Frozen:
     calls: list[Inputs]
 
 
-def parse_budget(text: str | None, highest: str = "below 1") -> float:
-    """A share of the dense FLOPs. highest: "below 1", or "at most 1". Raises EditError."""
-    if text is None:
-        raise EditError("this format freezes one budget; give --budget B, like --budget 0.7")
-    try:
-        budget = float(text)
-    except ValueError:
-        budget = 0.0
-    if not 0 < budget < 1 and not (budget == 1 and highest == "at most 1"):
-        raise EditError(f"--budget {text!r} must be a number above 0 and {highest}, like 0.7")
-    return budget
-
-
-def open_source(request: Request) -> Source:
+def open_source(settings: Settings, say: Say) -> Source:
     """Load the model that a bundle or model names. Raises EditError, ValueError."""
-    model, bundle = find_model(request.source)
+    model, bundle = find_model(settings.source)
     if Path(model).expanduser().exists() and is_release_file(model):
         raise EditError(
-            f"{request.source!r} is a checkpoint in the paper's layout; only --format reference takes one"
+            f"{settings.source!r} is a checkpoint in the paper's layout; only --format reference takes one"
         )
+    say(f"loading {model}")
     asked = Asked(
-        model=model, prompts=request.prompts, images=request.images, background="auto", budgets=(),
-        samples=SAMPLES, probes=0, steps=None, guidance=None, seed=request.seed, batch_size=SAMPLES,
-        device=request.device, dtype=request.dtype, resume=False,
+        model=model, prompts=settings.prompts, images=settings.images, background="auto", budgets=(),
+        samples=SAMPLES, probes=0, steps=None, guidance=None, seed=0, batch_size=SAMPLES,
+        device="auto", dtype=settings.dtype, resume=False,
     )  # fmt: skip
     calibration = Calibration.open(asked)
     backbone: Any = calibration.backbone
@@ -114,7 +96,7 @@ def open_source(request: Request) -> Source:
         bundle = load_bundle(backbone.bundle)
     if bundle is not None:
         attach(calibration.pipe.transformer, bundle, budget=1.0).detach()  # raises if it does not fit
-    return Source(request, calibration, bundle)
+    return Source(calibration, bundle)
 
 
 def find_model(source: str) -> tuple[str, Bundle | None]:
@@ -138,22 +120,22 @@ def _is_bundle_file(path: Path) -> bool:
         return False
 
 
-def is_static(source: Source) -> bool:
-    """Whether the model is a static one already."""
-    return static.read_shape(source.backbone.folder) is not None
-
-
-def freeze(source: Source, report: Callable[[float, float], None]) -> Frozen:
-    """Choose and cut at the request's budget. Raises EditError for what is static already, ValueError."""
-    if is_static(source):
+def freeze(source: Source, budget: float, say: Say) -> Frozen:
+    """Choose and cut at a budget below 1. Raises EditError for what is static already, ValueError."""
+    if source.is_static:
         raise EditError(
-            f"{source.request.source!r} is a static model already; give the model that it was made from, "
+            f"{source.backbone.source!r} is a static model already; give the model that it was made from, "
             "or --format torch-export --budget 1"
         )
     spec, transformer = source.backbone.family.transformer, source.transformer
+    say("recording calls of dense runs")
     calls = calibration_calls(source)
+    say("ordering hidden units")
     order_units(transformer, spec, calls)
-    choice = choose(transformer, spec, calls, source.request.budget, report)
+    choice = choose(
+        transformer, spec, calls, budget,
+        lambda spent, error: say(f"choosing what to leave out: {spent:.0%} of the FLOPs left"),
+    )  # fmt: skip
     small: Any = frozen(transformer, spec, choice.shape)
     counts = static.block_counts(small, spec)
     if not source.meshes:
@@ -173,13 +155,12 @@ def calibration_calls(source: Source) -> list[Inputs]:
     return calls
 
 
-def largest_difference(left: nn.Module, right: nn.Module, calls: list[Inputs]) -> float:
-    """Largest absolute difference of two transformers' outputs on calls."""
-    import torch
-
-    with torch.no_grad():
-        return max(float((_out(left, call) - _out(right, call)).abs().max()) for call in calls)
+@torch.no_grad()
+def outputs(transformer: nn.Module, calls: list[Inputs]) -> list[Tensor]:
+    """What a transformer gives for recorded calls, float32."""
+    return [first_tensor(transformer(**call)).float() for call in calls]
 
 
-def _out(transformer: nn.Module, call: Inputs) -> Tensor:
-    return first_tensor(transformer(**call)).float()
+def largest_difference(left: list[Tensor], right: list[Tensor]) -> float:
+    """Largest absolute difference of two lists of tensors."""
+    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))

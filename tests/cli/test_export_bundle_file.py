@@ -118,9 +118,9 @@ BAD = [
     (["bundle"], "no place to write to; give --output FOLDER"),
     (["bundle", "-o", "out", "--format", "gguf"], "--format 'gguf' is unknown; allowed are bundle"),
     (["bundle", "-o", "nowhere/out"], "does not exist; create it with: mkdir -p"),
-    (["bundle", "-o", "bundle", "--force"], "--output 'bundle' exists and is no export of edit"),
+    (["bundle", "-o", "bundle", "--force"], "--output 'bundle' exists and is not an export of edit"),
     (["no-bundle", "-o", "out"], "is no pipeline folder"),
-    (["a.safetensors", "-o", "out"], "is one file already, or no bundle"),
+    (["a.safetensors", "-o", "out"], "is one file already, or not a bundle"),
     (["broken", "-o", "out"], "is not a bundle folder: routers.safetensors is missing"),
 ]
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from backbones import mesh_registry, registry
 from edit_cli.errors import RunError
-from edit_cli.export import diffusers_folder as export_diffusers
 from edit_cli.export import reference as export_reference
-from edit_cli.export.source import Request
+from edit_cli.export.settings import Settings
+from edit_cli.export.write import export
 from edit_cli.generate.pictures import psnr
 from routers.bundle import load_bundle
 from routers.paper.checkpoint import is_release_file, read_release
@@ -43,9 +43,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_release_comes_back_and_runs_exactly(case: Path, shard_size, tmp_path: Path) -> None:
     """The exported checkpoint reproduces the recorded trajectory, decisions included."""
     out = tmp_path / "out"
-    found = export_reference.export_reference(
-        str(case / "weights.safetensors"), str(out), False, shard_size=shard_size
-    )
+    settings = Settings(str(case / "weights.safetensors"), str(out), "reference", shard_size=shard_size)
+    found = export(settings)
     assert found["difference"] == 0
     assert (len(found["weights"]) > 1) == (shard_size is not None)
     assert is_release_file(out)
@@ -63,7 +62,7 @@ def test_every_key_of_the_published_file_is_written(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file({name: torch.zeros([1] * len(shape)) for name, shape in table.items()}, file)
     out = tmp_path / "out"
-    found = export_reference.export_reference(str(file), str(out), False, "bf16", "2KB")
+    found = export(Settings(str(file), str(out), "reference", dtype="bf16", shard_size="2KB"))
     written = read_release(out)
     assert set(written.shapes) == set(table)
     assert len(written.shards) == len(found["weights"]) > 1
@@ -80,9 +79,7 @@ def test_a_changed_file_is_not_kept(tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(export_reference, "_write", spoiled)
     with pytest.raises(RunError, match="differs by 1 when loaded") as caught:
-        export_reference.export_reference(
-            str(RELEASES[0] / "weights.safetensors"), str(tmp_path / "x"), False
-        )
+        export(Settings(str(RELEASES[0] / "weights.safetensors"), str(tmp_path / "x"), "reference"))
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -125,8 +122,8 @@ def test_meshes_keep_their_own_layout(mesh_folder: Path, tmp_path: Path, edit_he
     picture = Image.new("RGBA", (48, 48), (0, 0, 0, 0))
     picture.paste((200, 40, 40, 255), (12, 12, 36, 36))
     picture.save(folder / "a.png")
-    request = Request(str(mesh_folder), images=str(folder), dtype="fp16")
-    found = export_diffusers.export_diffusers(request, str(tmp_path / "out"), False)
+    out = str(tmp_path / "out")
+    found = export(Settings(str(mesh_folder), out, "diffusers", images=str(folder), dtype="fp16"))
     assert found["difference"] <= 3e-2 and found["dtype"] == "float16"
     row = mesh_registry.resolve(str(tmp_path / "out"))
     assert row.bundle is not None
@@ -140,9 +137,7 @@ def test_meshes_keep_their_own_layout(mesh_folder: Path, tmp_path: Path, edit_he
 
 
 def test_half_precision_is_written_as_such(qwen_folder: Path, tmp_path: Path) -> None:
-    found = export_diffusers.export_diffusers(
-        Request(str(qwen_folder), dtype="bf16"), str(tmp_path / "out"), False
-    )
+    found = export(Settings(str(qwen_folder), str(tmp_path / "out"), "diffusers", dtype="bf16"))
     file = next((tmp_path / "out" / "transformer").glob("*.safetensors"))
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
     assert found["dtype"] == "bfloat16"
@@ -181,17 +176,17 @@ def test_merged_lora_is_the_attached_one(case) -> None:
 
 
 BAD = [
-    (["bundle", "--format", "reference"], "is no checkpoint in the paper's layout (gate_mlps.* beside"),
+    (["bundle", "--format", "reference"], "is not a checkpoint in the paper's layout (gate_mlps.* beside"),
     (["qwen", "--format", "reference"], "use --format bundle or diffusers"),
     (["release", "--format", "diffusers"], "only --format reference takes one"),
     (["release", "--format", "static", "--budget", "0.5"], "only --format reference takes one"),
-    (["release"], "is one file already, or no bundle"),
+    (["release"], "is one file already, or not a bundle"),
     (["torn", "--format", "reference"], "is truncated"),
     (["qwen", "--format", "diffusers", "--budget", "0.5"], "--budget does not apply to --format diffusers"),
     (["qwen", "--dtype", "fp16"], "--dtype does not apply to --format bundle, only to reference, diffusers"),
     (["release", "--format", "reference", "--dtype", "int8"], "--dtype 'int8' is unknown; allowed are auto"),
-    (["release", "--format", "reference", "--shard-size", "big"], "--shard-size 'big' is no size"),
-    (["release", "--format", "reference", "--shard-size", "0GB"], "--shard-size '0GB' is no size"),
+    (["release", "--format", "reference", "--shard-size", "big"], "--shard-size 'big' is not a size"),
+    (["release", "--format", "reference", "--shard-size", "0GB"], "--shard-size '0GB' is not a size"),
     (
         ["qwen", "--format", "torch-export", "--budget", "1", "--shard-size", "1GB"],
         "--shard-size does not apply to --format torch-export, only to reference, diffusers, static",

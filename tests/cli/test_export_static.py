@@ -15,7 +15,8 @@ from backbones.spec import Placement
 from edit_cli.errors import EditError
 from edit_cli.export import program as export_torch
 from edit_cli.export import static as export_static
-from edit_cli.export.source import Request
+from edit_cli.export.settings import Settings
+from edit_cli.export.write import export
 from routers.width import out_features
 
 
@@ -50,7 +51,9 @@ def check_manifest(folder: Path) -> dict:
 def test_static_pictures(name: str, request, tmp_path: Path, edit_here) -> None:
     source = request.getfixturevalue(name)
     out = tmp_path / "small"
-    found = export_static.export_static(Request(str(source), 0.6), str(out), False)
+    said: list[str] = []
+    found = export(Settings(str(source), str(out), "static", budget=0.6), said.append)
+    assert [text for text in said if text.startswith("choosing what to leave out: ")]
     assert found["difference"] <= 1e-5
     assert 0.3 < found["flops"] <= 0.6
     assert found["parameters"]["static"] < found["parameters"]["dense"]
@@ -93,8 +96,7 @@ def test_static_pictures(name: str, request, tmp_path: Path, edit_here) -> None:
 def test_static_mesh(mesh_folder: Path, pictures: Path, tmp_path: Path) -> None:
     """Both lists have one block, so nothing can be dropped and all is saved by widths."""
     out = tmp_path / "small"
-    request = Request(str(mesh_folder), 0.9, images=str(pictures))
-    found = export_static.export_static(request, str(out), False)
+    found = export(Settings(str(mesh_folder), str(out), "static", budget=0.9, images=str(pictures)))
     assert found["dropped"] == [] and found["widths"]
     assert found["difference"] <= 1e-5
     check_manifest(out)
@@ -106,9 +108,7 @@ def test_static_mesh(mesh_folder: Path, pictures: Path, tmp_path: Path) -> None:
     sizes = [out_features(block.img_mlp[0]) / 128]
     assert narrowest in sizes or found["widths"].get("1") == narrowest
     with pytest.raises((EditError, ValueError), match=r"a static model of budget 0\.1 is not possible"):
-        export_static.export_static(
-            Request(str(mesh_folder), 0.1, images=str(pictures)), str(tmp_path / "no"), False
-        )
+        export(Settings(str(mesh_folder), str(tmp_path / "no"), "static", budget=0.1, images=str(pictures)))
     assert not (tmp_path / "no").exists()
 
 
@@ -117,7 +117,8 @@ def test_static_mesh(mesh_folder: Path, pictures: Path, tmp_path: Path) -> None:
 def test_program_gives_the_same_elsewhere(name: str, budget: float, request, tmp_path: Path) -> None:
     source = request.getfixturevalue(name)
     out = tmp_path / "program"
-    found = export_torch.export_torch(Request(str(source), budget), str(out), False, 2, 7)
+    settings = Settings(str(source), str(out), "torch-export", budget=budget, batch_size=2, text_tokens=7)
+    found = export(settings)
     assert found["difference"] < 1e-4
     assert found["inputs"][0]["shape"][0] == 2 and found["inputs"][1]["shape"][1] == 7
     assert check_manifest(out)["inputs"] == found["inputs"]
@@ -127,8 +128,8 @@ def test_program_gives_the_same_elsewhere(name: str, budget: float, request, tmp
 
 
 def test_program_of_a_mesh_model(mesh_folder: Path, pictures: Path, tmp_path: Path) -> None:
-    request = Request(str(mesh_folder), 1.0, images=str(pictures))
-    found = export_torch.export_torch(request, str(tmp_path / "program"), False, 1)
+    out = str(tmp_path / "program")
+    found = export(Settings(str(mesh_folder), out, "torch-export", images=str(pictures)))
     assert found["difference"] < 1e-4
     assert [i["name"] for i in found["inputs"]] == ["x", "t", "contexts.main"]
 
@@ -146,7 +147,7 @@ def test_wrong_program_is_not_kept(qwen_folder: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(export_torch, "write_program", spoiled)
     with pytest.raises(EditError, match="the exported program differs by") as caught:
-        export_torch.export_torch(Request(str(qwen_folder), 1.0), str(tmp_path / "p"), False, 1, 4)
+        export(Settings(str(qwen_folder), str(tmp_path / "p"), "torch-export", text_tokens=4))
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
 
