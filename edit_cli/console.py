@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
     from rich.table import Table
 
 
@@ -99,6 +99,19 @@ def progress(enabled: bool) -> Iterator[Progress | None]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr(), transient=True) as bars:
         yield bars
+
+
+def phases(bars: Progress | None) -> Callable[..., None]:
+    """A function (phase, done, total, beside="") that shows a bar per phase, with a text beside its name."""
+    tasks: dict[str, TaskID] = {}
+
+    def report(phase: str, done: int, total: int, beside: str = "") -> None:
+        if bars is not None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done, total=total, description=f"{phase} {beside}".strip())
+
+    return report
 
 
 def _escape(text: str) -> str:

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from backbones.workloads import MeshWorkload, PipelineWorkload, embed, encode
 from edit_cli import __version__
 from edit_cli.calibrate import training as calibrate_train
 from edit_cli.calibrate.inputs import Asked, read_images
-from edit_cli.console import print_warning
+from edit_cli.console import phases, print_warning
 from edit_cli.errors import EditError, RunError, bad_input
 from edit_cli.generate.clock import StageClock
 from edit_cli.generate.mesh_session import MeshSession
@@ -112,7 +112,7 @@ class Calibration:
     def fit(self, bars: Any) -> routers.Bundle:
         """A new bundle for this model. Raises RunError if the state cannot be kept."""
         start = time.perf_counter()
-        transformer, report = self.pipe.transformer, _reporter(bars)
+        transformer, report = self.pipe.transformer, phases(bars)
         try:
             bundle = fit(
                 transformer, self.backbone.family.transformer, self.train, self.backbone.name,
@@ -138,7 +138,7 @@ class Calibration:
         """Quality, spend and time at the asked budgets, on requests that were not fitted."""
         start = time.perf_counter()
         served = {round(max(budget, bundle.min_budget), 3) for budget in self.asked.budgets}
-        report = _reporter(bars)
+        report = phases(bars)
         rows = evaluate(
             self.pipe.transformer, bundle, self.judge, sorted(served), lambda d, t: report("measure", d, t)
         )
@@ -260,16 +260,3 @@ def _digest(inputs: Sequence[str]) -> str:
 
 def _unwritable(folder: Path, error: OSError) -> str:
     return f"bundle folder {str(folder)!r} cannot be written: {error.strerror or error}"
-
-
-def _reporter(bars: Any) -> Callable[[str, int, int], None]:
-    tasks: dict[str, Any] = {}
-
-    def report(phase: str, done: int, total: int) -> None:
-        if bars is None:
-            return
-        if phase not in tasks:
-            tasks[phase] = bars.add_task(phase, total=total)
-        bars.update(tasks[phase], completed=done, total=total)
-
-    return report

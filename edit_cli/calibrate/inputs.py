@@ -11,6 +11,7 @@ from backbones import mesh_registry, registry
 from backbones.spec import MeshBackbone
 from edit_cli import checks as values
 from edit_cli.errors import EditError
+from edit_cli.files import reason
 from edit_cli.generate.outputs import PICTURE_SUFFIXES
 from routers.train.settings import TrainSettings
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 POINTS = 8
 """Budgets measured by default."""
+OBJECTS = "a folder of pictures of one object each"
 OWN_PICTURES = "calibration"
 """Folder of calibration pictures inside a mesh model's folder."""
 
@@ -95,10 +97,29 @@ def parse_budgets(text: str) -> tuple[float, ...]:
             raise ValueError
     except ValueError:
         raise EditError(
-            f"--budgets {text!r} is no range of budgets; give LOW:HIGH or LOW:HIGH:COUNT, "
+            f"--budgets {text!r} is not a range of budgets; give LOW:HIGH or LOW:HIGH:COUNT, "
             "0 < LOW < HIGH <= 1 and 2 to 100 of them, like 0.35:1.0:8"
         ) from None
     return tuple(low + (high - low) * i / (count - 1) for i in range(count))
+
+
+def picture_files(option: str, folder: str, wanted: str) -> list[Path]:
+    """Pictures of a folder in the order of their names. wanted: what to give instead. Raises EditError."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise EditError(f"{option} {folder!r} {what}; give {wanted}")
+    try:
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    except OSError as error:
+        raise EditError(
+            f"{option} {folder!r} cannot be read: {reason(error)}; check its permissions"
+        ) from error
+    if not files:
+        raise EditError(
+            f"{option} {folder!r} does not hold pictures; put {', '.join(PICTURE_SUFFIXES)} files there"
+        )
+    return files
 
 
 def read_images(backbone: MeshBackbone, folder: str | None, background: str) -> dict[str, Image.Image]:
@@ -106,35 +127,23 @@ def read_images(backbone: MeshBackbone, folder: str | None, background: str) -> 
 
     folder None: those in the model's own folder.
     """
-    own = None if backbone.folder is None else backbone.folder / OWN_PICTURES
-    if folder is None and (own is None or not own.is_dir()):
-        raise EditError(
-            f"{backbone.name!r} makes meshes from pictures and none were given; "
-            "add --images DIR, a folder of pictures of one object each"
-        )
-    path, where = (own, str(own)) if folder is None else (Path(folder).expanduser(), folder)
-    assert path is not None
-    if not path.is_dir():
-        what = "is no folder" if path.exists() else "does not exist"
-        raise EditError(f"--images {where!r} {what}; give a folder of pictures of one object each")
-    try:
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise EditError(f"--images {where!r} cannot be read: {reason}; check its permissions") from error
-    if not files:
-        raise EditError(
-            f"--images {where!r} holds no picture; put {', '.join(PICTURE_SUFFIXES)} files of one object "
-            "each there"
-        )
+    if folder is None:
+        beside = None if backbone.folder is None else backbone.folder / OWN_PICTURES
+        if beside is None or not beside.is_dir():
+            raise EditError(
+                f"{backbone.name!r} makes meshes from pictures and none were given; "
+                "add --images DIR, a folder of pictures of one object each"
+            )
+        folder = str(beside)
+    files = picture_files("--images", folder, OBJECTS)
     from edit_cli.generate.cutout import (  # numpy and Pillow, which `edit --help` can do without
         cut_out,
         open_rgba,
     )
 
-    found: dict[str, Image.Image] = {}
+    pictures: dict[str, Image.Image] = {}
     for file in files:
         name = values.readable_file("IMAGE", str(file))
         picture, _ = cut_out(open_rgba(name), background, name)
-        found[hashlib.sha256(file.read_bytes()).hexdigest()] = picture
-    return found
+        pictures[hashlib.sha256(file.read_bytes()).hexdigest()] = picture
+    return pictures

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edit_cli import checks as values
-from edit_cli.console import print_warning
+from edit_cli.calibrate.inputs import picture_files
+from edit_cli.console import phases, print_warning
 from edit_cli.errors import EditError, RunError
-from edit_cli.generate.outputs import PICTURE_SUFFIXES
 from routers.train.settings import KINDS, PRECISIONS, TrainSettings
 
 if TYPE_CHECKING:
@@ -103,16 +103,8 @@ def settings(
 
 def read_data(folder: str) -> list[tuple[Path, str]]:
     """Pictures with their prompts, in the order of their names. Raises EditError."""
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        what = "is no folder" if path.exists() else "does not exist"
-        raise EditError(
-            f"--data {folder!r} {what}; give a folder of pictures, each with its prompt in a .txt"
-        )
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
-    if not files:
-        raise EditError(f"--data {folder!r} holds no picture; put {', '.join(PICTURE_SUFFIXES)} files there")
-    found = []
+    files = picture_files("--data", folder, "a folder of pictures, each with its prompt in a .txt")
+    pictures = []
     for file in files:
         text = file.with_suffix(".txt")
         values.picture_file("--data", str(file))
@@ -124,8 +116,8 @@ def read_data(folder: str) -> list[tuple[Path, str]]:
             ) from None
         if not prompt:
             raise EditError(f"--data {str(text)!r} is empty; write the picture's prompt there")
-        found.append((file, prompt))
-    return found
+        pictures.append((file, prompt))
+    return pictures
 
 
 def open_processes(chosen: TrainSettings, device: str) -> Any:
@@ -161,7 +153,7 @@ def train(session: Calibration, output: Path, bars: Any) -> routers.Bundle:
     close: Callable[[], None] = lambda: None  # noqa: E731
     training = Training(
         session.pipe.transformer, session.backbone.family.transformer, session.train, chosen, processes,
-        session.state, session.data, reporter(bars),
+        session.state, session.data, phases(bars),
     )  # fmt: skip
     if processes.is_main_process:
         try:
@@ -179,17 +171,3 @@ def train(session: Calibration, output: Path, bars: Any) -> routers.Bundle:
         ) from error
     finally:
         close()
-
-
-def reporter(bars: Any) -> Callable[[str, int, int, str], None]:
-    """Progress of phases, with what is said beside them (the current loss)."""
-    tasks: dict[str, Any] = {}
-
-    def report(phase: str, done: int, total: int, beside: str) -> None:
-        if bars is None:
-            return
-        if phase not in tasks:
-            tasks[phase] = bars.add_task(phase, total=total)
-        bars.update(tasks[phase], completed=done, total=total, description=f"{phase} {beside}".strip())
-
-    return report

@@ -135,7 +135,7 @@ def calibrate(
         data=data,
     )
     if asked.meshes and images is not None and not Path(images).expanduser().is_dir():
-        what = "is no folder" if Path(images).expanduser().exists() else "does not exist"
+        what = "is not a folder" if Path(images).expanduser().exists() else "does not exist"
         raise EditError(f"--images {images!r} {what}; give a folder of pictures of one object each")
     run(asked, None if output is None else Path(output), evaluate, json_output, quiet)
 

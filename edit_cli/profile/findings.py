@@ -12,6 +12,7 @@ import torch
 from edit_cli import __version__
 from edit_cli.profile.measure import (
     Measured,
+    Timed,
     Variant,
     block_seconds,
     flops_per_block,
@@ -169,14 +170,14 @@ def _actions(trace: Trace, sample: int, steps: int) -> dict[str, list[str]]:
     return rows
 
 
-def _spans(timed: Any) -> list[list[Any]]:
+def _spans(timed: Timed) -> list[list[Any]]:
     """[part, step, branch, block, start in s, seconds] of one round, its pipeline calls one after another."""
-    found: list[list[Any]] = []
+    rows: list[list[Any]] = []
     offset = 0.0
     for spans, calls in zip(timed.spans, timed.calls, strict=True):
         for span in sorted(spans, key=lambda span: span.start):
             info = calls[span.call]
             start, seconds = round(offset + span.start, 7), round(span.seconds, 7)
-            found.append([span.part, info.step, info.branch, span.block, start, seconds])
+            rows.append([span.part, info.step, info.branch, span.block, start, seconds])
         offset += max((span.start + span.seconds for span in spans), default=0.0)
-    return found
+    return rows

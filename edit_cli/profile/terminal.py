@@ -180,7 +180,7 @@ def _summary(trace: Mapping[str, Any]) -> dict[str, str]:
 
 def costs(trace: Mapping[str, Any]) -> dict[str, str]:
     """Compute, memory and host reads per run, the cost of profiling, and Amdahl's limit."""
-    found: dict[str, str] = {}
+    lines: dict[str, str] = {}
     dense = trace["runs"][0]
     for run in trace["runs"]:
         name = run["name"] if run is dense or run["budget"] is None else f"budget {run['name']}"
@@ -193,10 +193,10 @@ def costs(trace: Mapping[str, Any]) -> dict[str, str]:
         if run is not dense:
             line += f"; denoising takes {ratio:.2f} of the dense time"
             line += "".join(f", {name_} {fmean(v):.4g}" for name_, v in run["quality"].items())
-        found[name] = line
-    found["profiling"] = overhead_line(trace)
-    found["limit"] = limit_line(trace)
-    return found
+        lines[name] = line
+    lines["profiling"] = overhead_line(trace)
+    lines["limit"] = limit_line(trace)
+    return lines
 
 
 def overhead_line(trace: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edit_cli.errors import EditError
+from edit_cli.files import reason
 from edit_cli.profile.plan import DENSE_METRICS, ELASTIC_METRICS
 
 FORMAT, VERSION = "edit-trace", 1
@@ -51,31 +52,30 @@ def write_trace(trace: Mapping[str, Any]) -> bytes:
 
 def read_trace(path: str) -> dict[str, Any]:
     """A trace.json. Raises EditError for what is missing, damaged, foreign, or of another version."""
+    where = f"--from {path!r}"
     try:
         text = Path(path).expanduser().read_bytes().decode("utf-8")
     except UnicodeDecodeError:
-        raise EditError(f"--from {path!r} is no text file; give a trace.json made by edit profile") from None
+        raise EditError(f"{where} is not a text file; give a trace.json made by edit profile") from None
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
         raise EditError(
-            f"--from {path!r} cannot be read: {reason}; give a trace.json made by edit profile"
+            f"{where} cannot be read: {reason(error)}; give a trace.json made by edit profile"
         ) from None
     try:
         trace = json.loads(text)
     except ValueError as error:
-        raise EditError(f"--from {path!r} is no complete JSON file ({error}); profile again") from None
+        raise EditError(f"{where} is not a complete JSON file ({error}); profile again") from None
     if not isinstance(trace, dict) or trace.get("format") != FORMAT:
-        raise EditError(f"--from {path!r} is no trace of edit profile: it has no format {FORMAT!r}")
+        raise EditError(f"{where} is not a trace of edit profile: it does not have format {FORMAT!r}")
     if trace.get("version") != VERSION:
         raise EditError(
-            f"--from {path!r} has trace version {trace.get('version')!r}, this program reads {VERSION}; "
-            "profile again"
+            f"{where} has trace version {trace.get('version')!r}, this program reads {VERSION}; profile again"
         )
     try:
         check_trace(trace)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise EditError(f"--from {path!r} is a damaged trace: {what}; profile again") from None
+        raise EditError(f"{where} is a damaged trace: {what}; profile again") from None
     return trace
 
 
@@ -88,52 +88,43 @@ def check_trace(trace: Mapping[str, Any]) -> None:
         raise ValueError(f"{steps!r} steps of {blocks} blocks")
     for block in trace["blocks"]:
         block["kind"].strip()
-    samples = len(trace["request"]["samples"])
-    names = [run["name"] for run in trace["runs"]]
-    if not names or names[0] != "dense":
+    if not trace["runs"] or trace["runs"][0]["name"] != "dense":
         raise ValueError("its first run is not the dense one")
     for run in trace["runs"]:
-        where = f"run {run['name']!r}"
-        _check_grid(f"{where}: block_seconds", run["block_seconds"], steps, blocks)
-        if run["drift"] is not None:
-            _check_grid(f"{where}: drift", run["drift"], steps, blocks)
-        if len(run["actions"]) != samples:
-            raise ValueError(f"{where} has decisions of {len(run['actions'])} samples, not {samples}")
-        for sample in run["actions"]:
-            for branch, rows in sample.items():
-                if len(rows) != steps or any(len(row) != blocks or set(row) - set(CODES) for row in rows):
-                    raise ValueError(
-                        f"{where}, branch {branch!r}: decisions are not {steps} x {blocks} codes"
-                    )
-        for name in ("seconds", "flops", "parts"):
-            if not all(isinstance(v, (int, float)) and v >= 0 for v in run[name].values()):
-                raise ValueError(f"{where}: {name} holds something else than numbers")
-        for span in run["spans"]:
-            if len(span) != 6:
-                raise ValueError(f"{where}: a span has {len(span)} entries, not 6")
-            if span[0] not in run["parts"] or not -1 <= span[3] < blocks:
-                raise ValueError(f"{where}: a span of {span[0]!r}, block {span[3]!r}")
-        for name in (
-            "spent",
-            "host_reads",
-            "cache_bytes",
-            "peak_bytes",
-            "block_flops",
-            "quality",
-            "pictures",
-        ):
-            run[name]
+        _check_run(run, steps, blocks, len(trace["request"]["samples"]))
     for name in ("adds", "similarity", "cost") if trace["kind"] == "dense" else ():
         _check_grid(f"maps: {name}", trace["maps"][name], steps, blocks)
     for name in ("model", "made", "timing", "limits", "warnings", "bundle", "branches"):
         trace[name]
 
 
+def _check_run(run: Mapping[str, Any], steps: int, blocks: int, samples: int) -> None:
+    where = f"run {run['name']!r}"
+    _check_grid(f"{where}: block_seconds", run["block_seconds"], steps, blocks)
+    if run["drift"] is not None:
+        _check_grid(f"{where}: drift", run["drift"], steps, blocks)
+    if len(run["actions"]) != samples:
+        raise ValueError(f"{where} has decisions of {len(run['actions'])} samples, not {samples}")
+    for branch, rows in (each for sample in run["actions"] for each in sample.items()):
+        if len(rows) != steps or any(len(row) != blocks or set(row) - set(CODES) for row in rows):
+            raise ValueError(f"{where}, branch {branch!r}: decisions are not {steps} x {blocks} codes")
+    for name in ("seconds", "flops", "parts"):
+        if not all(isinstance(v, (int, float)) and v >= 0 for v in run[name].values()):
+            raise ValueError(f"{where}: {name} holds values that are not numbers")
+    for span in run["spans"]:
+        if len(span) != 6:
+            raise ValueError(f"{where}: a span has {len(span)} entries, not 6")
+        if span[0] not in run["parts"] or not -1 <= span[3] < blocks:
+            raise ValueError(f"{where}: a span of {span[0]!r}, block {span[3]!r}")
+    for name in ("spent", "host_reads", "cache_bytes", "peak_bytes", "block_flops", "quality", "pictures"):
+        run[name]
+
+
 def _check_grid(where: str, rows: Any, steps: int, blocks: int) -> None:
     if len(rows) != steps or any(len(row) != blocks for row in rows):
         raise ValueError(f"{where} is not {steps} x {blocks}")
     if not all(value is None or isinstance(value, (int, float)) for row in rows for value in row):
-        raise ValueError(f"{where} holds something else than numbers")
+        raise ValueError(f"{where} holds values that are not numbers")
 
 
 def metrics_of(trace: Mapping[str, Any]) -> tuple[str, ...]:

@@ -40,15 +40,15 @@ def desk(tmp_path: Path) -> Path:
 BAD = [
     (
         ["-o", "b", "--budgets", "0.5"],
-        "--budgets '0.5' is no range of budgets; give LOW:HIGH or LOW:HIGH:COUNT",
+        "--budgets '0.5' is not a range of budgets; give LOW:HIGH or LOW:HIGH:COUNT",
     ),
-    (["-o", "b", "--budgets", "1:0.5"], "--budgets '1:0.5' is no range"),
-    (["-o", "b", "--budgets", "0:1"], "--budgets '0:1' is no range"),
-    (["-o", "b", "--budgets", "0.5:1.1"], "--budgets '0.5:1.1' is no range"),
-    (["-o", "b", "--budgets", "0.5:1:1"], "--budgets '0.5:1:1' is no range"),
-    (["-o", "b", "--budgets", "0.5:1:two"], "--budgets '0.5:1:two' is no range"),
-    (["-o", "b", "--budgets", "0.5:1:4:2"], "--budgets '0.5:1:4:2' is no range"),
-    (["-o", "b", "--budgets", "nan:1"], "--budgets 'nan:1' is no range"),
+    (["-o", "b", "--budgets", "1:0.5"], "--budgets '1:0.5' is not a range"),
+    (["-o", "b", "--budgets", "0:1"], "--budgets '0:1' is not a range"),
+    (["-o", "b", "--budgets", "0.5:1.1"], "--budgets '0.5:1.1' is not a range"),
+    (["-o", "b", "--budgets", "0.5:1:1"], "--budgets '0.5:1:1' is not a range"),
+    (["-o", "b", "--budgets", "0.5:1:two"], "--budgets '0.5:1:two' is not a range"),
+    (["-o", "b", "--budgets", "0.5:1:4:2"], "--budgets '0.5:1:4:2' is not a range"),
+    (["-o", "b", "--budgets", "nan:1"], "--budgets 'nan:1' is not a range"),
     (["-o", "b", "--samples", "3"], "--samples '3' is out of range; allowed are whole numbers from 4"),
     (["-o", "b", "--probes", "x"], "--probes 'x' is not a whole number"),
     (
@@ -68,14 +68,14 @@ BAD = [
         "--images is for models that make meshes and",
     ),
     (["-o", "b", "-m", MESHES, "--images", "none"], "--images 'none' does not exist; give a folder"),
-    (["-o", "b", "-m", MESHES, "--images", "taken"], "--images 'taken' is no folder; give a folder"),
+    (["-o", "b", "-m", MESHES, "--images", "taken"], "--images 'taken' is not a folder; give a folder"),
 ]
 """Found before torch is imported."""
 
 BAD_LATER = [
     (["-o", "b", "-m", MESHES], "makes meshes from pictures and none were given; add --images DIR"),
-    (["-o", "b", "-m", MESHES, "--images", "empty"], "--images 'empty' holds no picture; put .png"),
-    (["-o", "b", "-m", MESHES, "--images", "notes"], "--images 'notes' holds no picture"),
+    (["-o", "b", "-m", MESHES, "--images", "empty"], "--images 'empty' does not hold pictures; put .png"),
+    (["-o", "b", "-m", MESHES, "--images", "notes"], "--images 'notes' does not hold pictures"),
     (["-o", "b", "-m", MESHES, "--images", "damaged"], "a.png' is no readable picture"),
     (["-o", "b", "-m", MESHES, "--images", "clear"], "a.png' is fully transparent"),
     (["-o", "b", "-m", MESHES, "--images", "folders"], "a.png' is no file"),
@@ -113,7 +113,7 @@ def test_budgets_are_evenly_spaced(text: str, budgets: tuple[float, int]) -> Non
 
 
 def test_budgets_that_are_none_raise() -> None:
-    with pytest.raises(EditError, match="is no range of budgets"):
+    with pytest.raises(EditError, match="is not a range of budgets"):
         parse_budgets("")
 
 

@@ -96,7 +96,7 @@ def test_warnings_of_the_whole(path, value, message):
 
 def test_missing_routers_are_named():
     (found,) = warnings_of(make_trace() | {"bundle": None}, 64)
-    assert found.startswith("no routers here")
+    assert found.startswith("no routers were given")
     assert warnings_of(make_trace(budget=None) | {"bundle": None}, 64) == []
 
 
@@ -224,14 +224,14 @@ def desk(tmp_path):
 
 NO_TRACE = [
     (["nowhere.json"], "--from 'nowhere.json' cannot be read: no such file"),
-    (["cut.json"], "--from 'cut.json' is no complete JSON file"),
-    (["binary.json"], "--from 'binary.json' is no text file"),
-    (["foreign.json"], "--from 'foreign.json' is no trace of edit profile"),
-    (["list.json"], "--from 'list.json' is no trace of edit profile"),
+    (["cut.json"], "--from 'cut.json' is not a complete JSON file"),
+    (["binary.json"], "--from 'binary.json' is not a text file"),
+    (["foreign.json"], "--from 'foreign.json' is not a trace of edit profile"),
+    (["list.json"], "--from 'list.json' is not a trace of edit profile"),
     (["newer.json"], "has trace version 2, this program reads 1; profile again"),
     (["short.json"], "is a damaged trace: run '0.5', branch 'main': decisions are not 2 x 3 codes"),
     (["code.json"], "decisions are not 2 x 3 codes; profile again"),
-    (["words.json"], "run 'dense': block_seconds holds something else than numbers"),
+    (["words.json"], "run 'dense': block_seconds holds values that are not numbers"),
     (["headless.json"], "its first run is not the dense one"),
     (["missing.json"], "is a damaged trace: 'spent' is missing"),
     (

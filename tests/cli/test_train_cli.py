@@ -61,8 +61,8 @@ BAD = [
     ([*TRAIN, "--data", "good", "--prompts", "p.txt"], "--data brings its own prompts; leave --prompts out"),
     ([*TRAIN, "-m", MESHES, "--data", "good"], "--data is for models that make pictures; for meshes leave"),
     ([*TRAIN, "-m", PICTURES, "--data", "gone"], "--data 'gone' does not exist; give a folder of pictures"),
-    ([*TRAIN, "-m", PICTURES, "--data", "p.txt"], "--data 'p.txt' is no folder"),
-    ([*TRAIN, "-m", PICTURES, "--data", "empty"], "--data 'empty' holds no picture; put .png"),
+    ([*TRAIN, "-m", PICTURES, "--data", "p.txt"], "--data 'p.txt' is not a folder"),
+    ([*TRAIN, "-m", PICTURES, "--data", "empty"], "--data 'empty' does not hold pictures; put .png"),
     (
         [*TRAIN, "-m", PICTURES, "--data", "silent"],
         "a.png' has no readable a.txt beside it; write its prompt",
