@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from backbones.flux_checkpoint import DIFFUSERS, ORIGINAL
-from backbones.spec import Config, Defaults, Family
+from backbones.spec import CallSize, Config, Configs, Defaults, Family, Traits
 from routers.spec import BlockSpec, MlpSpec, TransformerSpec
 
 TRANSFORMER = TransformerSpec(
@@ -42,16 +42,19 @@ def size_multiple(vae: Config) -> int:
     return int(PATCH * 2 ** (len(vae.get("block_out_channels", (0, 0, 0, 0))) - 1))
 
 
-def defaults(transformer: Config) -> Defaults:
-    """With a guidance embedding it is a dev model (28 steps, 3.5), without one a schnell model (4 steps)."""
-    if takes_guidance(transformer):
-        return Defaults(steps=28, guidance=3.5, max_sequence_length=DEV_TOKENS)
-    return Defaults(steps=4, guidance=0.0, max_sequence_length=SCHNELL_TOKENS)
+def traits(configs: Configs) -> Traits:
+    """With a guidance embedding it is a dev model (28 steps, 3.5), without one a schnell model (4 steps).
 
-
-def takes_guidance(transformer: Config) -> bool:
-    """Only models with a guidance embedding look at the guidance scale."""
-    return bool(transformer.get("guidance_embeds", False))
+    Guidance is distilled into the model: there is no unconditional branch.
+    """
+    dev = bool(configs["transformer"].get("guidance_embeds", False))
+    steps, guidance, tokens = (28, 3.5, DEV_TOKENS) if dev else (4, 0.0, SCHNELL_TOKENS)
+    return Traits(
+        Defaults(steps, guidance, 1024, 1024, tokens),
+        size_multiple(configs["vae"]),
+        guided=False,
+        takes_guidance=dev,
+    )
 
 
 def text_tokens(prompt: str, max_sequence_length: int | None) -> int:
@@ -59,38 +62,35 @@ def text_tokens(prompt: str, max_sequence_length: int | None) -> int:
     return max_sequence_length or DEV_TOKENS
 
 
-def transformer_inputs(
-    transformer: Config, vae: Config, width: int, height: int, text: int, batch: int
-) -> dict[str, Any]:
-    """Arguments of one transformer call, on the meta device. Sizes in px, `text` in tokens."""
+def call_inputs(configs: Configs, size: CallSize) -> dict[str, Any]:
+    """Arguments of one transformer call, on the meta device."""
     import torch
 
-    tokens = (height // size_multiple(vae)) * (width // size_multiple(vae))
-    guided = takes_guidance(transformer)
+    config, multiple = configs["transformer"], size_multiple(configs["vae"])
+    tokens = (size.height // multiple) * (size.width // multiple)
     with torch.device("meta"):
         return {
-            "hidden_states": torch.empty(batch, tokens, transformer.get("in_channels", 64)),
-            "encoder_hidden_states": torch.empty(batch, text, transformer.get("joint_attention_dim", 4096)),
-            "pooled_projections": torch.empty(batch, transformer.get("pooled_projection_dim", 768)),
-            "timestep": torch.empty(batch),
+            "hidden_states": torch.empty(size.rows, tokens, config.get("in_channels", 64)),
+            "encoder_hidden_states": torch.empty(
+                size.rows, size.text, config.get("joint_attention_dim", 4096)
+            ),
+            "pooled_projections": torch.empty(size.rows, config.get("pooled_projection_dim", 768)),
+            "timestep": torch.empty(size.rows),
             "img_ids": torch.empty(tokens, 3),
-            "txt_ids": torch.empty(text, 3),
-            "guidance": torch.empty(batch) if guided else None,
+            "txt_ids": torch.empty(size.text, 3),
+            "guidance": torch.empty(size.rows) if config.get("guidance_embeds") else None,
             "return_dict": False,
         }
 
 
 FAMILY = Family(
     name="FLUX.1",
-    pipeline_class="FluxPipeline",
+    makes="picture",
     transformer=TRANSFORMER,
-    guidance_argument="guidance_scale",
-    negative_prompt=None,  # guidance is distilled into the model: there is no unconditional branch
+    traits=traits,
+    call_inputs=call_inputs,
+    pipeline_class="FluxPipeline",
     image_to_image_class="FluxImg2ImgPipeline",
-    size_multiple=size_multiple,
-    defaults=defaults,
-    transformer_inputs=transformer_inputs,
     text_tokens=text_tokens,
-    takes_guidance=takes_guidance,
     single_files=(ORIGINAL, DIFFUSERS),
 )

@@ -1,7 +1,8 @@
-"""Load a pipeline for a Backbone: device, dtype, offloading, LoRA, compile. Safetensors only."""
+"""Load a pipeline for a Backbone: device, dtype, offloading, LoRA, compile. And count what it costs."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -9,14 +10,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from backbones import static_folder as static
-from backbones.model_files import ModelNotFoundError, hub_message, is_small, require_hub
+from backbones.hunyuan3d.folders import cached_folder
+from backbones.model_files import ModelError, cached_file, hub_message, require_hub
+from backbones.registry import component_configs
 from backbones.single_file import load_denoiser
-from backbones.spec import Backbone, Lora, Placement
+from backbones.spec import DIFFUSERS, HUNYUAN3D, Backbone, CallSize, Lora, Placement
+from routers.cost import transformer_flops
+
+if TYPE_CHECKING:
+    from backbones.hunyuan3d.pipeline import Hunyuan3DPipeline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,12 +31,8 @@ FINGERPRINT_BLOCKS = 16
 FINGERPRINT_BYTES = 65536
 
 
-class LoadError(ValueError):
-    """The model, device or LoRA cannot be loaded as asked; the message is one line for the user."""
-
-
 def pick_device(asked: str) -> torch.device:
-    """Asked "auto": cuda, else mps, else cpu; anything else is checked to exist. Raises LoadError."""
+    """Asked "auto": cuda, else mps, else cpu; anything else is checked to exist. Raises ModelError."""
     if asked == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -37,7 +40,7 @@ def pick_device(asked: str) -> torch.device:
     try:
         device = torch.device(asked)
     except RuntimeError:
-        raise LoadError(f"--device {asked!r} is unknown; allowed are auto, cuda, cuda:N, mps, cpu") from None
+        raise ModelError(f"--device {asked!r} is unknown; allowed are auto, cuda, cuda:N, mps, cpu") from None
     available = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
@@ -45,70 +48,90 @@ def pick_device(asked: str) -> torch.device:
     }
     if not available.get(device.type, False):
         found = ", ".join(name for name, present in available.items() if present and name != device.type)
-        raise LoadError(
+        raise ModelError(
             f"--device {asked} is not available here; this machine has {found}; leave --device out to pick"
         )
     return device
 
 
-def pick_dtype(asked: str, backbone: Backbone) -> torch.dtype:
-    """Asked "auto": fp32 for small models (faster and exact on a CPU), bf16 for the rest."""
-    if asked != "auto":
-        return DTYPES[asked]
-    return torch.float32 if is_small(backbone.parameters) else torch.bfloat16
+def pick_dtype(name: str, backbone: Backbone, device: torch.device) -> torch.dtype:
+    """Name "auto": fp32 for small models (faster and exact on a CPU), else what the family was made for.
+
+    A CPU computes in fp16 far slower than in fp32, so there it is fp32.
+    """
+    if name == "auto":
+        name = "fp32" if backbone.small else backbone.family.dtype
+        name = "fp32" if name == "fp16" and device.type == "cpu" else name
+    return DTYPES[name]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The name that `--dtype` knows it by; inverse of DTYPES."""
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    return next(name for name, value in DTYPES.items() if value == dtype)
 
 
-def load_pipeline(backbone: Backbone, placement: Placement, transformer: Any = None) -> Any:
-    """A ready diffusers pipeline. Folders need no network; a hub model is read from its own repository.
+def load(backbone: Backbone, placement: Placement, transformer: Any = None) -> Any:
+    """A ready pipeline: diffusers' for pictures, Hunyuan3D's for meshes. Both have transformer and scheduler.
 
-    transformer: an already loaded denoiser to put in place of the checkpoint's own.
-    Raises LoadError for anything the user can mend.
+    Folders need no network; a hub model is read from its own repository.
+    transformer: an already loaded denoiser to put in place of the checkpoint's own (diffusers only).
+    Raises ModelError for anything the user can mend.
     """
-    device, dtype = pick_device(placement.device), pick_dtype(placement.dtype, backbone)
+    device = pick_device(placement.device)
+    dtype = pick_dtype(placement.dtype, backbone, device)
     if placement.offload != "none" and device.type == "cpu":
-        raise LoadError(
+        raise ModelError(
             f"--offload {placement.offload} needs a GPU to offload from, this run uses the CPU; leave it out"
         )
     with quiet_libraries():
-        own = backbone.file is not None and transformer is None
-        if transformer is None and not own:
-            try:
-                transformer = static.load_transformer(backbone, dtype)
-            except ModelNotFoundError as error:
-                raise LoadError(str(error)) from error
-        # a single file is read last: what else is missing shows at once, not after 24 GB
-        components = {"transformer": transformer} if own or transformer is not None else {}
-        pipe = _from_pretrained(backbone, dtype, components)
-        if own:
-            try:
-                pipe.register_modules(transformer=load_denoiser(backbone, dtype))
-            except ModelNotFoundError as error:
-                raise LoadError(str(error)) from error
-        for i, lora in enumerate(placement.loras):
-            _add_lora(pipe, lora, f"lora_{i}")
-        if placement.loras:
-            names = [f"lora_{i}" for i in range(len(placement.loras))]
-            pipe.set_adapters(names, [lora.scale for lora in placement.loras])
-        _place(pipe, device, placement.offload)
+        if backbone.family.layout == HUNYUAN3D:
+            pipe = _load_hunyuan3d(backbone, placement, device, dtype)
+        else:
+            pipe = _load_diffusers(backbone, placement, device, dtype, transformer)
     if placement.compile:
         # per block: seconds instead of minutes to compile, and routers still see every block
-        pipe.transformer.compile_repeated_blocks()
-    pipe.set_progress_bar_config(disable=True)
+        for block in blocks(pipe.transformer, backbone):
+            block.compile()
     return pipe
 
 
+def blocks(transformer: Any, backbone: Backbone) -> list[Any]:
+    """All transformer blocks, in order."""
+    return [b for spec in backbone.family.transformer.blocks for b in transformer.get_submodule(spec.path)]
+
+
+@functools.lru_cache(maxsize=2)
+def meta_transformer(backbone: Backbone) -> Any:
+    """The transformer without weights, on the meta device. Raises ModelError."""
+    configs = component_configs(backbone)
+    with torch.device("meta"):
+        if backbone.family.layout == HUNYUAN3D:
+            from backbones.hunyuan3d.config import build
+
+            transformer = build("model", configs["model"])
+        else:
+            import diffusers
+
+            transformer_class = getattr(diffusers, backbone.family.transformer.transformer_class)
+            transformer = transformer_class.from_config(dict(configs["transformer"]))
+        if backbone.file is None:
+            static.narrow_like(transformer, backbone.family.transformer, backbone.folder)
+    return transformer.eval()
+
+
+def call_flops(backbone: Backbone, size: CallSize) -> float:
+    """FLOPs of one dense transformer call, counted on the meta device. Raises ModelError."""
+    inputs = backbone.family.call_inputs(component_configs(backbone), size)
+    return float(transformer_flops(meta_transformer(backbone), inputs))
+
+
 def image_to_image(pipe: Any, backbone: Backbone) -> Any:
-    """The family's image-to-image pipeline around the same components. Raises LoadError if there is none."""
+    """The family's image-to-image pipeline around the same components. Raises ModelError if there is none."""
     import diffusers
 
     name = backbone.family.image_to_image_class
     if name is None:
-        raise LoadError(f"{backbone.family.name} offers no image-to-image; leave --image out")
+        raise ModelError(f"{backbone.family.name} offers no image-to-image; leave --image out")
     with quiet_libraries():
         other = getattr(diffusers, name).from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
@@ -119,12 +142,12 @@ def model_hash(backbone: Backbone) -> str | None:
     """Fingerprint of the denoiser's weights; None if a hub model is not in the local cache after all."""
     if backbone.file is not None:
         return fingerprint(backbone.file.path)
-    if backbone.folder is not None:
-        return fingerprint(backbone.folder / "transformer")
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(backbone.source, "model_index.json")
-    return fingerprint(Path(cached).parent / "transformer") if isinstance(cached, str) else None
+    if backbone.family.layout == HUNYUAN3D:
+        folder = backbone.folder or cached_folder(backbone.source)
+        return fingerprint(folder) if folder else None
+    index = None if backbone.folder else cached_file(backbone.source, DIFFUSERS)
+    folder = index.parent if index else backbone.folder
+    return fingerprint(folder / "transformer") if folder else None
 
 
 def fingerprint(folder: Path) -> str:
@@ -163,6 +186,42 @@ def quiet_libraries() -> Iterator[None]:
         yield
 
 
+def _load_hunyuan3d(
+    backbone: Backbone, placement: Placement, device: torch.device, dtype: torch.dtype
+) -> Hunyuan3DPipeline:
+    from backbones.hunyuan3d.checkpoints import load_pipeline
+
+    if placement.loras:
+        raise ModelError(f"--lora is not for {backbone.family.name}; leave it out")
+    if placement.offload not in backbone.family.offloads:
+        raise ModelError(
+            f"--offload {placement.offload} is not for {backbone.family.name}; "
+            f"it knows {', '.join(backbone.family.offloads)}"
+        )
+    return load_pipeline(backbone.source, dtype=dtype, device=device, offload=placement.offload == "model")
+
+
+def _load_diffusers(
+    backbone: Backbone, placement: Placement, device: torch.device, dtype: torch.dtype, transformer: Any
+) -> Any:
+    from_file = backbone.file is not None and transformer is None
+    if transformer is None and not from_file:
+        transformer = static.load_transformer(backbone, dtype)
+    # a single file is read last: what else is missing shows at once, not after 24 GB
+    components = {"transformer": transformer} if from_file or transformer is not None else {}
+    pipe = _from_pretrained(backbone, dtype, components)
+    if from_file:
+        pipe.register_modules(transformer=load_denoiser(backbone, dtype))
+    for i, lora in enumerate(placement.loras):
+        _add_lora(pipe, lora, f"lora_{i}")
+    if placement.loras:
+        names = [f"lora_{i}" for i in range(len(placement.loras))]
+        pipe.set_adapters(names, [lora.scale for lora in placement.loras])
+    _place(pipe, device, placement.offload)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def _from_pretrained(backbone: Backbone, dtype: torch.dtype, components: dict[str, Any]) -> Any:
     import diffusers
 
@@ -173,9 +232,9 @@ def _from_pretrained(backbone: Backbone, dtype: torch.dtype, components: dict[st
         return pipeline_class.from_pretrained(backbone.source, local_files_only=True, **options)
     except Exception as error:
         if local:
-            raise LoadError(f"{backbone.source!r} cannot be loaded: {first_line(error)}") from error
+            raise ModelError(f"{backbone.source!r} cannot be loaded: {first_line(error)}") from error
         if backbone.file is not None and not backbone.file.named:
-            raise LoadError(
+            raise ModelError(
                 f"{backbone.file.path.name!r} holds the transformer alone; its text encoders and VAE are "
                 f"those of {backbone.source!r}, which is not in the local cache; "
                 f"give --base FOLDER, or --base {backbone.source} to download them"
@@ -184,7 +243,7 @@ def _from_pretrained(backbone: Backbone, dtype: torch.dtype, components: dict[st
         require_hub()
         return pipeline_class.from_pretrained(backbone.source, **options)
     except Exception as error:  # the hub client has a dozen error types; the user needs one line
-        raise LoadError(hub_message(backbone.source, error)) from error
+        raise ModelError(hub_message(backbone.source, error)) from error
 
 
 def _add_lora(pipe: Any, lora: Lora, name: str) -> None:
@@ -195,11 +254,11 @@ def _add_lora(pipe: Any, lora: Lora, name: str) -> None:
     try:
         pipe.load_lora_weights(str(folder), **where)
     except Exception as error:  # diffusers and peft raise anything from KeyError to RuntimeError here
-        raise LoadError(
+        raise ModelError(
             f"--lora {str(lora.path)!r} does not fit {type(pipe).__name__}: {first_line(error)}"
         ) from error
     if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
-        raise LoadError(f"--lora {str(lora.path)!r} holds no weights for {type(pipe).__name__}")
+        raise ModelError(f"--lora {str(lora.path)!r} holds no weights for {type(pipe).__name__}")
 
 
 def _place(pipe: Any, device: torch.device, offload: str) -> None:

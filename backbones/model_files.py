@@ -1,8 +1,9 @@
-"""What the registries read: JSON and headers of model folders, single files of the hub. No torch here."""
+"""What the registry reads: JSON, YAML and headers of model folders, files of the hub. No torch here."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
 import os
@@ -10,42 +11,60 @@ import socket
 import struct
 import urllib.parse
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from backbones.spec import Defaults, MeshDefaults
+from backbones.spec import DEFAULT_FIELDS, Defaults, Makes
 
-AnyDefaults = TypeVar("AnyDefaults", Defaults, MeshDefaults)
-
-GIB = 2**30
 ROUTERS_FOLDER = "routers"
-SMALL_MODEL = 10**9
-"""Below this many parameters a model runs in fp32 by default and may generate several images at once."""
+DEFAULTS_FILE = "edit.json"
+"""Defaults for requests, and what `backbones.static_folder` reads."""
+
+Stamp = tuple[tuple[str, int, int], ...]
+"""Name, time of change and size of files: what was read from them holds while it stays the same."""
 
 
-class ModelNotFoundError(ValueError):
-    """No such model, or a folder that is none; the message is one line for the user."""
+class ModelError(ValueError):
+    """No such model, or one that cannot be used as it is; the message is one line for the user."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of a model folder. Raises ModelNotFoundError."""
+    """A JSON object of a model folder. Raises ModelError."""
     try:
         data = json.loads(file.read_text())
     except FileNotFoundError:
-        raise ModelNotFoundError(f"the model folder is incomplete: {str(file)!r} is missing") from None
+        raise ModelError(f"the model folder is incomplete: {str(file)!r} is missing") from None
     except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"{str(file)!r} cannot be read as JSON: {error}") from error
+        raise ModelError(f"{str(file)!r} cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):
-        raise ModelNotFoundError(f"{str(file)!r} holds no JSON object")
+        raise ModelError(f"{str(file)!r} does not hold a JSON object")
+    return data
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML mapping. Raises ModelError."""
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ModelError(f"{str(file)!r} cannot be read as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{str(file)!r} must hold a mapping, not {type(data).__name__}")
     return data
 
 
 def read_header(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a safetensors file's tensors, from its header alone.
 
-    The header is 8 bytes of little-endian length, then JSON. Raises ModelNotFoundError.
+    The header is 8 bytes of little-endian length, then JSON. Raises ModelError.
     """
+    return dict(_read_header(file, stamp(file)))
+
+
+@functools.lru_cache(maxsize=64)
+def _read_header(file: Path, _stamp: Stamp) -> dict[str, tuple[int, ...]]:
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -54,11 +73,11 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
     except (
         OSError, ValueError, struct.error, MemoryError, OverflowError, AttributeError, TypeError, KeyError,
     ) as error:  # fmt: skip
-        raise ModelNotFoundError(f"{str(file)!r} is no complete safetensors file: {error}") from error
+        raise ModelError(f"{str(file)!r} is not a complete safetensors file: {error}") from error
 
 
 def count_by_prefix(file: Path) -> dict[str, int]:
-    """Elements in a safetensors file by the first part of their names. Raises ModelNotFoundError."""
+    """Elements in a safetensors file by the first part of their names. Raises ModelError."""
     counts: dict[str, int] = {}
     for name, shape in read_header(file).items():
         prefix = name.split(".", 1)[0]
@@ -66,16 +85,23 @@ def count_by_prefix(file: Path) -> dict[str, int]:
     return counts
 
 
-def folder_defaults(folder: Path, base: AnyDefaults) -> AnyDefaults:
-    """Defaults for requests: `base`, changed by the folder's `edit.json`. Raises ModelNotFoundError."""
-    file = folder / "edit.json"
+def stamp(path: Path) -> Stamp:
+    """The state of a file, or of the files in a folder and its subfolders, without reading them."""
+    files = [path] if path.is_file() else [*path.glob("*"), *path.glob("*/*")]
+    states = ((str(file), file.stat()) for file in files if file.is_file())
+    return tuple(sorted((name, state.st_mtime_ns, state.st_size) for name, state in states))
+
+
+def folder_defaults(folder: Path, base: Defaults, makes: Makes) -> Defaults:
+    """Defaults for requests: `base`, changed by the folder's `edit.json`. Raises ModelError."""
+    file, allowed = folder / DEFAULTS_FILE, DEFAULT_FIELDS[makes]
     if not file.is_file():
         return base
-    data, allowed = read_json(file), [f.name for f in fields(base)]
+    data = read_json(file)
     data.pop("static", None)  # what `backbones.static_folder` reads
     unknown = sorted(set(data) - set(allowed))
     if unknown:
-        raise ModelNotFoundError(f"{file}: unknown keys {unknown}; allowed are {', '.join(allowed)}")
+        raise ModelError(f"{file}: unknown keys {unknown}; allowed are {', '.join(allowed)}")
     return replace(base, **data)
 
 
@@ -85,35 +111,39 @@ def folder_bundle(folder: Path) -> Path | None:
     return bundle if (bundle / "bundle.json").is_file() else None
 
 
-def is_small(parameters: int) -> bool:
-    """Whether a model of this many parameters (0: unknown) runs in fp32 by default."""
-    return 0 < parameters < SMALL_MODEL
-
-
-def memory_gib(parameters: int) -> float:
-    """GiB of all weights: fp32 for small models, bf16 for the rest."""
-    return round((4 if is_small(parameters) else 2) * parameters / GIB, 2)
-
-
-def near_names(name: str, known: Iterable[str]) -> str:
+def near_names(name: str, names: Iterable[str]) -> str:
     """The hint after "unknown model": what was perhaps meant, else all that is known."""
-    known = list(known)
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
-    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)};"
+    names = list(names)
+    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)};"
 
 
-def hub_file(repository: str, file: str) -> Path:
-    """A file of a hub repository, from the local cache if it is there. Raises ModelNotFoundError."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+def cached_file(repository: str, file: str) -> Path | None:
+    """A file of a hub repository if it is in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(repository, file)
-    if isinstance(cached, str):
-        return Path(cached)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def hub_file(repository: str, file: str) -> Path | None:
+    """A file of a hub repository, from the local cache if it is there; None if the repository lacks it.
+
+    Raises ModelError.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    cached = cached_file(repository, file)
+    if cached is not None:
+        return cached
     try:
         require_hub()
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub client has a dozen error types; the user needs one line
-        raise ModelNotFoundError(hub_message(repository, error)) from error
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise ModelError(hub_message(repository, error)) from error
 
 
 def require_hub() -> None:
@@ -141,5 +171,5 @@ def hub_message(repository: str, error: BaseException) -> str:
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
     return (
         f"{repository!r} is not in the local cache and the hub cannot be reached{offline}; "
-        "download it first, or give a pipeline folder"
+        "download it first, or give a model folder"
     )

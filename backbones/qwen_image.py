@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from backbones.spec import Config, Defaults, Family, FileLayout, Shapes
+from backbones.spec import CallSize, Config, Configs, Defaults, Family, FileLayout, Shapes, Traits
 from routers.spec import BlockSpec, MlpSpec, TransformerSpec
 
 TRANSFORMER = TransformerSpec(
@@ -38,9 +38,9 @@ def size_multiple(vae: Config) -> int:
     return int(PATCH * 2 ** len(vae.get("temperal_downsample", (0, 0, 0))))
 
 
-def defaults(transformer: Config) -> Defaults:
+def traits(configs: Configs) -> Traits:
     """The pipeline's own: 1024 px, 50 steps, true CFG 4."""
-    return Defaults()
+    return Traits(Defaults(50, 4.0, 1024, 1024), size_multiple(configs["vae"]))
 
 
 def text_tokens(prompt: str, max_sequence_length: int | None) -> int:
@@ -49,20 +49,21 @@ def text_tokens(prompt: str, max_sequence_length: int | None) -> int:
     return min(tokens, max_sequence_length or tokens)
 
 
-def transformer_inputs(
-    transformer: Config, vae: Config, width: int, height: int, text: int, batch: int
-) -> dict[str, Any]:
-    """Arguments of one transformer call, on the meta device. Sizes in px, `text` in tokens."""
+def call_inputs(configs: Configs, size: CallSize) -> dict[str, Any]:
+    """Arguments of one transformer call, on the meta device."""
     import torch
 
-    rows, columns = height // size_multiple(vae), width // size_multiple(vae)
+    config, multiple = configs["transformer"], size_multiple(configs["vae"])
+    rows, columns = size.height // multiple, size.width // multiple
     with torch.device("meta"):
         return {
-            "hidden_states": torch.empty(batch, rows * columns, transformer.get("in_channels", 64)),
-            "encoder_hidden_states": torch.empty(batch, text, transformer.get("joint_attention_dim", 3584)),
+            "hidden_states": torch.empty(size.rows, rows * columns, config.get("in_channels", 64)),
+            "encoder_hidden_states": torch.empty(
+                size.rows, size.text, config.get("joint_attention_dim", 3584)
+            ),
             "encoder_hidden_states_mask": None,
-            "timestep": torch.empty(batch),
-            "img_shapes": [[(1, rows, columns)]] * batch,
+            "timestep": torch.empty(size.rows),
+            "img_shapes": [[(1, rows, columns)]] * size.rows,
             "return_dict": False,
         }
 
@@ -82,15 +83,15 @@ SINGLE_FILE = FileLayout(
 
 FAMILY = Family(
     name="Qwen-Image",
-    pipeline_class="QwenImagePipeline",
+    makes="picture",
     transformer=TRANSFORMER,
+    traits=traits,
+    call_inputs=call_inputs,
+    pipeline_class="QwenImagePipeline",
     guidance_argument="true_cfg_scale",
     # without a negative prompt the pipeline turns guidance off; the model card uses one space
     negative_prompt=" ",
     image_to_image_class="QwenImageImg2ImgPipeline",
-    size_multiple=size_multiple,
-    defaults=defaults,
-    transformer_inputs=transformer_inputs,
     text_tokens=text_tokens,
     single_files=(SINGLE_FILE,),
 )

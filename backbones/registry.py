@@ -1,12 +1,13 @@
-"""The table of known models, and `resolve`: registry name, folder or hub id -> Backbone. No torch here.
+"""The table of models, and `resolve`: registry name, folder, file or hub id -> Backbone. No torch here.
 
-Folders and hub ids are recognised by the pipeline class in their `model_index.json`; packaged models are
-folders like any other. A folder may hold `edit.json` ({"width": 128, "steps": 20, ...}: defaults for
-requests) and `routers/` (a bundle used by default).
+Rows are data: `models.json`, and for models of the hub `configs/<name>.json`, so that dry runs need no
+download. Packaged models are folders like any other. A folder may hold `edit.json` ({"steps": 20, ...}:
+defaults for requests) and `routers/` (a bundle used by default).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -15,249 +16,243 @@ from pathlib import Path
 from typing import Any
 
 from backbones import flux, qwen_image
+from backbones.hunyuan3d import family as hunyuan3d
+from backbones.hunyuan3d.folders import cached_folder, find_weights, resolve_folder
 from backbones.model_files import (
-    GIB,
     ROUTERS_FOLDER,
+    ModelError,
+    Stamp,
     count_by_prefix,
     folder_bundle,
     folder_defaults,
     hub_file,
-    is_small,
-    memory_gib,
     near_names,
     read_header,
     read_json,
+    read_yaml,
+    stamp,
 )
-from backbones.model_files import ModelNotFoundError as ModelNotFoundError
 from backbones.single_file import check_fits, denoiser_shapes, read_single_file
-from backbones.spec import PACKAGE_FOLDER, Backbone, Config, Family
+from backbones.spec import (
+    COMMANDS,
+    DIFFUSERS,
+    HUNYUAN3D,
+    PACKAGE_FOLDER,
+    Backbone,
+    Config,
+    Configs,
+    Defaults,
+    Family,
+    Makes,
+)
 
-FAMILIES: tuple[Family, ...] = (qwen_image.FAMILY, flux.FAMILY)
+FAMILIES: tuple[Family, ...] = (qwen_image.FAMILY, flux.FAMILY, hunyuan3d.FAMILY_2, hunyuan3d.FAMILY_21)
+DEFAULT_MODELS: dict[Makes, str] = {"picture": "qwen-image-tiny", "mesh": "hunyuan3d-tiny"}
 
-
-def _hub(name: str, family: Family, source: str, **row: Any) -> Backbone:
-    config = read_packaged_config(name)
-    return Backbone(
-        name=name,
-        family=family,
-        source=source,
-        defaults=row.pop("defaults", family.defaults(config["transformer"])),
-        size_multiple=family.size_multiple(config["vae"]),
-        memory_gib=round(2 * row["parameters"] / GIB, 1),
-        **row,
-    )
-
-
-def _packaged(name: str, family: Family, folder: str, licence: str, summary: str) -> Backbone | None:
-    path = PACKAGE_FOLDER / folder
-    if not (path / "model_index.json").is_file():
-        return None  # a source checkout before the weights were trained
-    return replace(
-        _from_folder(path), name=name, family=family, licence=licence, packaged=True, summary=summary
-    )
+MESH_COMPONENTS = {"model": "transformer", "vae": "VAE", "conditioner": "conditioner"}
+"""What the parts of a Hunyuan3D checkpoint are called in reports."""
 
 
-def read_packaged_config(name: str) -> dict[str, Config]:
-    """Component configs of a hub row ("transformer", "vae"), shipped so that dry runs need no download."""
-    data: dict[str, Config] = json.loads((PACKAGE_FOLDER / "configs" / f"{name}.json").read_text())
-    return data
+def rows(makes: Makes | None = None) -> dict[str, Backbone]:
+    """The registry, by name, in the order `edit models` shows it. makes: only models of this kind."""
+    named = ((row["name"], _row(row["name"])) for row in _table())
+    return {name: row for name, row in named if row is not None and makes in (None, row.makes)}
 
 
-DEFAULT_MODEL = "qwen-image-tiny"
+def resolve(model: str | None, base: str | None = None, makes: Makes | None = None) -> Backbone:
+    """A registry name, a model folder, a single-file checkpoint or a hub id -> its Backbone.
 
-
-def rows() -> dict[str, Backbone]:
-    """The registry, by name, in the order `edit models` shows it."""
-    table = (
-        _packaged(
-            "qwen-image-tiny",
-            qwen_image.FAMILY,
-            "tiny/qwen_image_tiny",
-            licence="Apache-2.0; trained on Apache-2.0, MIT and CC-BY-4.0 art",
-            summary="trained from scratch on emoji art; runs on any CPU",
-        ),
-        _packaged(
-            "flux-tiny",
-            flux.FAMILY,
-            "tiny/flux_tiny",
-            licence="Apache-2.0; trained on Apache-2.0, MIT and CC-BY-4.0 art",
-            summary="trained from scratch on emoji art; runs on any CPU",
-        ),
-        _hub(
-            "qwen-image",
-            qwen_image.FAMILY,
-            "Qwen/Qwen-Image",
-            licence="Apache-2.0",
-            parameters=28_849_000_000,
-            transformer_parameters=20_430_401_088,
-            summary="20 B dual-stream DiT, Qwen2.5-VL 7B text encoder",
-        ),
-        _hub(
-            "flux-dev",
-            flux.FAMILY,
-            "black-forest-labs/FLUX.1-dev",
-            licence="FLUX.1 [dev] Non-Commercial",
-            parameters=16_870_000_000,
-            transformer_parameters=11_901_408_320,
-            summary="12 B double + single stream DiT, T5-XXL and CLIP; gated on the hub",
-        ),
-        _hub(
-            "flux-schnell",
-            flux.FAMILY,
-            "black-forest-labs/FLUX.1-schnell",
-            licence="Apache-2.0",
-            parameters=16_860_000_000,
-            transformer_parameters=11_891_178_560,
-            summary="FLUX.1 distilled to 1-4 steps",
-        ),
-    )
-    return {row.name: row for row in table if row is not None}
-
-
-def resolve(name_or_path: str, base: str | None = None) -> Backbone:
-    """A registry name, a pipeline folder, a single-file checkpoint or a hub id -> its Backbone.
-
-    base: for a single file, what its text encoders and VAE come from; default: the published model.
-    Only a hub id outside the registry may touch the network. Raises ModelNotFoundError.
+    model None: the default one. base: for a single file, what its text encoders and VAE come from; default:
+    the published model. makes: what the model must make. A folder is read anew only when its files change.
+    Only a hub id outside the registry may touch the network. Raises ModelError.
     """
-    table = rows()
-    if os.path.isfile(os.path.expanduser(name_or_path)):
-        return _from_file(Path(name_or_path).expanduser().resolve(), base)
-    if base is not None:
-        raise ModelNotFoundError(
-            f"--base {base!r} is for a single-file --model and {name_or_path!r} is none; leave it out"
+    model = model or DEFAULT_MODELS[makes or "picture"]
+    is_file = os.path.isfile(os.path.expanduser(model))
+    if base is not None and not is_file:
+        raise ModelError(
+            f"--base {base!r} is for a single-file --model and {model!r} is not one; leave it out"
         )
-    if name_or_path in table:
-        return table[name_or_path]
-    path = Path(name_or_path).expanduser()
-    if path.exists():
-        same = (row for row in table.values() if row.folder is not None and row.folder == path.resolve())
-        return next(same, None) or _from_folder(path.resolve())
-    by_source = next((row for row in table.values() if row.source == name_or_path), None)
-    if by_source is not None:
-        return by_source
-    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        raise ModelNotFoundError(
-            f"model folder {name_or_path!r} does not exist; give a pipeline folder, or see `edit models`"
-        )
-    if "/" in name_or_path:
-        return _from_hub(name_or_path)
-    from backbones import mesh_registry  # it imports this module
-
-    if name_or_path in mesh_registry.rows():
-        raise ModelNotFoundError(f"{name_or_path!r} makes meshes: use `edit generate-3d -m {name_or_path}`")
-    raise ModelNotFoundError(
-        f"unknown model {name_or_path!r}; {near_names(name_or_path, table)} "
-        "A pipeline folder or a hub id (owner/name) works too"
-    )
+    backbone = _from_file(Path(model).expanduser().resolve(), base) if is_file else _find(model, makes)
+    if makes is not None and backbone.makes != makes:
+        things, command = COMMANDS[backbone.makes]
+        raise ModelError(f"{model!r} makes {things}: use `{command} -m {model}`")
+    return backbone
 
 
-def component_config(backbone: Backbone, component: str) -> Config:
-    """`config.json` of a component ("transformer", "vae"), without loading weights."""
-    if backbone.file is not None and component == "transformer":
-        return backbone.file.config
+def component_configs(backbone: Backbone) -> Configs:
+    """Configurations by component, without loading weights. Raises ModelError.
+
+    Those of a registry row are shipped; Hunyuan3D's are extracts that suffice to count FLOPs.
+    """
     if backbone.folder is not None:
-        return read_json(backbone.folder / component / "config.json")
-    row = next((row for row in rows().values() if row.source == backbone.source), None)
-    if row is not None:
-        return read_packaged_config(row.name)[component]
-    return read_json(hub_file(backbone.source, f"{component}/config.json"))
+        configs = _read_configs(backbone.folder, backbone.family.layout)
+    else:
+        row = next((row for row in rows().values() if row.source == backbone.source), None)
+        configs = _hub_configs(backbone.source) if row is None else _shipped_configs(row.name)
+    return configs if backbone.file is None else {**configs, "transformer": backbone.file.config}
 
 
 def component_parameters(backbone: Backbone) -> dict[str, int]:
     """Parameters per component: from the weight files of a folder, else the registry's totals."""
-    if backbone.folder is not None and backbone.file is not None:
-        return {**_folder_parameters(backbone.folder), "transformer": backbone.transformer_parameters}
     if backbone.folder is None:
-        rest = backbone.parameters - backbone.transformer_parameters
-        return {"transformer": backbone.transformer_parameters, "text encoder and VAE": rest}
-    return _folder_parameters(backbone.folder)
+        rest = "text encoder and VAE" if backbone.makes == "picture" else "conditioner and VAE"
+        counts = {"transformer": backbone.transformer_parameters}
+        return {**counts, rest: backbone.parameters - backbone.transformer_parameters}
+    counts = _count_parameters(backbone.folder, backbone.family.layout)
+    return counts if backbone.file is None else {**counts, "transformer": backbone.transformer_parameters}
+
+
+@functools.cache
+def _table() -> tuple[dict[str, Any], ...]:
+    return tuple(json.loads((PACKAGE_FOLDER / "models.json").read_text()))
+
+
+def _row(name: str) -> Backbone | None:
+    """A row of the table; None for a packaged model in a source checkout before its weights were trained."""
+    data = next((dict(row) for row in _table() if row["name"] == name), None)
+    if data is None:
+        return None
+    if "folder" in data:
+        folder = PACKAGE_FOLDER / data.pop("folder")
+        return replace(_from_folder(folder), packaged=True, **data) if _layout(folder) else None
+    family, defaults = data.pop("family"), Defaults(**data.pop("defaults"))
+    return Backbone(family=next(f for f in FAMILIES if f.name == family), defaults=defaults, **data)
+
+
+def _shipped_configs(name: str) -> Configs:
+    return read_json(PACKAGE_FOLDER / "configs" / f"{name}.json")
+
+
+def _find(model: str, makes: Makes | None) -> Backbone:
+    """By name, folder or hub id."""
+    row = _row(model)
+    if row is not None:
+        return row
+    path = Path(model).expanduser()
+    if path.exists():
+        folder = path.resolve()
+        return next((row for row in rows().values() if row.folder == folder), None) or _from_folder(folder)
+    # a published repository without its subfolder means its first model
+    published = (row for row in rows().values() if f"{row.source}/".startswith(f"{model}/"))
+    row = next(published, None)
+    if row is not None:
+        return row
+    if model.startswith((".", "/", "~")) or model.count("/") > 2:
+        raise ModelError(f"model folder {model!r} does not exist; give one, or see `edit models`")
+    if "/" in model:
+        return _from_hub(model)
+    raise ModelError(
+        f"unknown model {model!r}; {near_names(model, rows(makes))} A model folder or a hub id works too"
+    )
+
+
+def _from_folder(folder: Path) -> Backbone:
+    return _read_folder(folder, stamp(folder))
+
+
+@functools.lru_cache(maxsize=64)
+def _read_folder(folder: Path, _stamp: Stamp) -> Backbone:
+    layout = _layout(folder)
+    if layout is None:
+        inside = sorted(file.parent.name for file in folder.glob(f"*/{HUNYUAN3D}"))
+        hint = f"subfolders that have one: {', '.join(inside)}" if inside else "see `edit models`"
+        raise ModelError(
+            f"{str(folder)!r} is not a model folder: it has no {DIFFUSERS} and no {HUNYUAN3D}; {hint}"
+        )
+    index = folder / layout
+    family = _family(layout, read_json(index) if layout == DIFFUSERS else read_yaml(index), str(folder))
+    traits, counts = family.traits(_read_configs(folder, layout)), _count_parameters(folder, layout)
+    backbone = Backbone(
+        name=folder.name,
+        family=family,
+        source=str(folder),
+        parameters=sum(counts.values()),
+        transformer_parameters=counts.get("transformer", 0),
+        bundle=folder_bundle(folder),
+        **vars(traits),
+    )
+    return replace(
+        backbone,
+        defaults=folder_defaults(folder, traits.defaults, family.makes),
+        batch_size=8 if backbone.small else 1,
+    )
+
+
+def _layout(folder: Path) -> str | None:
+    return next((index for index in (DIFFUSERS, HUNYUAN3D) if (folder / index).is_file()), None)
+
+
+def _family(layout: str, index: Config, where: str) -> Family:
+    """By the pipeline's class, or by the transformer's in Hunyuan3D's layout. Raises ModelError."""
+    families = {
+        family.pipeline_class if layout == DIFFUSERS else family.transformer.transformer_class: family
+        for family in FAMILIES
+        if family.layout == layout
+    }
+    name = index.get("_class_name") if layout == DIFFUSERS else hunyuan3d.transformer_class(index)
+    if name not in families:
+        what = f"holds {name}" if name else "does not say what it holds"
+        raise ModelError(f"{where!r} {what}, which `edit` cannot run; it knows {', '.join(families)}")
+    return families[name]
+
+
+def _read_configs(folder: Path, layout: str) -> Configs:
+    if layout == HUNYUAN3D:
+        return read_yaml(folder / HUNYUAN3D)
+    return {part: read_json(folder / part / "config.json") for part in ("transformer", "vae")}
+
+
+def _count_parameters(folder: Path, layout: str) -> dict[str, int]:
+    """Parameters per component; a pickle's are not counted, since that would mean to load it."""
+    counts: dict[str, int] = {}
+    if layout == HUNYUAN3D:
+        weights = find_weights(folder)
+        found = count_by_prefix(weights) if weights.suffix == ".safetensors" else {}
+        return {MESH_COMPONENTS[part]: count for part, count in found.items() if part in MESH_COMPONENTS}
+    for file in sorted(folder.glob("*/*.safetensors")):
+        if file.parent.name != ROUTERS_FOLDER:
+            counts[file.parent.name] = counts.get(file.parent.name, 0) + sum(count_by_prefix(file).values())
+    return counts
+
+
+def _from_hub(model: str) -> Backbone:
+    """A hub id outside the registry. Hunyuan3D's are fetched whole and then read like any other folder."""
+    index = hub_file(model, DIFFUSERS) if model.count("/") == 1 and cached_folder(model) is None else None
+    if index is None:
+        return replace(_from_folder(resolve_folder(model).resolve()), name=model)
+    family = _family(DIFFUSERS, read_json(index), model)
+    return Backbone(name=model, family=family, source=model, **vars(family.traits(_hub_configs(model))))
+
+
+def _hub_configs(repository: str) -> Configs:
+    """Of a diffusers repository."""
+    configs = {}
+    for part in ("transformer", "vae"):
+        file = hub_file(repository, f"{part}/config.json")
+        if file is None:
+            raise ModelError(f"{repository!r} is incomplete: it has no {part}/config.json")
+        configs[part] = read_json(file)
+    return configs
 
 
 def _from_file(path: Path, base: str | None) -> Backbone:
     """A denoiser from a single file, everything else from `base`."""
     file = read_single_file(path, FAMILIES, base)
     source = resolve(file.base)
-    family, base_config = source.family, component_config(source, "transformer")
-    config = {**base_config, **file.config}
-    check_fits(file, config, base_config, family)
+    configs = component_configs(source)
+    config = {**configs["transformer"], **file.config}
+    check_fits(file, config, configs["transformer"], source.family)
     count = sum(math.prod(shape) for shape in denoiser_shapes(read_header(path), file.prefix).values())
-    parameters = source.parameters - source.transformer_parameters + count
-    defaults = source.defaults
-    # a dev file on schnell's folder
-    if family.takes_guidance(config) != family.takes_guidance(base_config):
-        defaults = replace(family.defaults(config), width=defaults.width, height=defaults.height)
-    return replace(
-        source,
+    traits, defaults = source.family.traits({**configs, "transformer": config}), source.defaults
+    if traits.takes_guidance != source.takes_guidance:  # a dev file on schnell's folder
+        defaults = replace(traits.defaults, width=defaults.width, height=defaults.height)
+    return Backbone(
         name=path.stem,
-        licence="see the model's own card",
-        parameters=parameters,
+        family=source.family,
+        source=source.source,
+        parameters=source.parameters - source.transformer_parameters + count,
         transformer_parameters=count,
-        memory_gib=memory_gib(parameters),
-        defaults=defaults,
-        packaged=False,
-        bundle=None,  # it was fitted on other weights
-        summary="",
-        file=replace(file, config=config, base=source.asked),
-    )
-
-
-def _from_folder(folder: Path) -> Backbone:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ModelNotFoundError(
-            f"{str(folder)!r} is no pipeline folder: it has no model_index.json; see `edit models`"
-        )
-    family = _family(read_json(index), str(folder))
-    transformer, vae = (read_json(folder / part / "config.json") for part in ("transformer", "vae"))
-    counts = _folder_parameters(folder)
-    parameters = sum(counts.values())
-    return Backbone(
-        name=folder.name,
-        family=family,
-        source=str(folder),
-        licence="see the model's own card",
-        parameters=parameters,
-        transformer_parameters=counts.get("transformer", 0),
-        memory_gib=memory_gib(parameters),
-        defaults=folder_defaults(folder, family.defaults(transformer)),
-        size_multiple=family.size_multiple(vae),
-        bundle=folder_bundle(folder),
-        batch_size=8 if is_small(parameters) else 1,
-    )
-
-
-def _from_hub(repository: str) -> Backbone:
-    family = _family(read_json(hub_file(repository, "model_index.json")), repository)
-    transformer, vae = (
-        read_json(hub_file(repository, f"{part}/config.json")) for part in ("transformer", "vae")
-    )
-    return Backbone(
-        name=repository,
-        family=family,
-        source=repository,
-        licence="see the model's own card",
-        parameters=0,
-        transformer_parameters=0,
-        memory_gib=0.0,
-        defaults=family.defaults(transformer),
-        size_multiple=family.size_multiple(vae),
-    )
-
-
-def _family(index: Config, where: str) -> Family:
-    name = index.get("_class_name")
-    for family in FAMILIES:
-        if name == family.pipeline_class:
-            return family
-    known = ", ".join(family.pipeline_class for family in FAMILIES)
-    raise ModelNotFoundError(f"{where!r} holds a {name}, which `edit` cannot run; it knows {known}")
-
-
-def _folder_parameters(folder: Path) -> dict[str, int]:
-    """Parameters per component of a pipeline folder."""
-    counts: dict[str, int] = {}
-    for file in sorted(folder.glob("*/*.safetensors")):
-        if file.parent.name != ROUTERS_FOLDER:
-            counts[file.parent.name] = counts.get(file.parent.name, 0) + sum(count_by_prefix(file).values())
-    return counts
+        batch_size=source.batch_size,
+        file=replace(file, config=config, base=source.address),
+        **{**vars(traits), "defaults": defaults},
+    )  # no bundle: the base's was fitted on other weights

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from backbones.model_files import ModelNotFoundError, read_header
+from backbones.model_files import ModelError, read_header
 from backbones.spec import Backbone, Config, Family, FileLayout, Part, Shapes, SingleFile
 
 SUFFIXES = (".safetensors", ".sft")
@@ -25,10 +25,10 @@ def read_single_file(path: Path, families: Iterable[Family], base: str | None) -
     """What a checkpoint file holds, from its header alone.
 
     base: what encoders and VAE come from; None: the published model of its kind, if it is on this machine.
-    Raises ModelNotFoundError for files of other formats or models.
+    Raises ModelError for files of other formats or models.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise ModelNotFoundError(
+        raise ModelError(
             f"{str(path)!r} is no .safetensors file, and other formats are not loaded; "
             "give a pipeline folder or a .safetensors file"
         )
@@ -40,7 +40,7 @@ def read_single_file(path: Path, families: Iterable[Family], base: str | None) -
                 if prefix + layout.marker in shapes:
                     return _recognised(path, layout, prefix, shapes, base)
     known = " or ".join(family.name for family in families if family.single_files)
-    raise ModelNotFoundError(
+    raise ModelError(
         f"{str(path)!r} holds no {known} transformer under the names `edit` knows; give a pipeline folder"
     )
 
@@ -50,7 +50,7 @@ def _recognised(path: Path, layout: FileLayout, prefix: str, shapes: Shapes, bas
     try:
         config = layout.config(own)
     except (KeyError, IndexError, ValueError) as error:
-        raise ModelNotFoundError(f"{str(path)!r} is incomplete: it has no tensor {error}") from error
+        raise ModelError(f"{str(path)!r} is incomplete: it has no tensor {error}") from error
     return SingleFile(path, layout, prefix, config, base or layout.row(config), base is not None)
 
 
@@ -60,16 +60,16 @@ def denoiser_shapes(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
 
 
 def check_fits(file: SingleFile, config: Config, base: Config, family: Family) -> None:
-    """Raise ModelNotFoundError unless the base's components can work with the file's denoiser."""
+    """Raise ModelError unless the base's components can work with the file's denoiser."""
     if file.layout not in family.single_files:
-        raise ModelNotFoundError(
+        raise ModelError(
             f"--base {file.base!r} is a {family.name} model and {str(file.path)!r} is none; "
             "give the folder or hub id of a model of the file's kind"
         )
     different = [name for name in MUST_FIT if name in file.config and config[name] != base.get(name)]
     if different:
         name = different[0]
-        raise ModelNotFoundError(
+        raise ModelError(
             f"{str(file.path)!r} has {name} {config[name]} and the base {file.base!r} has {base.get(name)}: "
             f"it is no plain text-to-image {family.name} model of that kind; give another --base"
         )
@@ -80,7 +80,7 @@ def check_fits(file: SingleFile, config: Config, base: Config, family: Family) -
 
 
 def load_denoiser(backbone: Backbone, dtype: Any) -> Any:
-    """The transformer of a single file, in `dtype`, on the CPU. Raises ModelNotFoundError."""
+    """The transformer of a single file, in `dtype`, on the CPU. Raises ModelError."""
     import diffusers
     from accelerate import init_empty_weights
     from safetensors import SafetensorError
@@ -99,10 +99,10 @@ def load_denoiser(backbone: Backbone, dtype: Any) -> Any:
     try:
         weights = _read(file, parts, dtype)
     except (SafetensorError, OSError) as error:
-        raise ModelNotFoundError(f"{str(file.path)!r} cannot be read: {error}") from error
+        raise ModelError(f"{str(file.path)!r} cannot be read: {error}") from error
     for name, shape in expected.items():
         if tuple(weights[name].shape) != shape:
-            raise ModelNotFoundError(
+            raise ModelError(
                 f"{str(file.path)!r}: {parts[name].key} is {tuple(weights[name].shape)} for {name}, "
                 f"which is {shape} in {type(transformer).__name__}"
             )
@@ -130,7 +130,7 @@ def _same_names(path: Path, expected: set[str], found: set[str]) -> None:
     missing, unknown = sorted(expected - found), sorted(found - expected)
     if missing or unknown:
         what = f"{len(missing)} tensors are missing" if missing else f"{len(unknown)} tensors are unknown"
-        raise ModelNotFoundError(
+        raise ModelError(
             f"{str(path)!r} cannot be loaded: {what}, for example {(missing or unknown)[0]!r}; "
             "quantised files are not read, give one in fp32, fp16, bf16 or plain fp8"
         )

@@ -1,36 +1,94 @@
-"""Rows of the backbone registry, as plain data. No torch here: argument checks read this."""
+"""What is said of a model, as plain data. No torch here: argument checks read this."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from routers.spec import TransformerSpec
 
 Config = Mapping[str, Any]
-"""A component's `config.json` (diffusers), as read from disk."""
+"""A component's `config.json` (diffusers), or a section of `config.yaml` (Hunyuan3D), as read from disk."""
+
+Configs = Mapping[str, Config]
+"""Configurations by component: "transformer" and "vae"; for Hunyuan3D the sections of `config.yaml`."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor names and shapes of a checkpoint file, as its header gives them."""
 
 PACKAGE_FOLDER = Path(__file__).resolve().parent
 
+DIFFUSERS, HUNYUAN3D = "model_index.json", "config.yaml"
+"""The file that a model folder of a layout has."""
+
+OFFLOADS = ("none", "model", "sequential", "group")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+SOLVERS = ("euler", "ab2", "dpm++2m")
+"""How a sampler steps from one time to the next (solvers.py); "euler" is what the families come with."""
+
+GIB = 2**30
+SMALL_MODEL = 10**9
+"""Below this many parameters a model is small."""
+
+
+Makes = Literal["picture", "mesh"]
+
+COMMANDS: Mapping[Makes, tuple[str, str]] = {
+    "picture": ("pictures", "edit generate"),
+    "mesh": ("meshes", "edit generate-3d"),
+}
+"""What models make: the plural, and the command for it."""
+
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request uses when the user says nothing.
+    """What a request uses when the user says nothing; None where it does not apply, or the pipeline decides.
 
-    width, height: px. steps: denoising steps. guidance: guidance scale.
-    max_sequence_length: prompt length in tokens the checkpoint was trained with; None: the pipeline's own.
+    steps: denoising steps. guidance: guidance scale. width, height: px.
+    max_sequence_length: prompt length in tokens the checkpoint was trained with.
+    octree_resolution: grid cells per axis.
     """
 
-    width: int = 1024
-    height: int = 1024
     steps: int = 50
     guidance: float = 4.0
+    width: int | None = None
+    height: int | None = None
     max_sequence_length: int | None = None
+    octree_resolution: int | None = None
+
+
+DEFAULT_FIELDS: Mapping[Makes, tuple[str, ...]] = {
+    "picture": ("width", "height", "steps", "guidance", "max_sequence_length"),
+    "mesh": ("steps", "guidance", "octree_resolution"),
+}
+"""Which `Defaults` a model folder may change in its `edit.json`."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a family reads out of a model's configurations. Fields as in `Backbone`."""
+
+    defaults: Defaults
+    size_multiple: int = 1
+    guided: bool = True
+    takes_guidance: bool = True
+    views: bool = False
+
+
+@dataclass(frozen=True)
+class CallSize:
+    """How large one transformer call is.
+
+    rows: of the batch. width, height: px. text: text tokens. views: pictures of one object.
+    """
+
+    rows: int = 1
+    width: int = 0
+    height: int = 0
+    text: int = 0
+    views: int = 1
 
 
 @dataclass(frozen=True)
@@ -64,39 +122,40 @@ class FileLayout:
 
 @dataclass(frozen=True)
 class Family:
-    """What all checkpoints of one pipeline class share.
+    """What all checkpoints of one kind share.
 
-    name: for people and reports ("Qwen-Image").
-    pipeline_class: `_class_name` in a checkpoint's `model_index.json`; recognises folders and hub ids.
+    name: for people and reports ("Qwen-Image"). makes: what its models make.
     transformer: what `routers` needs to know of the denoiser.
+    traits: a model's configurations -> what holds for it and its requests.
+    call_inputs: configurations and size -> arguments of one transformer call as meta tensors, to count FLOPs.
+    layout: the file that a model folder of this family has.
+    pipeline_class: its class; in diffusers' layout `_class_name` in `model_index.json`, which recognises
+        folders and hub ids. (Hunyuan3D is recognised by the transformer's class.)
+
+    dtype: what models run in by default unless they are small. offloads: ways to offload, of OFFLOADS.
+
+    Of families that take a prompt:
     guidance_argument: the pipeline's argument that takes `--guidance`.
     negative_prompt: default of the second, unconditional branch; None if the family has no such branch.
-    takes_guidance: transformer config -> whether the guidance scale has any effect.
     image_to_image_class: diffusers class for `--image`, built from the loaded pipeline; None: not offered.
-    size_multiple: VAE config -> both sides must be divisible by this many px.
-    defaults: transformer config -> defaults for checkpoints that have no registry row.
-    transformer_inputs: (transformer config, VAE config, width, height, text tokens, batch) -> arguments of
-        one transformer call, as meta tensors, to count FLOPs without weights.
     text_tokens: (prompt, max_sequence_length) -> about how many text tokens the transformer sees.
     single_files: layouts of single-file checkpoints that can be read.
     """
 
     name: str
-    pipeline_class: str
+    makes: Makes
     transformer: TransformerSpec
-    guidance_argument: str
-    negative_prompt: str | None
-    image_to_image_class: str | None
-    size_multiple: Callable[[Config], int]
-    defaults: Callable[[Config], Defaults]
-    transformer_inputs: Callable[[Config, Config, int, int, int, int], dict[str, Any]]
-    text_tokens: Callable[[str, int | None], int]
-    takes_guidance: Callable[[Config], bool] = lambda transformer: True
+    traits: Callable[[Configs], Traits]
+    call_inputs: Callable[[Configs, CallSize], dict[str, Any]]
+    pipeline_class: str
+    layout: str = DIFFUSERS
+    dtype: str = "bf16"
+    offloads: tuple[str, ...] = OFFLOADS
+    guidance_argument: str = "guidance_scale"
+    negative_prompt: str | None = None
+    image_to_image_class: str | None = None
+    text_tokens: Callable[[str, int | None], int] = lambda prompt, limit: 0
     single_files: tuple[FileLayout, ...] = ()
-
-    def branches(self, guidance: float) -> int:
-        """Transformer calls per step: 2 with classifier-free guidance (scale > 1), else 1."""
-        return 2 if self.negative_prompt is not None and guidance > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -120,32 +179,44 @@ class SingleFile:
 class Backbone:
     """One model that can be generated with: a registry row, or a folder or hub id that was recognised.
 
-    source: hub id, or absolute folder path.
-    file: a single-file checkpoint whose denoiser takes the place of the source's.
-    parameters: of all components together; `transformer_parameters` of the denoiser alone.
-    memory_gib: estimated GiB to hold every component in bf16 (small models: fp32).
+    source: absolute folder path, or hub id (owner/name, for Hunyuan3D with /subfolder).
+    defaults: for requests.
+    licence, summary: for people.
+    parameters: of all components together, 0 if unknown; `transformer_parameters` of the denoiser alone.
+    size_multiple: both sides of a picture must be divisible by this many px.
+    guided: whether guidance above 1 runs a second, unconditional branch.
+    takes_guidance: whether the guidance scale has any effect.
+    views: whether it takes several named views of one object.
     packaged: its weights are part of this package.
     bundle: folder of the routers used by default, or None.
-    batch_size: images generated together by default.
+    batch_size: results made together by default.
+    file: a single-file checkpoint whose denoiser takes the place of the source's.
     """
 
     name: str
     family: Family
     source: str
-    licence: str
-    parameters: int
-    transformer_parameters: int
-    memory_gib: float
     defaults: Defaults
-    size_multiple: int
+    licence: str = "see the model's own card"
+    summary: str = ""
+    parameters: int = 0
+    transformer_parameters: int = 0
+    size_multiple: int = 1
+    guided: bool = True
+    takes_guidance: bool = True
+    views: bool = False
     packaged: bool = False
     bundle: Path | None = None
     batch_size: int = 1
-    summary: str = ""
     file: SingleFile | None = None
 
     @property
-    def asked(self) -> str:
+    def makes(self) -> Makes:
+        """What it makes."""
+        return self.family.makes
+
+    @property
+    def address(self) -> str:
         """What `--model` finds this model by, on this machine."""
         if self.file is not None:
             return str(self.file.path)
@@ -153,14 +224,22 @@ class Backbone:
 
     @property
     def folder(self) -> Path | None:
-        """The pipeline folder if the source is a path, else None (a hub id)."""
+        """The model folder if the source is a path, else None (a hub id)."""
         return Path(self.source) if Path(self.source).is_absolute() else None
 
+    @property
+    def small(self) -> bool:
+        """Whether it runs in fp32 by default and may make several results at once."""
+        return 0 < self.parameters < SMALL_MODEL
 
-OFFLOADS = ("none", "model", "sequential", "group")
-DTYPES = ("auto", "fp32", "bf16", "fp16")
-SOLVERS = ("euler", "ab2", "dpm++2m")
-"""How a sampler steps from one time to the next (solvers.py); "euler" is what the families come with."""
+    @property
+    def memory_gib(self) -> float:
+        """GiB of all weights: fp32 for small models, bf16 for the rest."""
+        return round((4 if self.small else 2) * self.parameters / GIB, 2 if self.small else 1)
+
+    def branches(self, guidance: float) -> int:
+        """How often the transformer sees a sample at each step: 2 with classifier-free guidance, else 1."""
+        return 2 if self.guided and guidance > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -184,63 +263,3 @@ class Placement:
     offload: str = "none"
     compile: bool = False
     loras: tuple[Lora, ...] = ()
-
-
-@dataclass(frozen=True)
-class MeshDefaults:
-    """What a mesh request uses when the user says nothing.
-
-    steps: denoising steps. guidance: guidance scale. octree_resolution: grid cells per axis.
-    """
-
-    steps: int = 30
-    guidance: float = 5.0
-    octree_resolution: int = 256
-
-
-@dataclass(frozen=True)
-class MeshFamily:
-    """What all image-to-mesh checkpoints with one transformer class share.
-
-    transformer: what `routers` needs to know of the denoiser; its class name, in a checkpoint's
-        `config.yaml`, recognises folders and hub ids.
-    is_distilled, takes_views, defaults: sections of `config.yaml` -> whether guidance is an input of the
-        model, whether it takes named views of one object, defaults for requests.
-    """
-
-    name: str
-    transformer: TransformerSpec
-    is_distilled: Callable[[Config], bool]
-    takes_views: Callable[[Config], bool]
-    defaults: Callable[[Config], MeshDefaults]
-
-
-@dataclass(frozen=True)
-class MeshBackbone:
-    """One model that makes meshes. Fields as in `Backbone`; source: absolute folder, or hub id/subfolder.
-
-    guided: whether guidance doubles the batch (a scale > 1). views: whether it takes named views.
-    """
-
-    name: str
-    family: MeshFamily
-    source: str
-    licence: str
-    parameters: int
-    transformer_parameters: int
-    memory_gib: float
-    defaults: MeshDefaults
-    guided: bool = True
-    views: bool = False
-    packaged: bool = False
-    bundle: Path | None = None
-    summary: str = ""
-
-    @property
-    def folder(self) -> Path | None:
-        """The checkpoint folder if the source is a path, else None (a hub id)."""
-        return Path(self.source) if Path(self.source).is_absolute() else None
-
-    def rows(self, guidance: float) -> int:
-        """Batch rows per mesh: 2 with classifier-free guidance (scale > 1), else 1."""
-        return 2 if self.guided and guidance > 1 else 1

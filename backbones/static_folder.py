@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backbones.model_files import ModelNotFoundError, read_json
+from backbones.model_files import ModelError, read_json
 from backbones.spec import Backbone
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ EXPERT_KIND, EXPERT_COUNT = "experts", "num_moe_layers"
 def read_shape(folder: Path | None) -> StaticShape | None:
     """The static shape of a folder's transformer; None if it is an ordinary one.
 
-    Raises ModelNotFoundError, one line, if it cannot be understood.
+    Raises ModelError, one line, if it cannot be understood.
     """
     if folder is None or not (folder / DEFAULTS_FILE).is_file():
         return None
@@ -45,11 +45,11 @@ def read_shape(folder: Path | None) -> StaticShape | None:
     try:
         return StaticShape.from_dict(data[ENTRY])
     except ValueError as error:
-        raise ModelNotFoundError(f"{folder / DEFAULTS_FILE}: {error}") from error
+        raise ModelError(f"{folder / DEFAULTS_FILE}: {error}") from error
 
 
 def narrow_like(transformer: Any, spec: Any, folder: Path | None) -> None:
-    """Narrow a transformer that was built from a folder's configuration. Raises ModelNotFoundError."""
+    """Narrow a transformer that was built from a folder's configuration. Raises ModelError."""
     shape = read_shape(folder)
     if shape is None:
         return
@@ -59,13 +59,13 @@ def narrow_like(transformer: Any, spec: Any, folder: Path | None) -> None:
         narrow(transformer, spec, shape)
     except ValueError as error:
         assert folder is not None
-        raise ModelNotFoundError(f"{folder / DEFAULTS_FILE}: {error}") from error
+        raise ModelError(f"{folder / DEFAULTS_FILE}: {error}") from error
 
 
 def load_transformer(backbone: Backbone, dtype: Any) -> Any:
     """The static transformer of a pipeline folder, in `dtype`, on the CPU; None if it is an ordinary one.
 
-    Raises ModelNotFoundError, one line, if weights and shape do not fit.
+    Raises ModelError, one line, if weights and shape do not fit.
     """
     if read_shape(backbone.folder) is None:
         return None
@@ -84,7 +84,7 @@ def load_transformer(backbone: Backbone, dtype: Any) -> Any:
         transformer.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        raise ModelNotFoundError(f"{str(folder)!r} cannot be loaded: {' '.join(lines[:2])[:300]}") from error
+        raise ModelError(f"{str(folder)!r} cannot be loaded: {' '.join(lines[:2])[:300]}") from error
     return transformer.eval()
 
 
@@ -97,7 +97,7 @@ def _read_weights(folder: Path, dtype: Any) -> dict[str, Any]:
         for file in sorted(folder.glob("*.safetensors")):
             weights |= {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     except (SafetensorError, OSError) as error:
-        raise ModelNotFoundError(f"{str(folder)!r} cannot be read: {error}") from error
+        raise ModelError(f"{str(folder)!r} cannot be read: {error}") from error
     return weights
 
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class PipelineWorkload:
     """Prompts cut into batches of `rows`; row i of all always starts from the same noise (seed + i).
 
-    guidance: the scale given to the family's guidance argument. The last batch is filled up with the
-    first prompts, so that every batch has `rows` rows.
+    guidance: the scale given to the family's guidance argument. width, height: px; None: the
+    pipeline's own. The last batch is filled up with the first prompts, so that every batch has `rows` rows.
     """
 
     pipe: Any
@@ -32,8 +32,8 @@ class PipelineWorkload:
     rows: int
     num_steps: int
     guidance: float
-    width: int
-    height: int
+    width: int | None
+    height: int | None
     seed: int = 0
     max_sequence_length: int | None = None
 
@@ -41,8 +41,8 @@ class PipelineWorkload:
         if not self.prompts:
             raise ValueError("a workload needs at least one prompt")
         self.num_batches = -(-len(self.prompts) // self.rows)
-        calls = self.family.branches(self.guidance)
-        self.branches: tuple[str, ...] = ("cond", "uncond")[:calls]
+        guided = self.family.negative_prompt is not None and self.guidance > 1
+        self.branches: tuple[str, ...] = ("cond", "uncond") if guided else ("cond",)
 
     def run(self, batch: int, *, num_steps: int | None = None, output_type: str = "latent") -> Any:
         """Latents `[rows, L, C]` float32 of a batch, or pictures with output_type "pil"."""
@@ -56,7 +56,7 @@ class PipelineWorkload:
             "generator": [torch.Generator("cpu").manual_seed(self.seed + i) for i in indices],
             "output_type": output_type,
         }
-        if self.family.branches(self.guidance) > 1:
+        if len(self.branches) > 1:
             arguments["negative_prompt"] = [self.family.negative_prompt] * self.rows
         if self.max_sequence_length is not None:
             arguments["max_sequence_length"] = self.max_sequence_length
@@ -111,19 +111,20 @@ def embed(pipe: Hunyuan3DPipeline, pictures: Sequence[Image.Image]) -> dict[str,
 
 @torch.no_grad()
 def encode(
-    pipe: Any, backbone: Backbone, pictures: Sequence[Image.Image], width: int, height: int, seed: int
+    pipe: Any, backbone: Backbone, pictures: Sequence[Image.Image], size: tuple[int, int], seed: int
 ) -> Tensor:
-    """Latents `[N, L, C]` float32 on the host, as the transformer sees them, of pictures cut to a size.
+    """Latents `[N, L, C]` float32 on the host, as the transformer sees them, of pictures cut to `size`
+    (width, height) in px.
 
-    Raises LoadError for a family without a way from pictures to latents.
+    Raises ModelError for a family without a way from pictures to latents.
     """
     from PIL import ImageOps
 
     other, found = image_to_image(pipe, backbone), []
     device, dtype = pipe.vae.device, pipe.vae.dtype
     for i, picture in enumerate(pictures):
-        fitted = ImageOps.fit(picture, (width, height))
-        pixels = other.image_processor.preprocess(fitted, height, width).to(device, dtype)
+        fitted = ImageOps.fit(picture, size)
+        pixels = other.image_processor.preprocess(fitted, *size[::-1]).to(device, dtype)
         if hasattr(pipe.vae.config, "temperal_downsample"):  # a video VAE: one frame
             pixels = pixels.unsqueeze(2)
         generator = torch.Generator("cpu").manual_seed(seed + i)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from scipy.spatial import cKDTree
 
-from backbones import mesh_registry
+from backbones import registry
 from backbones.spec import Placement
 from backbones.workloads import embed
 from edit_cli.calibrate.inputs import read_images
@@ -123,14 +123,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--images", metavar="DIR", help="default: the model's own pictures")
     parser.add_argument("--count", type=int, default=4, help="pictures, the first by name")
-    parser.add_argument("-m", "--model", default=mesh_registry.DEFAULT_MESH_MODEL)
+    parser.add_argument("-m", "--model", default=registry.DEFAULT_MODELS["mesh"])
     parser.add_argument("--resolutions", type=int, nargs="+", default=[64, 128, BAR_RESOLUTION])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="default: the model's")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--check", action="store_true", help="exit 1 if a bar is missed")
     args = parser.parse_args(arguments)
-    backbone = mesh_registry.resolve(args.model)
+    backbone = registry.resolve(args.model, makes="mesh")
     pipe = MeshSession.open(backbone, Placement(), None, False, StageClock()).pipe
     pictures = list(read_images(backbone, args.images, "auto").values())[: args.count]
     contexts = embed(pipe, pictures)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from backbones import mesh_registry
+from backbones import registry
 
 BAR = 1.3
 ROWS = 4
@@ -33,8 +33,8 @@ def commands(model: str) -> tuple[list[str], list[str]]:
     """Arguments of `edit`: a dense generation of ROWS samples, and a calibration in batches of ROWS."""
     calibrate = ["calibrate", "-m", model, "-o", "bundle", "--batch-size", str(ROWS), *SHORTER]
     dense = ["-m", model, "--budget", "1", "-o", "."]
-    if model in mesh_registry.rows():
-        pictures = sorted((Path(str(mesh_registry.resolve(model).source)) / "calibration").glob("*.png"))
+    if registry.resolve(model).makes == "mesh":
+        pictures = sorted((Path(str(registry.resolve(model).source)) / "calibration").glob("*.png"))
         return ["generate-3d", *(str(picture) for picture in pictures[:ROWS]), *dense], calibrate
     return ["generate", "a cat", "a dog", "a tree", "a house", "--batch-size", str(ROWS), *dense], calibrate
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import routers
-from backbones import mesh_registry
-from backbones.hunyuan3d.errors import NoSurfaceError
+from backbones import registry
+from backbones.hunyuan3d.mesh import NoSurfaceError
 from backbones.hunyuan3d.schedulers import FlowMatchEulerScheduler
 from backbones.solvers import MULTISTEP
 from backbones.spec import Placement
@@ -149,7 +149,7 @@ def mesh_solver(pipe: Any, name: str) -> Iterator[None]:
 
 def open_mesh_bench(args: argparse.Namespace) -> MeshBench:
     """Load what the command line names. Raises ValueError, one line, for anything that cannot be loaded."""
-    backbone = mesh_registry.resolve(args.model)
+    backbone = registry.resolve(args.model, makes="mesh")
     try:
         pictures = read_images(backbone, args.images or None, "auto")
         pipe = MeshSession.open(backbone, Placement(), None, False, StageClock()).pipe

@@ -108,11 +108,11 @@ PROMPTS = ("a cat", "a dog", "an apple", "a house", "a tree", "a pizza", "a rock
 
 def packaged_denoising(size: Size, batch: int) -> tuple[Denoising, Any, str]:
     """The packaged pipeline with real prompts, classifier-free guidance on."""
-    from backbones.loading import load_pipeline
+    from backbones.loading import load
     from backbones.spec import Placement
 
-    backbone = registry.resolve(registry.DEFAULT_MODEL)
-    pipe = load_pipeline(backbone, Placement(device="cpu"))
+    backbone = registry.resolve(registry.DEFAULT_MODELS["picture"])
+    pipe = load(backbone, Placement(device="cpu"))
     with torch.no_grad():
         embeds, mask = pipe.encode_prompt(list(PROMPTS[:batch]))
         negative, negative_mask = pipe.encode_prompt([qwen_image.FAMILY.negative_prompt] * batch)

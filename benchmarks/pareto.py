@@ -63,7 +63,7 @@ def open_bench(args: argparse.Namespace) -> Bench:
         scores.default_prompts(args.count) if args.prompts is None else read_prompts(args.prompts, args.count)
     )
     bundle = routers.load_bundle(path) if path is not None else None
-    pipe = loading.load_pipeline(backbone, Placement())
+    pipe = loading.load(backbone, Placement())
     pipe.set_progress_bar_config(disable=True)
     if bundle is not None:
         routers.attach(
@@ -177,9 +177,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model", nargs="?", default=registry.DEFAULT_MODEL, help="registry name or pipeline folder"
-    )
+    parser.add_argument("model", nargs="?", help="registry name or model folder, default qwen-image-tiny")
     parser.add_argument("--routers", type=Path, help="bundle folder, default the model's own")
     parser.add_argument(
         "--release", type=Path, help="checkpoint in the paper's layout, for its fixed thresholds"

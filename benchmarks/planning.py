@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
     backbone = registry.resolve(args.model)
-    pipe = loading.load_pipeline(backbone, Placement())
+    pipe = loading.load(backbone, Placement())
     pipe.set_progress_bar_config(disable=True)
     prompts, defaults, half = read_prompts(COMMON)[: args.count], backbone.defaults, args.count // 2
     learn = PipelineWorkload(

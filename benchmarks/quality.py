@@ -79,7 +79,7 @@ def open_bench(args: argparse.Namespace) -> Bench:
     path = args.routers or backbone.bundle
     if path is None:
         raise SystemExit(f"{backbone.name} has no bundle; give one with --routers")
-    pipe = loading.load_pipeline(backbone, Placement())
+    pipe = loading.load(backbone, Placement())
     pipe.set_progress_bar_config(disable=True)
     prompts = scores.read_prompts(args.prompts)[: args.count]
     defaults = backbone.defaults
@@ -210,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-m", "--model", default=registry.DEFAULT_MODEL)
+    parser.add_argument("-m", "--model", default=registry.DEFAULT_MODELS["picture"])
     parser.add_argument("--routers", type=Path)
     parser.add_argument("--prompts", type=Path, default=scores.COMMON)
     parser.add_argument("--count", type=int, default=64, help="prompts")

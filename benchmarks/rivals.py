@@ -189,7 +189,7 @@ def _release(bench: Bench, setting: Setting) -> Iterator[Attached]:
     import diffusers
 
     spec, before = bench.backbone.family.transformer, bench.transformer
-    config = dict(registry.component_config(bench.backbone, "transformer"))
+    config = dict(registry.component_configs(bench.backbone)["transformer"])
     kind = getattr(diffusers, spec.transformer_class)
     transformer, gates = release.load_release(
         Path(str(setting["file"])),

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from backbones import registry
-from backbones.loading import load_pipeline
+from backbones.loading import load
 from backbones.spec import Backbone, Placement
 from backbones.workloads import PipelineWorkload
 from routers.attachment import attach
@@ -26,7 +26,7 @@ MARGIN, LABEL = 8, 22  # px
 
 def draw(backbone: Backbone, prompts: list[str], seed: int) -> dict[float, list[Image.Image]]:
     """Pictures of all prompts at every budget."""
-    pipe = load_pipeline(backbone, Placement())
+    pipe = load(backbone, Placement())
     base = backbone.defaults
     workload = PipelineWorkload(
         pipe, backbone.family, prompts, len(prompts), base.steps, base.guidance, base.width, base.height, seed
@@ -62,7 +62,7 @@ def sheet(pictures: dict[float, list[Any]]) -> Image.Image:
 def main(arguments: list[str] | None = None) -> int:
     """Draw and save."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.strip")
-    parser.add_argument("--model", default=registry.DEFAULT_MODEL, help="registry name or pipeline folder")
+    parser.add_argument("--model", help="registry name or model folder, default qwen-image-tiny")
     parser.add_argument("--prompt", action="append", help="a row of the picture (repeatable)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, default=TARGET)

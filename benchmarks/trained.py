@@ -34,7 +34,7 @@ METHODS = ("trained", "random skip", "packaged fit")
 def make_workload(model: str, rows: int, seed: int) -> PipelineWorkload:
     """One batch of held-out requests at the model's defaults."""
     backbone = registry.resolve(model)
-    pipe = loading.load_pipeline(backbone, Placement(device="cpu", dtype="auto"))
+    pipe = loading.load(backbone, Placement(device="cpu", dtype="auto"))
     pipe.set_progress_bar_config(disable=True)
     lines = [entry["prompt"] for entry in read_prompts(str(default_prompts(backbone)))][::-1]
     chosen, defaults = [lines[i % len(lines)] for i in range(rows)], backbone.defaults

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from backbones.registry import DEFAULT_MODEL
+from backbones.registry import DEFAULT_MODELS
 from backbones.spec import DTYPES, OFFLOADS, SOLVERS
 
 PICTURE, MODEL, OUTPUT, MACHINE = "Picture", "Model and routers", "Output", "Machine"
@@ -94,7 +94,7 @@ Model = Annotated[
     typer.Option(
         "--model", "-m", metavar="MODEL",
         help="Registry name (edit models), folder, .safetensors file or hub id. "
-        f"[dim]default {DEFAULT_MODEL}[/]",
+        f"[dim]default {DEFAULT_MODELS['picture']}[/]",
         rich_help_panel=MODEL,
     ),
 ]  # fmt: skip

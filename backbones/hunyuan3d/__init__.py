@@ -18,8 +18,7 @@ _HOME = {
     "ConsistencyFlowMatchEulerScheduler": "schedulers",
     "Hunyuan3DPipeline": "pipeline",
     "ShapeOutput": "pipeline",
-    "CheckpointError": "errors",
-    "NoSurfaceError": "errors",
+    "NoSurfaceError": "mesh",
 }
 
 __all__ = sorted(_HOME)

@@ -1,7 +1,7 @@
 """Read and write checkpoints as published: `config.yaml` + `model[.variant].{safetensors,ckpt}`.
 
 Modules are built on the meta device and take over memory-mapped tensors, so weights lie in memory once.
-Loading is strict: a missing or left-over key, an unknown setting or a wrong shape is a CheckpointError.
+Loading is strict: a missing or left-over key, an unknown setting or a wrong shape is a ModelError.
 Pickle files are read with `weights_only=True` and nothing else.
 """
 
@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from backbones import static_folder as static
+from backbones.model_files import ModelError
 
 from .config import COMPONENTS, SECTIONS, build, read_config
-from .errors import CheckpointError
 from .family import TRANSFORMER_2, TRANSFORMER_21
 from .folders import find_weights, resolve_folder
 from .pipeline import Hunyuan3DPipeline
@@ -39,10 +39,10 @@ def read_weights(path: Path) -> dict[str, State]:
     if tensors and all(isinstance(value, Mapping) for value in tensors.values()):
         nested = {str(name): dict(state) for name, state in tensors.items()}
         if not all(isinstance(value, Tensor) for state in nested.values() for value in state.values()):
-            raise CheckpointError(f"{path} holds something else than tensors; it is no Hunyuan3D checkpoint")
+            raise ModelError(f"{path} holds something else than tensors; it is no Hunyuan3D checkpoint")
         return nested
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{path} holds something else than tensors; it is no Hunyuan3D checkpoint")
+        raise ModelError(f"{path} holds something else than tensors; it is no Hunyuan3D checkpoint")
     if all(key.split(".", 1)[0] in COMPONENTS for key in tensors):
         components: dict[str, State] = {}
         for key, tensor in tensors.items():
@@ -57,21 +57,21 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+        raise ModelError(f"cannot read {path}: {error}") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
+        raise ModelError(
             f"refused {path}: it holds more than tensors, so loading could run code; use a .safetensors file"
         ) from error
     except (OSError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"cannot read {path}: {reason}") from error
+        raise ModelError(f"cannot read {path}: {reason}") from error
     if not isinstance(data, Mapping):
-        raise CheckpointError(f"{path} must hold a mapping, not {type(data).__name__}")
+        raise ModelError(f"{path} must hold a mapping, not {type(data).__name__}")
     return dict(data)
 
 
@@ -81,13 +81,13 @@ def _strip_training_prefixes(state: Mapping[str, Tensor], path: Path) -> State:
     for key, tensor in state.items():
         name = key.removeprefix("_forward_module.")
         if not name.startswith("model."):
-            raise CheckpointError(f"{path}: key {key!r} of the training dump does not belong to the model")
+            raise ModelError(f"{path}: key {key!r} of the training dump does not belong to the model")
         stripped[name.removeprefix("model.")] = tensor
     return stripped
 
 
 def check_keys(module: nn.Module, found: Mapping[str, tuple[int, ...]], name: str) -> None:
-    """Compare names and shapes with the module's own. Raises CheckpointError with the first offenders."""
+    """Compare names and shapes with the module's own. Raises ModelError with the first offenders."""
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     problems = []
     for label, keys in (
@@ -103,7 +103,7 @@ def check_keys(module: nn.Module, found: Mapping[str, tuple[int, ...]], name: st
             f"{list(expected[wrong[0]])}"
         )
     if problems:
-        raise CheckpointError(f"{name} weights do not fit the config: {'; '.join(problems)}")
+        raise ModelError(f"{name} weights do not fit the config: {'; '.join(problems)}")
 
 
 def load_weights(module: nn.Module, state: State, name: str) -> None:
@@ -118,7 +118,7 @@ def build_component(
 ) -> nn.Module:
     """A module of a config section with its weights. A VAE without encoder weights becomes a decoder only.
 
-    folder: where a static transformer's shape is looked up. Raises ModelNotFoundError, CheckpointError.
+    folder: where a static transformer's shape is looked up. Raises ModelError, ModelError.
     """
     overrides = {"with_encoder": any(key.startswith("encoder.") for key in state)} if name == "vae" else {}
     with torch.device("meta"):
@@ -143,7 +143,7 @@ def load_pipeline(
     """A pipeline from a published folder or hub id.
 
     vae: a VAE-only folder or hub id to use instead of the checkpoint's own (the turbo decoders).
-    dtype: None keeps the file's. Raises CheckpointError.
+    dtype: None keeps the file's. Raises ModelError.
     """
     folder = resolve_folder(model, subfolder, variant)
     config, states = read_config(folder / "config.yaml"), read_weights(find_weights(folder, variant))
@@ -151,10 +151,10 @@ def load_pipeline(
     lacking = required - set(config)
     extra = set(states) - set(config)
     if lacking or extra:
-        raise CheckpointError(f"{folder}: config.yaml lacks the sections {sorted(lacking | extra)}")
+        raise ModelError(f"{folder}: config.yaml lacks the sections {sorted(lacking | extra)}")
     absent = ({"model"} | (set() if vae else {"vae"})) - set(states)
     if absent:
-        raise CheckpointError(f"{folder}: the weights lack {sorted(absent)}")
+        raise ModelError(f"{folder}: the weights lack {sorted(absent)}")
     if vae:
         states.pop("vae", None)
     parts = {
@@ -179,7 +179,7 @@ def load_vae(model: str | Path, *, subfolder: str | None = None, variant: str | 
     folder = resolve_folder(model, subfolder, variant)
     config, states = read_config(folder / "config.yaml"), read_weights(find_weights(folder, variant))
     if "vae" not in config or "vae" not in states:
-        raise CheckpointError(f"{folder} holds no VAE")
+        raise ModelError(f"{folder} holds no VAE")
     return build_component("vae", config["vae"], states["vae"])
 
 
@@ -190,7 +190,7 @@ def save_checkpoint(folder: Path, config: Mapping[str, Any], components: Mapping
     """
     unknown = (set(config) - set(SECTIONS)) | (set(components) - set(COMPONENTS))
     if unknown:
-        raise CheckpointError(f"unknown sections {sorted(unknown)}; known are {', '.join(SECTIONS)}")
+        raise ModelError(f"unknown sections {sorted(unknown)}; known are {', '.join(SECTIONS)}")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{name}.{key}": tensor.detach().cpu().contiguous()

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml  # type: ignore[import-untyped]
+from backbones.model_files import ModelError, read_yaml
 
 from . import dit_v2, dit_v21, shape_vae
 from .conditioner import SingleImageEncoder
-from .errors import CheckpointError
 from .image_processor import ImageProcessor, MultiViewImageProcessor
 from .pipeline import Hunyuan3DPipeline
 from .schedulers import ConsistencyFlowMatchEulerScheduler, FlowMatchEulerScheduler
@@ -44,35 +43,30 @@ TARGETS: dict[str, Target] = {
 
 def read_config(path: Path) -> dict[str, Any]:
     """Parse `config.yaml`: SECTIONS as keys, or `target` and `params` alone in a VAE-only folder."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold a mapping, not {type(config).__name__}")
+    config = read_yaml(path)
     if "target" in config:
         config = {"vae": config}
     unknown = set(config) - set(SECTIONS)
     if unknown:
-        raise CheckpointError(f"{path}: unknown sections {sorted(unknown)}; known are {', '.join(SECTIONS)}")
+        raise ModelError(f"{path}: unknown sections {sorted(unknown)}; known are {', '.join(SECTIONS)}")
     return config
 
 
 def build(section: str, spec: Mapping[str, Any], **overrides: Any) -> Any:
-    """Construct what a section `{target, params}` names. Raises CheckpointError on anything unknown."""
+    """Construct what a section `{target, params}` names. Raises ModelError on anything unknown."""
     if not isinstance(spec, Mapping) or "target" not in spec or set(spec) - {"target", "params"}:
-        raise CheckpointError(
+        raise ModelError(
             f"section {section!r} must have the keys 'target' and 'params', not {sorted(spec or ())}"
         )
     name = str(spec["target"]).rsplit(".", 1)[-1]
     if name not in TARGETS:
-        raise CheckpointError(f"section {section!r}: unknown target {name!r}; known are {', '.join(TARGETS)}")
+        raise ModelError(f"section {section!r}: unknown target {name!r}; known are {', '.join(TARGETS)}")
     target = TARGETS[name]
     params = dict(spec.get("params") or {})
     allowed = set(inspect.signature(target.build).parameters)
     unknown = set(params) - allowed - target.ignored
     if unknown:
-        raise CheckpointError(
+        raise ModelError(
             f"section {section!r}: {name} has no settings {sorted(unknown)}; "
             f"it has {', '.join(sorted(allowed))}"
         )
@@ -80,4 +74,4 @@ def build(section: str, spec: Mapping[str, Any], **overrides: Any) -> Any:
     try:
         return target.build(**kept, **overrides)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"section {section!r}: {error}") from error
+        raise ModelError(f"section {section!r}: {error}") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from backbones.spec import MeshDefaults, MeshFamily
+from backbones.spec import HUNYUAN3D, CallSize, Configs, Defaults, Family, Traits
 from routers.spec import BlockSpec, MlpSpec, TransformerSpec
 
 TRANSFORMER_2 = TransformerSpec(
@@ -84,33 +84,67 @@ TRANSFORMER_21 = TransformerSpec(
 """2.1: blocks with a plain MLP, then blocks with experts, in one list."""
 
 
-def is_distilled(config: Mapping[str, Any]) -> bool:
-    """Whether the guidance scale is an input of the model, so that there is no unconditional branch."""
-    return bool((config["model"].get("params") or {}).get("guidance_embed", False))
+PATCH, CONDITION_SIZE = 14, 518
+"""The published conditioner's: px per token and side of the picture it sees."""
 
 
-def takes_views(config: Mapping[str, Any]) -> bool:
-    """Whether the model is conditioned on several named views of one object."""
-    return _target(config, "image_processor") == "MVImageProcessorV2"
+def traits(configs: Configs) -> Traits:
+    """The published demo's settings: 5 steps for turbo, 30 for the rest, guidance 5, resolution 256.
+
+    Where the guidance scale is an input of the model, there is no unconditional branch.
+    """
+    turbo = _target(configs, "scheduler").startswith("Consistency")
+    return Traits(
+        Defaults(steps=5 if turbo else 30, guidance=5.0, octree_resolution=256),
+        guided=not _params(configs, "model").get("guidance_embed", False),
+        views=_target(configs, "image_processor") == "MVImageProcessorV2",
+    )
 
 
-def defaults(config: Mapping[str, Any]) -> MeshDefaults:
-    """The published demo's settings: 5 steps for turbo, 30 for the rest, resolution 256."""
-    turbo = _target(config, "scheduler").startswith("Consistency")
-    return MeshDefaults(steps=5 if turbo else 30)
+def call_inputs(configs: Configs, size: CallSize) -> dict[str, Any]:
+    """Arguments of one transformer call, on the meta device."""
+    import torch
+
+    model, vae = _params(configs, "model"), _params(configs, "vae")
+    encoder = _params(configs, "conditioner")["main_image_encoder"].get("kwargs", {})
+    patch = encoder.get("config", {}).get("patch_size", PATCH)
+    tokens = (encoder.get("image_size", CONDITION_SIZE) // patch) ** 2 + encoder.get("use_cls_token", True)
+    context = model["context_in_dim" if "context_in_dim" in model else "context_dim"]
+    with torch.device("meta"):
+        inputs: dict[str, Any] = {
+            "x": torch.empty(size.rows, vae["num_latents"], vae["embed_dim"]),
+            "t": torch.empty(size.rows),
+            "contexts": {"main": torch.empty(size.rows, tokens * size.views, context)},
+        }
+        if model.get("guidance_embed"):
+            inputs["guidance"] = torch.empty(size.rows)
+    return inputs
 
 
-def _target(config: Mapping[str, Any], section: str) -> str:
-    return str((config.get(section) or {}).get("target", "")).rsplit(".", 1)[-1]
+def transformer_class(configs: Configs) -> str:
+    """Name of the transformer's class; it recognises a checkpoint."""
+    return _target(configs, "model")
 
 
-def _family(name: str, transformer: TransformerSpec) -> MeshFamily:
-    return MeshFamily(
+def _target(configs: Configs, section: str) -> str:
+    return str((configs.get(section) or {}).get("target", "")).rsplit(".", 1)[-1]
+
+
+def _params(configs: Configs, section: str) -> Mapping[str, Any]:
+    return configs[section].get("params") or {}
+
+
+def _family(name: str, transformer: TransformerSpec) -> Family:
+    return Family(
         name=name,
+        makes="mesh",
         transformer=transformer,
-        is_distilled=is_distilled,
-        takes_views=takes_views,
-        defaults=defaults,
+        traits=traits,
+        call_inputs=call_inputs,
+        pipeline_class="Hunyuan3DPipeline",
+        layout=HUNYUAN3D,
+        dtype="fp16",  # as the checkpoints were published
+        offloads=("none", "model"),
     )
 
 

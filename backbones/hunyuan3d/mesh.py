@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import NoSurfaceError
 from .surface import Volume
+
+
+class NoSurfaceError(RuntimeError):
+    """The field does not cross the level that was asked for anywhere."""
+
 
 if TYPE_CHECKING:
     import trimesh

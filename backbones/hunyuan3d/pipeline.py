@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from . import mesh as meshes
 from . import surface
-from .errors import NoSurfaceError
 from .image_processor import ImageProcessor, MultiViewImageProcessor
 from .schedulers import FlowMatchEulerScheduler
 
@@ -118,13 +116,6 @@ class Hunyuan3DPipeline:
         self.published_scale = published_scale
         self.device = torch.device("cpu")
         self.offload = False
-
-    @classmethod
-    def from_pretrained(cls, model: str | Path, **options: Any) -> Hunyuan3DPipeline:
-        """Load from a folder or hub id; options as in `checkpoints.load_pipeline`."""
-        from .checkpoints import load_pipeline
-
-        return load_pipeline(model, **options)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -305,7 +296,7 @@ class Hunyuan3DPipeline:
     def _extract_or_none(self, volume: surface.Volume, level: float) -> trimesh.Trimesh | None:
         try:
             return self.extract(volume, level)
-        except NoSurfaceError:
+        except meshes.NoSurfaceError:
             return None
 
     def _clock(self) -> float:

@@ -15,17 +15,14 @@ from typing import Any
 import torch
 
 import routers
-from backbones import loading, mesh_registry, registry
-from backbones.model_files import is_small
-from backbones.spec import Backbone, MeshBackbone, Placement
+from backbones import loading, registry
+from backbones.spec import Backbone, Placement
 from backbones.workloads import MeshWorkload, PipelineWorkload, embed, encode
 from edit_cli import __version__
 from edit_cli.calibrate import training as calibrate_train
 from edit_cli.calibrate.inputs import Asked, read_images
 from edit_cli.console import phases, print_warning
 from edit_cli.errors import EditError, RunError, bad_input
-from edit_cli.generate.clock import StageClock
-from edit_cli.generate.mesh_session import MeshSession
 from edit_cli.generate.pictures import open_rgb
 from edit_cli.generate.prompts import default_prompts, read_prompts
 from routers.calibrate.evaluate import Quality, as_metadata, evaluate, prefers_routers, recommend
@@ -50,7 +47,7 @@ class Calibration:
     """
 
     asked: Asked
-    backbone: Backbone | MeshBackbone
+    backbone: Backbone
     pipe: Any
     train: PipelineWorkload | MeshWorkload
     judge: PipelineWorkload | MeshWorkload
@@ -197,15 +194,14 @@ class Calibration:
 
 
 def _open_pictures(asked: Asked) -> Calibration:
-    backbone = registry.resolve(asked.model or registry.DEFAULT_MODEL)
+    backbone = registry.resolve(asked.model, makes="picture")
     pictures: list[tuple[Path, str]] = []
     if asked.data is not None:
         pictures = calibrate_train.read_data(asked.data)
         lines = [prompt for _, prompt in pictures]
     else:
         lines = [entry["prompt"] for entry in read_prompts(asked.prompts or str(default_prompts(backbone)))]
-    pipe = loading.load_pipeline(backbone, Placement(device=asked.device, dtype=asked.dtype))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = loading.load(backbone, Placement(device=asked.device, dtype=asked.dtype))
     defaults = backbone.defaults
     rows = min(asked.batch_size or backbone.batch_size, asked.samples)
     train = PipelineWorkload(
@@ -219,18 +215,18 @@ def _open_pictures(asked: Asked) -> Calibration:
     session = Calibration(asked, backbone, pipe, train, judge, list(train.prompts), settings)
     if pictures:
         found = [open_rgb(str(file)) for file, _ in pictures]
-        latents = encode(pipe, backbone, found, train.width, train.height, asked.seed)
+        latents = encode(pipe, backbone, found, (train.width or 0, train.height or 0), asked.seed)
         session.data = latents[[i % len(latents) for i in range(asked.samples)]]
     return session
 
 
 def _open_meshes(asked: Asked) -> Calibration:
-    backbone = mesh_registry.resolve(asked.model or mesh_registry.DEFAULT_MESH_MODEL)
+    backbone = registry.resolve(asked.model, makes="mesh")
     pictures = read_images(backbone, asked.images, asked.background)
     placement = Placement(device=asked.device, dtype=asked.dtype)
-    pipe = MeshSession.open(backbone, placement, None, False, StageClock()).pipe
+    pipe = loading.load(backbone, placement)
     defaults = backbone.defaults
-    rows = min(asked.batch_size or (SMALL_BATCH if is_small(backbone.parameters) else 1), asked.samples)
+    rows = min(asked.batch_size or (SMALL_BATCH if backbone.small else 1), asked.samples)
     train = MeshWorkload(
         pipe, embed(pipe, list(pictures.values())), asked.samples, rows, asked.steps or defaults.steps,
         defaults.guidance if asked.guidance is None else asked.guidance, asked.seed,
@@ -241,10 +237,10 @@ def _open_meshes(asked: Asked) -> Calibration:
     return Calibration(asked, backbone, pipe, train, judge, list(pictures), settings)
 
 
-def _fit_settings(asked: Asked, backbone: Backbone | MeshBackbone) -> FitSettings:
+def _fit_settings(asked: Asked, backbone: Backbone) -> FitSettings:
     tried = asked.plan_samples
     if tried is None:
-        tried = TRIED if is_small(backbone.parameters) else TRIED_LARGE
+        tried = TRIED if backbone.small else TRIED_LARGE
     return FitSettings(
         probes=asked.probes, tried=tried, least=min(asked.budgets, default=1.0), seed=asked.seed
     )

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backbones import mesh_registry, registry
-from backbones.spec import MeshBackbone
+from backbones import registry
+from backbones.spec import Backbone
 from edit_cli import checks as values
-from edit_cli.errors import EditError
+from edit_cli.errors import EditError, bad_input
 from edit_cli.files import reason
 from edit_cli.generate.outputs import PICTURE_SUFFIXES
 from routers.train.settings import TrainSettings
@@ -60,7 +60,7 @@ class Asked:
             )
         if self.data is not None and self.prompts is not None:
             raise EditError("--data brings its own prompts; leave --prompts out")
-        found = self.model is not None and _makes_meshes(self.model)
+        found = self.model is not None and _makes(self.model) == "mesh"
         if self.data is not None and (found or self.images is not None):
             raise EditError("--data is for models that make pictures; for meshes leave it out")
         if found and self.prompts is not None:
@@ -68,7 +68,7 @@ class Asked:
                 f"--prompts is for models that make pictures and {self.model!r} makes meshes; "
                 "give --images DIR"
             )
-        if not found and self.images is not None and self.model is not None and _makes_pictures(self.model):
+        if not found and self.images is not None and self.model is not None:
             raise EditError(
                 f"--images is for models that make meshes and {self.model!r} makes pictures; "
                 "give --prompts FILE"
@@ -76,14 +76,9 @@ class Asked:
         return found or self.images is not None
 
 
-def _makes_meshes(model: str) -> bool:
-    table = mesh_registry.rows()
-    published = any(f"{row.source}/".startswith(f"{model}/") for row in table.values())
-    return model in table or published or (Path(model).expanduser() / "config.yaml").is_file()
-
-
-def _makes_pictures(model: str) -> bool:
-    return model in registry.rows() or (Path(model).expanduser() / "model_index.json").is_file()
+def _makes(model: str) -> str:
+    with bad_input():
+        return registry.resolve(model).makes
 
 
 def parse_budgets(text: str) -> tuple[float, ...]:
@@ -122,7 +117,7 @@ def picture_files(option: str, folder: str, wanted: str) -> list[Path]:
     return files
 
 
-def read_images(backbone: MeshBackbone, folder: str | None, background: str) -> dict[str, Image.Image]:
+def read_images(backbone: Backbone, folder: str | None, background: str) -> dict[str, Image.Image]:
     """Pictures without background by a hash of their files, in the order of their names. Raises EditError.
 
     folder None: those in the model's own folder.

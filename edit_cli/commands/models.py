@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from backbones import mesh_registry, registry
-from backbones.spec import Backbone, MeshBackbone
+from backbones import registry
+from backbones.spec import COMMANDS, Backbone
 from edit_cli.console import print_json, stdout
 
 if TYPE_CHECKING:
@@ -26,12 +26,12 @@ def models(
     ] = False,
 ) -> None:
     """List the models known by name; other pipeline folders and hub ids of these families work too."""
-    rows: list[Backbone | MeshBackbone] = [*registry.rows().values(), *mesh_registry.rows().values()]
+    rows = list(registry.rows().values())
     if json_output:
         print_json(
             {
-                "default": registry.DEFAULT_MODEL,
-                "default_3d": mesh_registry.DEFAULT_MESH_MODEL,
+                "default": registry.DEFAULT_MODELS["picture"],
+                "default_3d": registry.DEFAULT_MODELS["mesh"],
                 "models": [as_dict(row) for row in rows],
             }
         )
@@ -51,7 +51,7 @@ def _heading(family: str, licence: str) -> Text:
     return Text.assemble((family, "bold"), (f"  {licence}", "dim"))
 
 
-def _table(rows: Sequence[Backbone | MeshBackbone]) -> Table:
+def _table(rows: Sequence[Backbone]) -> Table:
     """Models of one family and licence; narrow enough for a terminal of 60 columns."""
     from rich.table import Table
 
@@ -71,11 +71,11 @@ def _table(rows: Sequence[Backbone | MeshBackbone]) -> Table:
     return table
 
 
-def as_dict(row: Backbone | MeshBackbone) -> dict[str, Any]:
+def as_dict(row: Backbone) -> dict[str, Any]:
     """A registry row for scripts."""
-    made: dict[str, Any] = {"makes": "pictures"}
-    if isinstance(row, MeshBackbone):
-        made = {"makes": "meshes", "octree_resolution": row.defaults.octree_resolution, "views": row.views}
+    made: dict[str, Any] = {"makes": COMMANDS[row.makes][0]}
+    if row.makes == "mesh":
+        made |= {"octree_resolution": row.defaults.octree_resolution, "views": row.views}
     else:
         made |= {"width": row.defaults.width, "height": row.defaults.height}
     return {

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbones import mesh_registry, registry
-from backbones.model_files import ModelNotFoundError
+from backbones import registry
 from edit_cli.console import two_columns
 from edit_cli.errors import EditError, RunError
 from edit_cli.export.settings import Settings
@@ -34,22 +33,16 @@ def fill(bundle: Bundle, settings: Settings, folder: Path, say: Say) -> dict[str
 
 
 def find_bundle(source: str) -> Path:
-    """The bundle folder that `source` is or brings along. Raises EditError, ModelNotFoundError."""
+    """The bundle folder that `source` is or brings along. Raises EditError, ModelError."""
     path = Path(source).expanduser()
     if (path / "bundle.json").is_file():
         return path
     if path.is_file() or bundle_file.find(path) is not None:
         raise EditError(f"{source!r} is one file already, or not a bundle; give a bundle folder or a model")
-    try:
-        backbone: Any = registry.resolve(source)
-    except ModelNotFoundError as error:
-        if "generate-3d" not in str(error) and not (path / "config.yaml").is_file():
-            raise
-        backbone = mesh_registry.resolve(source)
+    backbone = registry.resolve(source)
     if backbone.bundle is None:
         raise EditError(f"{source!r} has no bundle; make one with: edit calibrate -m {source} -o bundle")
-    found: Path = backbone.bundle
-    return found
+    return backbone.bundle
 
 
 def difference(left: Sequence[Mapping[str, Any]], right: Sequence[Mapping[str, Any]]) -> float:

@@ -11,13 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from backbones import loading, mesh_registry, registry
+from backbones import loading, registry
 from backbones import static_folder as static
 from backbones.spec import Placement
 from edit_cli.calibrate.inputs import OWN_PICTURES
 from edit_cli.errors import EditError
 from edit_cli.export.source import Source
-from edit_cli.generate.clock import StageClock
 
 OWN_PROMPTS = "calibration.txt"
 
@@ -81,9 +80,4 @@ def _forget_origin(folder: Path) -> None:
 def load_again(source: Source, folder: Path) -> Any:
     """The transformer as `edit generate --model FOLDER` finds it."""
     placement = Placement(dtype=loading.dtype_name(source.dtype))
-    if source.meshes:
-        from edit_cli.generate.mesh_session import MeshSession
-
-        backbone = mesh_registry.resolve(str(folder))
-        return MeshSession.open(backbone, placement, None, False, StageClock()).pipe.transformer
-    return loading.load_pipeline(registry.resolve(str(folder)), placement).transformer
+    return loading.load(registry.resolve(str(folder)), placement).transformer

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from backbones import mesh_registry, registry
+from backbones import registry
 from backbones.loading import first_line
+from backbones.spec import CallSize
 from edit_cli.console import two_columns
 from edit_cli.errors import EditError, RunError
 from edit_cli.export.settings import Settings
@@ -112,12 +113,11 @@ def call_inputs(source: Source, batch: int, text_tokens: int | None) -> dict[str
     if source.meshes:
         if text_tokens is not None:
             raise EditError("--text-tokens is for models that read text; leave it out for this one")
-        arguments = _mesh_inputs(source, batch)
+        size = CallSize(batch)
     else:
         tokens = text_tokens or backbone.defaults.max_sequence_length or TEXT_TOKENS
-        configs = [registry.component_config(backbone, part) for part in ("transformer", "vae")]
-        size = backbone.defaults.width, backbone.defaults.height
-        arguments = backbone.family.transformer_inputs(*configs, *size, tokens, batch)
+        size = CallSize(batch, backbone.defaults.width or 0, backbone.defaults.height or 0, tokens)
+    arguments = backbone.family.call_inputs(registry.component_configs(backbone), size)
     like = next(source.transformer.parameters())
     generator = torch.Generator().manual_seed(0)
 
@@ -132,21 +132,6 @@ def call_inputs(source: Source, batch: int, text_tokens: int | None) -> dict[str
         return draw(value.shape, generator=generator).to(like)
 
     return {name: fill(name, value) for name, value in arguments.items()}
-
-
-def _mesh_inputs(source: Source, batch: int) -> dict[str, Any]:
-    config = mesh_registry.model_config(source.backbone)
-    vae, context = config["vae"]["params"], source.calibration.train.contexts  # type: ignore[union-attr]
-    arguments: dict[str, Any] = {
-        "x": torch.empty(batch, vae["num_latents"], vae["embed_dim"], device="meta"),
-        "t": torch.empty(batch, device="meta"),
-        "contexts": {
-            name: torch.empty(batch, *c.shape[1:], device="meta") for name, c in context.items()
-        },
-    }  # fmt: skip
-    if source.transformer.guidance_embed:
-        arguments["guidance"] = torch.empty(batch, device="meta")
-    return arguments
 
 
 def flat_tensors(arguments: Mapping[str, Any]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from backbones import static_folder as static
-from backbones.spec import MeshBackbone
+from backbones.spec import Backbone
 from edit_cli.calibrate.calibration import Calibration
 from edit_cli.calibrate.inputs import Asked
 from edit_cli.errors import EditError
@@ -37,7 +37,7 @@ class Source:
     bundle: Bundle | None
 
     @property
-    def backbone(self) -> Any:
+    def backbone(self) -> Backbone:
         """The registry's entry."""
         return self.calibration.backbone
 
@@ -54,7 +54,7 @@ class Source:
     @property
     def meshes(self) -> bool:
         """Whether it makes meshes."""
-        return isinstance(self.backbone, MeshBackbone)
+        return self.backbone.makes == "mesh"
 
     @property
     def is_static(self) -> bool:
@@ -91,7 +91,7 @@ def open_source(settings: Settings, say: Say) -> Source:
         device="auto", dtype=settings.dtype, resume=False,
     )  # fmt: skip
     calibration = Calibration.open(asked)
-    backbone: Any = calibration.backbone
+    backbone = calibration.backbone
     if bundle is None and backbone.bundle is not None:
         bundle = load_bundle(backbone.bundle)
     if bundle is not None:

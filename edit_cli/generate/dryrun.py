@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from backbones import registry
-from backbones import static_folder as static
-from backbones.model_files import GIB
+from backbones.spec import GIB, CallSize
 from edit_cli.commands.models import readable_count
 from edit_cli.console import two_columns
 from edit_cli.errors import bad_input
@@ -92,58 +90,37 @@ def plan_table(
 def _calls(plan: Plan, job: Job) -> int:
     from edit_cli.generate.session import denoising_steps
 
-    return denoising_steps(job) * plan.backbone.family.branches(job.guidance)
+    return denoising_steps(job) * plan.backbone.branches(job.guidance)
 
 
 def _job_flops(plan: Plan, job: Job) -> float:
     """FLOPs of one picture's denoising, dense: counted on the meta device, one call per distinct size."""
+    from backbones import loading
     from edit_cli.generate.session import denoising_steps
 
     family, limit = plan.backbone.family, plan.backbone.defaults.max_sequence_length
     prompts = [job.prompt]
-    if family.branches(job.guidance) > 1:
+    if plan.backbone.branches(job.guidance) > 1:
         prompts.append(job.negative_prompt or "")
     calls = [
-        _call_flops(plan.backbone.name, plan, job.width, job.height, family.text_tokens(p, limit))
-        for p in prompts
+        loading.call_flops(
+            plan.backbone, CallSize(1, job.width, job.height, family.text_tokens(prompt, limit))
+        )
+        for prompt in prompts
     ]
     return denoising_steps(job) * sum(calls)
 
 
-def _call_flops(name: str, plan: Plan, width: int, height: int, text: int) -> float:
-    import routers
-
-    family = plan.backbone.family
-    transformer, config, vae = _meta_transformer(name, plan.backbone)
-    inputs = family.transformer_inputs(config, vae, width, height, text, 1)
-    return float(routers.cost.transformer_flops(transformer, inputs))
-
-
-@functools.lru_cache(maxsize=2)
-def _meta_transformer(name: str, backbone: Any) -> tuple[Any, Any, Any]:
-    import diffusers
-    import torch
-
-    config = dict(registry.component_config(backbone, "transformer"))
-    vae = registry.component_config(backbone, "vae")
-    with torch.device("meta"):
-        transformer = getattr(diffusers, backbone.family.transformer.transformer_class).from_config(config)
-        if backbone.file is None:
-            static.narrow_like(transformer, backbone.family.transformer, backbone.folder)
-    return transformer.eval(), config, vae
-
-
 def _memory(plan: Plan) -> dict[str, Any]:
-    from backbones.loading import dtype_name, pick_dtype
+    from backbones import loading
 
     backbone, offload = plan.backbone, plan.placement.offload
-    dtype = dtype_name(pick_dtype(plan.placement.dtype, backbone))
+    device = loading.pick_device(plan.placement.device)
+    dtype = loading.dtype_name(loading.pick_dtype(plan.placement.dtype, backbone, device))
     size = BYTES[dtype]
     weights = {name: n * size / GIB for name, n in registry.component_parameters(backbone).items()}
-    transformer, config, _ = _meta_transformer(backbone.name, backbone)
-    blocks = [
-        block for spec in backbone.family.transformer.blocks for block in transformer.get_submodule(spec.path)
-    ]
+    config = registry.component_configs(backbone)["transformer"]
+    blocks = loading.blocks(loading.meta_transformer(backbone), backbone)
     block = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0) * size / GIB
     cache = 0.0
     if any(job.budget is None or job.budget < 1 for job in plan.jobs):
@@ -152,7 +129,7 @@ def _memory(plan: Plan) -> dict[str, Any]:
         tokens += backbone.family.text_tokens(job.prompt, backbone.defaults.max_sequence_length)
         dim = config["num_attention_heads"] * config["attention_head_dim"]
         # every block's output, at two steps, for each guidance branch and picture of a batch
-        rows = min(plan.batch_size, len(plan.jobs)) * backbone.family.branches(job.guidance)
+        rows = min(plan.batch_size, len(plan.jobs)) * backbone.branches(job.guidance)
         cache = 2 * (len(blocks) + 1) * tokens * dim * size * rows / GIB
     on_device = {
         "none": sum(weights.values()),

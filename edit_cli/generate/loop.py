@@ -185,7 +185,7 @@ def make_record(batch: Batch, row: int, session: Session, plan: Plan) -> dict[st
         "budget": job.budget,
         "spent": round(batch.trace.spent[row], 4),
         "model": backbone.name,
-        "model_source": backbone.asked,
+        "model_source": backbone.address,
         "model_base": backbone.file.base if backbone.file else None,
         "model_hash": loading.model_hash(backbone),
         "routers": choices.routers_name(plan.routers, backbone),

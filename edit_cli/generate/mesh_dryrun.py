@@ -7,15 +7,14 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from backbones import mesh_registry
-from backbones import static_folder as static
-from backbones.model_files import GIB
+from backbones import registry
+from backbones.spec import GIB, CallSize
 from edit_cli.errors import bad_input
 from edit_cli.generate.cutout import cut_out, open_rgba
 from edit_cli.generate.dryrun import BYTES, plan_table, planned
 from edit_cli.generate.mesh_loop import settle_mesh_budgets
 from edit_cli.generate.mesh_plan import MeshJob, MeshPlan
-from edit_cli.generate.mesh_session import DENSE_BYTES, SPARSE_BYTES, pick_dtype
+from edit_cli.generate.mesh_session import DENSE_BYTES, SPARSE_BYTES
 
 PATCH = 14  # px of a DINOv2 token's side
 
@@ -48,35 +47,18 @@ def as_table(plan: MeshPlan, found: Mapping[str, Any]) -> RenderableType:
 
 def _job_flops(plan: MeshPlan, job: MeshJob) -> float:
     """FLOPs of one mesh's denoising, dense: one transformer call on the meta device, times the steps."""
-    import torch
+    from backbones.loading import call_flops
 
-    import routers
-    from backbones.hunyuan3d.config import build
-
-    config = mesh_registry.model_config(plan.backbone)
-    params, vae = config["model"]["params"], config["vae"]["params"]
-    encoder = config["conditioner"]["params"]["main_image_encoder"].get("kwargs", {})
-    tokens = (encoder.get("image_size", 518) // PATCH) ** 2 + 1
-    rows = plan.backbone.rows(job.guidance)
-    context = params.get("context_in_dim") or params.get("context_dim")
-    with torch.device("meta"):
-        transformer = build("model", config["model"])
-        static.narrow_like(transformer, plan.backbone.family.transformer, plan.backbone.folder)
-        inputs = {
-            "x": torch.empty(rows, vae["num_latents"], vae["embed_dim"]),
-            "t": torch.empty(rows),
-            "contexts": {"main": torch.empty(rows, tokens * max(len(job.views), 1), context)},
-            "guidance": torch.empty(rows),
-        }
-    return job.steps * float(routers.cost.transformer_flops(transformer, inputs))
+    size = CallSize(rows=plan.backbone.branches(job.guidance), views=max(len(job.views), 1))
+    return job.steps * call_flops(plan.backbone, size)
 
 
 def _memory(plan: MeshPlan) -> dict[str, Any]:
-    from backbones.loading import dtype_name, pick_device
+    from backbones.loading import dtype_name, pick_device, pick_dtype
 
     device = pick_device(plan.placement.device)
     dtype = dtype_name(pick_dtype(plan.placement.dtype, plan.backbone, device))
-    counts = mesh_registry.component_parameters(plan.backbone)
+    counts = registry.component_parameters(plan.backbone)
     weights = {name: n * BYTES[dtype] / GIB for name, n in counts.items()}
     job = max(plan.jobs, key=lambda j: j.octree_resolution)
     point = DENSE_BYTES if job.decode == "dense" else SPARSE_BYTES

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from backbones.mesh_registry import DEFAULT_MESH_MODEL
+from backbones.registry import DEFAULT_MODELS
 from edit_cli.generate.mesh_files import MESH_SUFFIXES
 from edit_cli.generate.mesh_plan import BACKGROUNDS, DECODES, OFFLOADS, VIEWS
 from edit_cli.options import MACHINE, MODEL, OUTPUT
@@ -69,7 +69,7 @@ Model = Annotated[
     str | None,
     _text(
         MODEL, "--model", "-m", metavar="MODEL",
-        help=f"Registry name (edit models), folder or hub id. [dim]default {DEFAULT_MESH_MODEL}[/]",
+        help=f"Registry name (edit models), folder or hub id. [dim]default {DEFAULT_MODELS['mesh']}[/]",
     ),
 ]  # fmt: skip
 Budget = Annotated[

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbones import mesh_registry, registry
-from backbones.spec import MeshBackbone, Placement
+from backbones import registry
+from backbones.model_files import ModelError
+from backbones.spec import Backbone, Placement
 from edit_cli import checks as values
 from edit_cli.errors import EditError, bad_input
 from edit_cli.generate import routers as choices
@@ -77,7 +78,7 @@ class MeshJob:
 class MeshPlan:
     """Everything a run needs. Fields as in `edit_cli.generate.plan.Plan`."""
 
-    backbone: MeshBackbone
+    backbone: Backbone
     routers: Path | None
     placement: Placement
     jobs: tuple[MeshJob, ...]
@@ -96,9 +97,8 @@ def make_mesh_plan(asked: MeshAsked) -> MeshPlan:
     if not images:
         raise EditError("no picture given; try: edit generate-3d cat.png -o cat.glb")
     images = tuple(values.readable_file("IMAGE", image) for image in images)
-    source = asked.model or record.get("model_source") or mesh_registry.DEFAULT_MESH_MODEL
-    with bad_input(registry.ModelNotFoundError):
-        backbone = mesh_registry.resolve(source)
+    with bad_input(ModelError):
+        backbone = registry.resolve(asked.model or record.get("model_source"), makes="mesh")
     views = _views(asked.views or tuple(record.get("views") or ()), images, backbone)
     routers = choices.find_routers(
         asked.routers or record.get("routers") or choices.DEFAULT_ROUTERS, backbone
@@ -160,7 +160,7 @@ def resolution(where: str, value: Any) -> int:
     )
 
 
-def _with_defaults(fields: Mapping[str, Any], backbone: MeshBackbone) -> dict[str, Any]:
+def _with_defaults(fields: Mapping[str, Any], backbone: Backbone) -> dict[str, Any]:
     base = backbone.defaults
     return {
         "steps": fields.get("steps", base.steps),
@@ -173,7 +173,7 @@ def _with_defaults(fields: Mapping[str, Any], backbone: MeshBackbone) -> dict[st
     }
 
 
-def _views(asked: tuple[str, ...], images: Sequence[str], backbone: MeshBackbone) -> tuple[str, ...]:
+def _views(asked: tuple[str, ...], images: Sequence[str], backbone: Backbone) -> tuple[str, ...]:
     for name in asked:
         values.one_of("--views", name, VIEWS)
     if asked and not backbone.views:
@@ -190,7 +190,7 @@ def _views(asked: tuple[str, ...], images: Sequence[str], backbone: MeshBackbone
 
 def _outputs(
     asked: MeshAsked, requests: Sequence[tuple[tuple[str, ...], int]], budget: float | None,
-    backbone: MeshBackbone,
+    backbone: Backbone,
 ) -> list[Path]:  # fmt: skip
     suffixes = list(MESH_SUFFIXES)
     if asked.format is not None:

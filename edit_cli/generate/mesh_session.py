@@ -13,12 +13,10 @@ import torch
 from PIL import Image
 
 from backbones import loading
-from backbones.hunyuan3d.checkpoints import load_pipeline
-from backbones.hunyuan3d.errors import CheckpointError, NoSurfaceError
+from backbones.hunyuan3d.mesh import NoSurfaceError
 from backbones.hunyuan3d.pipeline import Hunyuan3DPipeline
-from backbones.model_files import GIB, hub_message, is_small, require_hub
-from backbones.spec import MeshBackbone, Placement
-from edit_cli.errors import EditError, RunError, bad_input, memory_errors
+from backbones.spec import GIB, Backbone, Placement
+from edit_cli.errors import RunError, bad_input, memory_errors
 from edit_cli.generate.clock import StageClock
 from edit_cli.generate.mesh_plan import MeshJob
 from routers.attachment import attach
@@ -49,7 +47,7 @@ class Made:
 class MeshSession:
     """A pipeline on its device. elastic None: dense, nothing attached."""
 
-    backbone: MeshBackbone
+    backbone: Backbone
     pipe: Hunyuan3DPipeline
     clock: StageClock
     bundle: Bundle | None = None
@@ -60,7 +58,7 @@ class MeshSession:
     @classmethod
     def open(
         cls,
-        backbone: MeshBackbone,
+        backbone: Backbone,
         placement: Placement,
         bundle: Bundle | None,
         force: bool,
@@ -68,20 +66,10 @@ class MeshSession:
     ) -> MeshSession:
         """Load the model. Raises EditError for input that cannot be loaded."""
         with bad_input():
-            device = loading.pick_device(placement.device)
-            if placement.offload != "none" and device.type == "cpu":
-                raise EditError(
-                    f"--offload {placement.offload} needs a GPU to offload from, this run uses the CPU; "
-                    "leave it out"
-                )
-            dtype = pick_dtype(placement.dtype, backbone, device)
             for library in MESH_LIBRARIES:  # their import is not what extraction costs
                 importlib.import_module(library)
-            _require_reachable(backbone)
-            with memory_errors("while loading the model", SMALLER), loading.quiet_libraries():
-                pipe = load_pipeline(
-                    backbone.source, dtype=dtype, device=device, offload=placement.offload == "model"
-                )
+            with memory_errors("while loading the model", SMALLER):
+                pipe = loading.load(backbone, placement)
         return cls(backbone, pipe, clock, bundle, force)
 
     def attach(self) -> None:
@@ -182,24 +170,3 @@ class MeshSession:
 def available_bytes() -> int:
     """Main memory that can be used without swapping."""
     return int(psutil.virtual_memory().available)
-
-
-def pick_dtype(asked: str, backbone: MeshBackbone, device: torch.device) -> torch.dtype:
-    """Asked "auto": fp32 for small models and on a CPU, else fp16, as the checkpoints were published."""
-    if asked != "auto":
-        return loading.DTYPES[asked]
-    return torch.float32 if is_small(backbone.parameters) or device.type == "cpu" else torch.float16
-
-
-def _require_reachable(backbone: MeshBackbone) -> None:
-    """Fail at once where a hub model is neither here nor to be had; the hub's client would retry for long."""
-    if backbone.folder is not None:
-        return
-    from backbones.hunyuan3d.folders import cached_folder
-
-    if cached_folder(backbone.source) is not None:
-        return
-    try:
-        require_hub()
-    except OSError as error:
-        raise CheckpointError(hub_message(backbone.source, error)) from error

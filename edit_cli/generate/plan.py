@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones import registry
+from backbones.model_files import ModelError
 from backbones.spec import OFFLOADS, Backbone, Lora, Placement
 from edit_cli import checks as values
 from edit_cli.errors import EditError, bad_input
@@ -113,10 +114,8 @@ def make_plan(asked: Asked) -> Plan:
     record = metadata.read(asked.replay) if asked.replay is not None else {}
     typed = _typed_fields(asked)
     base_model = asked.base or (None if asked.model else record.get("model_base"))
-    with bad_input(registry.ModelNotFoundError):
-        backbone = registry.resolve(
-            asked.model or record.get("model_source") or registry.DEFAULT_MODEL, base_model
-        )
+    with bad_input(ModelError):
+        backbone = registry.resolve(asked.model or record.get("model_source"), base_model, "picture")
     routers = choices.find_routers(
         asked.routers or record.get("routers") or choices.DEFAULT_ROUTERS, backbone
     )
@@ -243,7 +242,7 @@ def _complete(request: Mapping[str, Any], backbone: Backbone, warnings: list[str
         warnings.append(
             f"the negative prompt has no effect at guidance {done['guidance']:g}; use more than 1"
         )
-    if "guidance" in request and request["guidance"] and not _takes_guidance(backbone):
+    if "guidance" in request and request["guidance"] and not backbone.takes_guidance:
         warnings.append(f"{backbone.name} has no guidance embedding: --guidance has no effect")
     if done["image"] is not None:
         if family.image_to_image_class is None:
@@ -252,11 +251,6 @@ def _complete(request: Mapping[str, Any], backbone: Backbone, warnings: list[str
     elif done["strength"] is not None:
         raise EditError("--strength is for image-to-image; give --image FILE too")
     return done
-
-
-def _takes_guidance(backbone: Backbone) -> bool:
-    with bad_input(registry.ModelNotFoundError):
-        return backbone.family.takes_guidance(registry.component_config(backbone, "transformer"))
 
 
 def _placement(asked: Asked, record: Mapping[str, Any]) -> Placement:

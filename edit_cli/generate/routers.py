@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from backbones.spec import DTYPES, Backbone, MeshBackbone, Placement
+from backbones.spec import DTYPES, Backbone, Placement
 from edit_cli import checks as values
 from edit_cli.errors import EditError, bad_input
 
@@ -22,7 +22,7 @@ DEVICES = "auto, cuda, cuda:N, mps, cpu"
 AnyJob = TypeVar("AnyJob", "Job", "MeshJob")
 
 
-def find_routers(asked: str, backbone: Backbone | MeshBackbone) -> Path | None:
+def find_routers(asked: str, backbone: Backbone) -> Path | None:
     """The bundle or release file to use, or None for the dense model. Raises EditError."""
     if asked == NO_ROUTERS:
         return None
@@ -36,23 +36,21 @@ def find_routers(asked: str, backbone: Backbone | MeshBackbone) -> Path | None:
     return path
 
 
-def routers_name(path: Path | None, backbone: Backbone | MeshBackbone) -> str:
+def routers_name(path: Path | None, backbone: Backbone) -> str:
     """What `find_routers` finds `path` by again, for a record."""
     if path is None:
         return NO_ROUTERS
     return DEFAULT_ROUTERS if path == backbone.bundle else str(path.resolve())
 
 
-def routers_label(path: Path | None, backbone: Backbone | MeshBackbone) -> str:
+def routers_label(path: Path | None, backbone: Backbone) -> str:
     """The routers for people."""
     if path is None:
         return "no routers"
     return "its own routers" if path == backbone.bundle else f"routers {path.name}"
 
 
-def check_dense(
-    budgets: Iterable[float | None], backbone: Backbone | MeshBackbone, dry_run: bool
-) -> tuple[str, ...]:
+def check_dense(budgets: Iterable[float | None], backbone: Backbone, dry_run: bool) -> tuple[str, ...]:
     """Without routers there is only the full budget; a dry run may still ask what another would cost.
 
     Returns warnings. Raises EditError.
@@ -61,8 +59,8 @@ def check_dense(
     if low == 1.0:
         return ()
     make = ""
-    if isinstance(backbone, Backbone):
-        make = f", or make one with: edit calibrate -m {backbone.asked} -o bundle"
+    if backbone.makes == "picture":
+        make = f", or make one with: edit calibrate -m {backbone.address} -o bundle"
     message = (
         f"--budget {low:g} needs routers and {backbone.name!r} has none here; give --routers BUNDLE{make}"
     )

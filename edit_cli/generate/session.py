@@ -102,7 +102,7 @@ class Session:
                     "routers in the paper's released layout: exact mode with fixed compute; "
                     "the MLP activation was switched to x * sigmoid(1.702 x)"
                 )
-            pipe = loading.load_pipeline(plan.backbone, plan.placement, transformer)
+            pipe = loading.load(plan.backbone, plan.placement, transformer)
             for name in filter(None, {job.solver for job in plan.jobs}):
                 check_solver(pipe, name)
             if source.release is not None:
@@ -183,7 +183,7 @@ class Session:
             # one CPU generator per picture: the same noise in any batch and on any device
             "generator": [torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
         }
-        if family.branches(first.guidance) > 1:
+        if self.backbone.branches(first.guidance) > 1:
             arguments["negative_prompt"] = [job.negative_prompt for job in jobs]
         if self.backbone.defaults.max_sequence_length is not None:
             arguments["max_sequence_length"] = self.backbone.defaults.max_sequence_length
@@ -233,9 +233,11 @@ def _load_release(plan: Plan, file: Path) -> tuple[Any, Any]:
     import diffusers
 
     spec = plan.backbone.family.transformer
-    config = dict(registry.component_config(plan.backbone, "transformer"))
+    config = dict(registry.component_configs(plan.backbone)["transformer"])
     transformer_class = getattr(diffusers, spec.transformer_class)
-    dtype = loading.pick_dtype(plan.placement.dtype, plan.backbone)
+    dtype = loading.pick_dtype(
+        plan.placement.dtype, plan.backbone, loading.pick_device(plan.placement.device)
+    )
     loaded: tuple[Any, Any] = release.load_release(
         file, lambda: transformer_class.from_config(config), spec, dtype=dtype
     )

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from backbones import mesh_registry, registry
+from backbones import registry
+from backbones.model_files import ModelError
 from edit_cli import checks as values
 from edit_cli.errors import EditError
 from edit_cli.generate.mesh_plan import MeshAsked, MeshPlan, make_mesh_plan
@@ -143,7 +144,7 @@ def _makes_meshes(asked: ProfileAsked) -> bool:
         raise EditError("--images are for image-to-mesh models, which take no prompt; leave one of them out")
     if asked.images or asked.model is None:
         return bool(asked.images)
-    if asked.model in mesh_registry.rows() or (Path(asked.model).expanduser() / "config.yaml").is_file():
+    if _resolve(asked.model).makes == "mesh":
         raise EditError(f"{asked.model!r} makes meshes and needs a picture; add --images cat.png")
     return False
 
@@ -216,8 +217,8 @@ def _mesh_request(asked: ProfileAsked) -> MeshPlan:
 
 def _resolve(model: str | None) -> Any:
     try:
-        return registry.resolve(model or registry.DEFAULT_MODEL)
-    except registry.ModelNotFoundError as error:
+        return registry.resolve(model)
+    except ModelError as error:
         raise EditError(str(error)) from error
 
 

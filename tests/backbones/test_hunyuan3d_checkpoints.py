@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from backbones.hunyuan3d.checkpoints import load_pipeline, load_vae, read_weights, save_checkpoint
 from backbones.hunyuan3d.config import build, read_config
-from backbones.hunyuan3d.errors import CheckpointError
 from backbones.hunyuan3d.schedulers import ConsistencyFlowMatchEulerScheduler
+from backbones.model_files import ModelError
 from tests.hunyuan3d_tiny import CONFIG, VAE_PARAMS, components
 
 
@@ -68,10 +68,10 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
 
     folder = write(tmp_path / "model", "model.ckpt")
     torch.save({"model": {"weight": Evil()}}, folder / "model.ckpt")
-    with pytest.raises(CheckpointError, match="refused"):
+    with pytest.raises(ModelError, match="refused"):
         load_pipeline(folder)
     (folder / "model.ckpt").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ModelError):
         load_pipeline(folder)
     assert not (tmp_path / "pwned").exists()
 
@@ -80,7 +80,7 @@ def test_a_broken_file_is_named(tmp_path):
     folder = write(tmp_path)
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"):
+    with pytest.raises(ModelError, match=r"cannot read .*model\.safetensors"):
         load_pipeline(folder)
 
 
@@ -95,7 +95,7 @@ def test_missing_left_over_and_misshapen_weights(tmp_path):
 
     def attempt(changed, message):
         save_file(changed, folder / "model.safetensors")
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(ModelError, match=message):
             load_pipeline(folder)
 
     attempt(
@@ -129,7 +129,7 @@ def test_training_dump(tmp_path):
     )
     assert read_weights(tmp_path / "d.ckpt")["model"].keys() == state.keys()
     torch.save({"state_dict": {"first_stage.x": torch.ones(1)}}, tmp_path / "d.ckpt")
-    with pytest.raises(CheckpointError, match="does not belong"):
+    with pytest.raises(ModelError, match="does not belong"):
         read_weights(tmp_path / "d.ckpt")
 
 
@@ -182,7 +182,7 @@ def test_yaml_anchors_and_both_module_paths(tmp_path):
     ],
 )
 def test_bad_sections_are_refused(section, spec, message):
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ModelError, match=message):
         build(section, spec)
 
 
@@ -197,19 +197,19 @@ def test_ignored_settings_and_schedulers():
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "models: {}", "!!python/object/apply:os.getcwd []"])
 def test_bad_yaml_is_refused(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ModelError):
         read_config(tmp_path / "config.yaml")
 
 
 def test_folders_without_a_checkpoint_say_what_is_there(tmp_path):
     write(tmp_path / "repo" / "dit")
-    with pytest.raises(CheckpointError, match="subfolders that have one: dit"):
+    with pytest.raises(ModelError, match="subfolders that have one: dit"):
         load_pipeline(tmp_path / "repo")
     assert load_pipeline(tmp_path / "repo", subfolder="dit").dtype == torch.float32
     (tmp_path / "repo" / "dit" / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no weights"):
+    with pytest.raises(ModelError, match="no weights"):
         load_pipeline(tmp_path / "repo" / "dit")
-    with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
+    with pytest.raises(ModelError, match="neither a folder nor a hub id"):
         load_pipeline("no-such-thing")
 
 

@@ -9,7 +9,7 @@ import trimesh
 
 from backbones.hunyuan3d import mesh as meshes
 from backbones.hunyuan3d.checkpoints import build_component
-from backbones.hunyuan3d.errors import NoSurfaceError
+from backbones.hunyuan3d.mesh import NoSurfaceError
 from backbones.hunyuan3d.surface import Volume, box_array, decode_dense, decode_hierarchical
 from tests.golden.runner import Case
 

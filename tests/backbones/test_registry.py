@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from operator import attrgetter
 
 import pytest
 
-from backbones import mesh_registry, registry
-from backbones.registry import ModelNotFoundError
-from backbones.spec import PACKAGE_FOLDER
+from backbones import registry
+from backbones.model_files import ModelError
+from backbones.spec import DIFFUSERS
 
-FAMILIES = {family.name: family for family in registry.FAMILIES}
+FAMILIES = {family.name: family for family in registry.FAMILIES if family.layout == DIFFUSERS}
+HUB_ROWS = [name for name, row in registry.rows().items() if not row.packaged]
 
 
 def test_importing_it_imports_no_torch():
@@ -22,25 +25,22 @@ def test_importing_it_imports_no_torch():
     assert done.stdout.strip() == "False"
 
 
-def test_hub_rows_ship_their_configs():
-    for row in registry.rows().values():
-        assert row.parameters > row.transformer_parameters > 0
-        if row.folder is None:
-            assert (PACKAGE_FOLDER / "configs" / f"{row.name}.json").is_file()
-            assert row.defaults.width % row.size_multiple == 0
-            assert registry.resolve(row.source) == row
-
-
-@pytest.mark.parametrize("name", ["qwen-image", "flux-dev", "flux-schnell"])
-def test_shipped_configs_have_the_registered_size(name):
-    import diffusers
-    import torch
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_hub_rows_agree_with_their_shipped_configs(name):
+    from backbones.loading import meta_transformer
 
     row = registry.resolve(name)
-    config = dict(registry.component_config(row, "transformer"))
-    with torch.device("meta"):
-        transformer = getattr(diffusers, row.family.transformer.transformer_class).from_config(config)
-    assert sum(p.numel() for p in transformer.parameters()) == row.transformer_parameters
+    transformer = meta_transformer(row)
+    assert type(transformer).__name__ == row.family.transformer.transformer_class
+    count = sum(p.numel() for p in transformer.parameters())
+    assert row.parameters > row.transformer_parameters == count
+    assert registry.resolve(row.source) == row
+    traits = row.family.traits(registry.component_configs(row))
+    shared = ["guided", "takes_guidance", "size_multiple"]
+    if row.makes == "picture":
+        shared.append("defaults")
+        assert row.defaults.width % row.size_multiple == 0
+    assert [getattr(row, field) for field in shared] == [getattr(traits, field) for field in shared]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,45 +93,78 @@ def test_folders_are_recognised_by_their_pipeline_class(qwen_folder, flux_folder
         ("qwen-imge", "did you mean qwen-image"),
         ("FLUX-DEV", "did you mean flux-dev"),
         ("zzz", "known are"),
-        ("a/b/c", "does not exist"),
+        ("a/b/c/d", "does not exist"),
     ],
 )
 def test_unknown_names_get_a_hint(name, message):
-    with pytest.raises(ModelNotFoundError, match=message):
+    with pytest.raises(ModelError, match=message):
         registry.resolve(name)
 
 
 def test_unknown_defaults_are_refused(tmp_path, qwen_folder):
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(qwen_folder, folder)
     (folder / "edit.json").write_text(json.dumps({"widht": 64}))
-    with pytest.raises(ModelNotFoundError, match=r"unknown keys \['widht'\]; allowed are width, height"):
+    with pytest.raises(ModelError, match=r"unknown keys \['widht'\]; allowed are width, height"):
         registry.resolve(str(folder))
 
 
-@pytest.mark.parametrize("name", [name for name, row in mesh_registry.rows().items() if not row.packaged])
-def test_shipped_mesh_configs_have_the_registered_size(name):
-    import torch
-
-    from backbones.hunyuan3d.config import build
-
-    row = mesh_registry.resolve(name)
-    with torch.device("meta"):
-        transformer = build("model", mesh_registry.model_config(row)["model"])
-    assert sum(p.numel() for p in transformer.parameters()) == row.transformer_parameters
-    assert type(transformer).__name__ == row.family.transformer.transformer_class
-    assert row.guided != bool(transformer.guidance_embed)
-
-
 def test_mesh_models_resolve_by_name_hub_id_and_folder(mesh_folder):
-    assert mesh_registry.resolve("tencent/Hunyuan3D-2mini").name == "hunyuan3d-2mini"
-    assert mesh_registry.resolve("tencent/Hunyuan3D-2/hunyuan3d-dit-v2-0-turbo").name == "hunyuan3d-2-turbo"
-    assert mesh_registry.resolve("tencent/Hunyuan3D-2").name == "hunyuan3d-2"
-    found = mesh_registry.resolve(str(mesh_folder))
+    assert registry.resolve("tencent/Hunyuan3D-2mini").name == "hunyuan3d-2mini"
+    assert registry.resolve("tencent/Hunyuan3D-2/hunyuan3d-dit-v2-0-turbo").name == "hunyuan3d-2-turbo"
+    assert registry.resolve("tencent/Hunyuan3D-2").name == "hunyuan3d-2"
+    found = registry.resolve(str(mesh_folder))
     assert (found.family.name, found.defaults.octree_resolution) == ("Hunyuan3D 2", 24)
     assert found.bundle == mesh_folder / "routers"
-    assert found.parameters == sum(mesh_registry.component_parameters(found).values()) > 0
-    with pytest.raises(ModelNotFoundError, match=r"makes meshes: use `edit generate-3d -m hunyuan3d-2\.1`"):
-        registry.resolve("hunyuan3d-2.1")
+    assert found.parameters == sum(registry.component_parameters(found).values()) > 0
+
+
+@pytest.mark.parametrize("model", ["hunyuan3d-2.1", "tencent/Hunyuan3D-2", "folder"])
+def test_a_model_of_another_kind_is_refused_by_name_hub_id_and_folder(model, mesh_folder):
+    model = str(mesh_folder) if model == "folder" else model
+    with pytest.raises(
+        ModelError, match=rf"{re.escape(model)}' makes meshes: use `edit generate-3d -m {re.escape(model)}`"
+    ):
+        registry.resolve(model, makes="picture")
+    assert registry.resolve(model, makes="mesh").makes == registry.resolve(model).makes == "mesh"
+    with pytest.raises(ModelError, match="'flux-dev' makes pictures: use `edit generate -m flux-dev`"):
+        registry.resolve("flux-dev", makes="mesh")
+
+
+@pytest.mark.parametrize("model", ["tencent/Hunyuan3D-3", "tencent/Hunyuan3D-3/turbo", "someone/unknown"])
+@pytest.mark.parametrize("makes", [None, "picture", "mesh"])
+def test_an_unreachable_hub_id_gives_one_message_whatever_is_asked_of_it(model, makes):
+    message = rf"'{'/'.join(model.split('/')[:2])}' is not in the local cache and the hub cannot be reached"
+    with pytest.raises(ModelError, match=message):
+        registry.resolve(model, makes=makes)
+
+
+def test_hub_ids_in_the_cache_are_recognised_by_the_file_they_have(
+    tmp_path, monkeypatch, mesh_folder, qwen_folder
+):
+    cache = {"a/meshes": mesh_folder, "a/pictures": qwen_folder}
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache",
+        lambda repository, file: str(path) if (path := cache[repository] / file).is_file() else None,
+    )
+    meshes, pictures = (registry.resolve(name) for name in cache)
+    assert (meshes.makes, meshes.name) == ("mesh", "a/meshes")
+    assert (pictures.makes, pictures.source) == ("picture", "a/pictures")
+    assert pictures.defaults.width == 1024
+    assert registry.component_configs(pictures) == registry.component_configs(
+        registry.resolve(str(qwen_folder))
+    )
+
+
+def test_a_folder_is_read_again_only_when_it_changes(tmp_path, qwen_folder, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(qwen_folder, folder)
+    before = registry.resolve(str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", None)
+        patch.setattr("io.open", None)
+        assert registry.resolve(str(folder)) is before
+    (folder / "edit.json").write_text(json.dumps({"steps": 7}))
+    assert registry.resolve(str(folder)).defaults.steps == 7
+    (folder / "edit.json").unlink()
+    assert registry.resolve(str(folder)).defaults.steps == 50

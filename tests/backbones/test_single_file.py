@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from backbones import loading, registry
 from backbones.flux_checkpoint import original_parts
-from backbones.model_files import ModelNotFoundError
+from backbones.model_files import ModelError
 from backbones.single_file import load_denoiser
 from tests.cli.test_cli_generate import pixels
 
@@ -114,7 +114,7 @@ def test_full_size_names_are_those_of_diffusers():
     import diffusers
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
-    config = dict(registry.component_config(registry.rows()["flux-dev"], "transformer"))
+    config = dict(registry.component_configs(registry.rows()["flux-dev"])["transformer"])
     with torch.device("meta"):
         own = diffusers.FluxTransformer2DModel.from_config(config).state_dict()
     original = to_original(own)
@@ -181,7 +181,7 @@ def test_without_a_base_it_says_what_is_missing(edit_here, tmp_path):
     """A file of dev's sizes: planned from the packaged config, and refused for lack of encoders."""
     import diffusers
 
-    config = dict(registry.component_config(registry.rows()["flux-dev"], "transformer"))
+    config = dict(registry.component_configs(registry.rows()["flux-dev"])["transformer"])
     small = {**config, "num_layers": 1, "num_single_layers": 1}
     with torch.device("meta"):
         shapes = to_original(diffusers.FluxTransformer2DModel.from_config(small).state_dict())
@@ -207,12 +207,10 @@ def test_without_a_base_it_says_what_is_missing(edit_here, tmp_path):
 
 
 def test_a_base_of_another_family_is_refused(files, qwen_folder):
-    with pytest.raises(
-        ModelNotFoundError, match=r"is a Qwen-Image model and '.*original.safetensors' is none"
-    ):
+    with pytest.raises(ModelError, match=r"is a Qwen-Image model and '.*original.safetensors' is none"):
         registry.resolve(str(files / "original.safetensors"), str(qwen_folder))
 
 
 def test_a_base_that_is_no_model_is_refused(files):
-    with pytest.raises(ModelNotFoundError, match="unknown model 'flux-def'; did you mean flux-dev"):
+    with pytest.raises(ModelError, match="unknown model 'flux-def'; did you mean flux-dev"):
         registry.resolve(str(files / "original.safetensors"), "flux-def")

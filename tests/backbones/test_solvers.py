@@ -88,7 +88,7 @@ def test_solvers_come_nearer_to_many_steps(family: str, request: pytest.FixtureR
 
     folder: Path = request.getfixturevalue(f"{family}_folder")
     backbone = registry.resolve(str(folder))
-    pipe = loading.load_pipeline(backbone, Placement())
+    pipe = loading.load(backbone, Placement())
     pipe.set_progress_bar_config(disable=True)
     workload = PipelineWorkload(pipe, backbone.family, ["a cat"], 1, 8, 2.0, 64, 64)
     with torch.no_grad():

@@ -55,7 +55,7 @@ QUICK = [
     ([], "no prompt given; try: edit generate"),
     (["a cat", "-m", "qwen-imag"], "unknown model 'qwen-imag'; did you mean qwen-image"),
     (["a cat", "-m", "./nowhere"], "model folder './nowhere' does not exist"),
-    (["a cat", "-m", "no-pipeline"], "is no pipeline folder: it has no model_index.json"),
+    (["a cat", "-m", "no-pipeline"], "is not a model folder: it has no model_index.json"),
     (["a cat", "-m", "other-pipeline"], "holds a StableDiffusionPipeline, which `edit` cannot run"),
     (["a cat", "-m", "someone/unknown"], "'someone/unknown' is not in the local cache and the hub cannot be"),
     (["a cat", "--routers", "nowhere"], "--routers 'nowhere' does not exist; give a bundle folder"),

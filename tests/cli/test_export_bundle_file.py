@@ -119,7 +119,7 @@ BAD = [
     (["bundle", "-o", "out", "--format", "gguf"], "--format 'gguf' is unknown; allowed are bundle"),
     (["bundle", "-o", "nowhere/out"], "does not exist; create it with: mkdir -p"),
     (["bundle", "-o", "bundle", "--force"], "--output 'bundle' exists and is not an export of edit"),
-    (["no-bundle", "-o", "out"], "is no pipeline folder"),
+    (["no-bundle", "-o", "out"], "is not a model folder"),
     (["a.safetensors", "-o", "out"], "is one file already, or not a bundle"),
     (["broken", "-o", "out"], "is not a bundle folder: routers.safetensors is missing"),
 ]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from backbones import mesh_registry, registry
+from backbones import registry
 from edit_cli.errors import RunError
 from edit_cli.export import reference as export_reference
 from edit_cli.export.settings import Settings
@@ -125,9 +125,9 @@ def test_meshes_keep_their_own_layout(mesh_folder: Path, tmp_path: Path, edit_he
     out = str(tmp_path / "out")
     found = export(Settings(str(mesh_folder), out, "diffusers", images=str(folder), dtype="fp16"))
     assert found["difference"] <= 3e-2 and found["dtype"] == "float16"
-    row = mesh_registry.resolve(str(tmp_path / "out"))
+    row = registry.resolve(str(tmp_path / "out"))
     assert row.bundle is not None
-    assert row.defaults == mesh_registry.resolve(str(mesh_folder)).defaults
+    assert row.defaults == registry.resolve(str(mesh_folder)).defaults
     ran = edit_here(
         "export", mesh_folder, "--format", "diffusers", "--images", folder, "--shard-size", "1GB", "-o", "x",
         cwd=tmp_path,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from backbones import loading, mesh_registry, registry
+from backbones import loading, registry
 from backbones.spec import Placement
 from edit_cli.errors import EditError
 from edit_cli.export import program as export_torch
@@ -68,7 +68,7 @@ def test_static_pictures(name: str, request, tmp_path: Path, edit_here) -> None:
     backbone = registry.resolve(str(out))
     assert backbone.defaults == registry.resolve(str(source)).defaults
     assert backbone.bundle is None
-    transformer = loading.load_pipeline(backbone, Placement(dtype="fp32")).transformer
+    transformer = loading.load(backbone, Placement(dtype="fp32")).transformer
     assert sum(p.numel() for p in transformer.parameters()) == found["parameters"]["static"]
     assert backbone.transformer_parameters == found["parameters"]["static"]
 
@@ -100,7 +100,7 @@ def test_static_mesh(mesh_folder: Path, pictures: Path, tmp_path: Path) -> None:
     assert found["dropped"] == [] and found["widths"]
     assert found["difference"] <= 1e-5
     check_manifest(out)
-    assert mesh_registry.resolve(str(out)).transformer_parameters == found["parameters"]["static"]
+    assert registry.resolve(str(out)).transformer_parameters == found["parameters"]["static"]
     from backbones.hunyuan3d.checkpoints import load_pipeline
 
     block = load_pipeline(str(out)).transformer.double_blocks[0]

@@ -93,7 +93,7 @@ def build_on_meta(name: str) -> nn.Module:
 
 
 def check_table(path: Path) -> int:
-    """Number of tensors of a table that fits its module; raises CheckpointError if it does not."""
+    """Number of tensors of a table that fits its module; raises ModelError if it does not."""
     table = read_table(path)
     checkpoints.check_keys(build_on_meta(path.stem), table, path.stem)
     return len(table)
@@ -109,6 +109,6 @@ def check_tables(folder: Path) -> list[Comparison]:
         try:
             note = f"{check_table(path)} tensors"
             comparisons.append(Comparison(path.stem, 0.0, True, "exact", note))
-        except checkpoints.CheckpointError as error:
+        except checkpoints.ModelError as error:
             comparisons.append(Comparison(path.stem, float("inf"), False, "exact", str(error)))
     return comparisons

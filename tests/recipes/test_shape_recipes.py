@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from backbones import mesh_registry
+from backbones import registry
 from backbones.hunyuan3d.checkpoints import load_pipeline, read_weights
 from backbones.tiny.recipes.shapes import (
     codes,
@@ -232,8 +232,8 @@ def test_the_steps_train_resume_evaluate_and_export(data, tmp_path, capsys, monk
     assert size < export.MAX_BYTES
     names = ["calibration", "config.yaml", "edit.json", "model.fp16.safetensors"]
     assert sorted(file.name for file in folder.iterdir()) == names
-    assert mesh_registry.resolve(str(folder)).defaults.steps == model.STEPS
-    assert len(read_images(mesh_registry.resolve(str(folder)), None, "auto")) == 1
+    assert registry.resolve(str(folder)).defaults.steps == model.STEPS
+    assert len(read_images(registry.resolve(str(folder)), None, "auto")) == 1
     assert set(read_weights(folder / "model.fp16.safetensors")) == {"model", "vae", "conditioner"}
     gaps = export.largest_difference(folder, chained, trained, stats)
     assert max(gaps.values()) < export.MAX_DIFFERENCE

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 import routers
-from backbones import mesh_registry
+from backbones import registry
 from backbones.hunyuan3d.checkpoints import load_pipeline
 from backbones.hunyuan3d.pipeline import Hunyuan3DPipeline
 from backbones.tiny.recipes.shapes.dataset import BOX, GRID
@@ -84,14 +84,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-m", "--model", default=mesh_registry.DEFAULT_MESH_MODEL)
+    parser.add_argument("-m", "--model", default=registry.DEFAULT_MODELS["mesh"])
     parser.add_argument("--data", type=Path, default=Path("runs/shapes/data"))
     parser.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.6, 0.4])
     parser.add_argument("--count", type=int, default=64, help="held-out shapes of each kind")
     parser.add_argument("--shown", type=int, default=10, help="of each kind on the sheet")
     parser.add_argument("--out", type=Path, default=Path("runs/shapes/budgets.png"))
     args = parser.parse_args()
-    backbone = mesh_registry.resolve(args.model)
+    backbone = registry.resolve(args.model)
     if backbone.folder is None or backbone.bundle is None:
         raise ValueError(f"{args.model} is no folder with a bundle in routers/")
     pipe = load_pipeline(backbone.folder, dtype=torch.float32)

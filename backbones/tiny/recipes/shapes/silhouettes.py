@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import ndimage
 
 from backbones.hunyuan3d.checkpoints import load_pipeline
-from backbones.hunyuan3d.errors import NoSurfaceError
+from backbones.hunyuan3d.mesh import NoSurfaceError
 from backbones.hunyuan3d.pipeline import Hunyuan3DPipeline
 from backbones.tiny.recipes.shapes.dataset import BOX
 from backbones.tiny.recipes.shapes.inflate import CANVAS_HALF, canvas_mask
