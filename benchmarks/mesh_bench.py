@@ -9,8 +9,6 @@ Shapes: P pictures, L tokens, C latent channels, S and D context tokens and widt
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +20,6 @@ from torch import Tensor
 import routers
 from backbones import registry
 from backbones.hunyuan3d.mesh import NoSurfaceError
-from backbones.hunyuan3d.schedulers import FlowMatchEulerScheduler
-from backbones.solvers import MULTISTEP
 from backbones.spec import Placement
 from backbones.workloads import MeshWorkload, embed
 from benchmarks.bench import Bench
@@ -71,10 +67,6 @@ class MeshBench(Bench):
         """The shapes of one batch; decoding is no part of what is compared."""
         return [self.shape(row) for row in workload.run(batch, num_steps=num_steps)]
 
-    def solver(self, name: str) -> AbstractContextManager[None]:
-        """The pipeline with another solver on the same times."""
-        return mesh_solver(self.pipe, name)
-
     def shape(self, latents: Tensor) -> Shape:
         """Decode one row [L, C]."""
         volume = self.pipe.decode(latents[None], self.grid)[0]
@@ -113,38 +105,6 @@ def distances(shape: Shape, other: Shape) -> dict[str, float]:
             "chamfer": 0.0 if alike else NOTHING,
         }
     return compare_meshes(shape.mesh, other.mesh, shape.volume, other.volume)
-
-
-class MultistepMeshScheduler(FlowMatchEulerScheduler):
-    """A second-order solver of `backbones.solvers` on the mesh pipeline's times, which run the other way."""
-
-    def __init__(self, times: FlowMatchEulerScheduler, name: str) -> None:
-        self.times, self.name = times, name
-        super().__init__(times.num_train_timesteps, times.shift)
-
-    def set_timesteps(self, num_steps: Any = None, sigmas: Any = None) -> None:
-        """A new run, on the times of the scheduler this one replaces."""
-        self.times.set_timesteps(num_steps, sigmas)
-        self.timesteps, self.sigmas = self.times.timesteps, self.times.sigmas
-        self.solver = MULTISTEP[self.name]()
-
-    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
-        """One step in float32; a step of size zero, the last of every run, changes nothing."""
-        now, then = (1 - float(self.sigmas[index + i]) for i in (0, 1))
-        if now == then:
-            return sample.to(velocity.dtype)
-        return self.solver.advance(sample.float(), -velocity.float(), now, then).to(velocity.dtype)
-
-
-@contextmanager
-def mesh_solver(pipe: Any, name: str) -> Iterator[None]:
-    """The mesh pipeline with another solver on the same times."""
-    before = pipe.scheduler
-    pipe.scheduler = MultistepMeshScheduler(before, name)
-    try:
-        yield
-    finally:
-        pipe.scheduler = before
 
 
 def open_mesh_bench(args: argparse.Namespace) -> MeshBench:

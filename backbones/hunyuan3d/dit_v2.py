@@ -25,17 +25,19 @@ IGNORED_PARAMS = frozenset({"input_size", "use_pe", "force_norm_fp32"})
 """Constructor keys that published training configs carry without effect."""
 
 
+def frequencies(period: float, device: torch.device) -> Tensor:
+    """Angular frequencies `[128]` of the sinusoid, from 1 down to about 1 / period."""
+    half = SINUSOID_WIDTH // 2
+    return torch.exp(-math.log(period) * torch.arange(half, dtype=torch.float32, device=device) / half)
+
+
 def sinusoid(t_B: Tensor, period: float = 1000.0) -> Tensor:
     """Embedding `[B, 256]` of t in [0, 1] (or of the guidance scale): cosines first, then sines.
 
     The checkpoints were trained with period 1000 where 10000 is usual. The product with 1000 is formed in
     t's dtype and only then widened, so that half precision rounds as it did in training.
     """
-    half = SINUSOID_WIDTH // 2
-    frequencies = torch.exp(
-        -math.log(period) * torch.arange(half, dtype=torch.float32, device=t_B.device) / half
-    )
-    angles = (TIME_SCALE * t_B).float()[:, None] * frequencies
+    angles = (TIME_SCALE * t_B).float()[:, None] * frequencies(period, t_B.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(t_B.dtype)
 
 

@@ -60,6 +60,8 @@ def _edit(path: Path, key: str, change) -> None:
     ("case", "key"),
     [
         ("hunyuan3d_dit_v2", "single_blocks.1.linear2.bias"),
+        ("hunyuan3d_dit_v2_guidance", "single_blocks.1.linear2.bias"),
+        ("sampling_loop_turbo", "final_layer.linear.bias"),
         ("hunyuan3d_dit_v21", "blocks.4.moe.shared_experts.net.2.bias"),
         ("shapevae_decode", "geo_decoder.ln_post.weight"),
     ],

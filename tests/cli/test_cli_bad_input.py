@@ -56,7 +56,7 @@ QUICK = [
     (["a cat", "-m", "qwen-imag"], "unknown model 'qwen-imag'; did you mean qwen-image"),
     (["a cat", "-m", "./nowhere"], "model folder './nowhere' does not exist"),
     (["a cat", "-m", "no-pipeline"], "is not a model folder: it has no model_index.json"),
-    (["a cat", "-m", "other-pipeline"], "holds a StableDiffusionPipeline, which `edit` cannot run"),
+    (["a cat", "-m", "other-pipeline"], "holds StableDiffusionPipeline, which `edit` cannot run"),
     (["a cat", "-m", "someone/unknown"], "'someone/unknown' is not in the local cache and the hub cannot be"),
     (["a cat", "--routers", "nowhere"], "--routers 'nowhere' does not exist; give a bundle folder"),
     (["a cat", "-m", "qwen-image", "-b", "0.6"], "--budget 0.6 needs routers and 'qwen-image' has none"),
@@ -82,7 +82,7 @@ QUICK = [
     (["--prompts", "list.json"], "--prompts 'list.json' is a .json file; give one prompt a line (.txt)"),
     (["a cat", "-o", "x" * 260 + ".png"], "has 264 bytes; allowed are 240, shorten it"),
     (["a cat", "a cat compare", "--compare"], "--compare would write 'a-cat-compare.png' over another"),
-    (["a cat", "-m", "garbage.safetensors"], "is no complete safetensors file"),
+    (["a cat", "-m", "garbage.safetensors"], "is not a complete safetensors file"),
     (["a cat", "-m", "old.ckpt"], "is no .safetensors file, and other formats are not loaded"),
     (["a cat", "-m", "foreign.safetensors"], "holds no Qwen-Image or FLUX.1 transformer"),
     (["a cat", "--base", "qwen-image"], "is for a single-file --model"),
@@ -188,7 +188,7 @@ def test_truncated_weights_are_refused(edit, desk, qwen_folder):
     shutil.copytree(qwen_folder, broken)
     weights = next((broken / "vae").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:20])
-    check_refused(edit, desk, broken, ["a cat"], "is no complete safetensors file")
+    check_refused(edit, desk, broken, ["a cat"], "is not a complete safetensors file")
 
 
 def test_a_traceback_only_on_request(edit, desk, qwen_folder):

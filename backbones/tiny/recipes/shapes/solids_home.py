@@ -5,6 +5,7 @@ A builder draws proportions and returns (field, colour) parts anywhere within +-
 
 import numpy as np
 
+from backbones.tiny.recipes.shapes.part import Draw, Part
 from backbones.tiny.recipes.shapes.sdf import (
     around,
     blend,
@@ -26,7 +27,6 @@ from backbones.tiny.recipes.shapes.sdf import (
     turn,
     union,
 )  # fmt: skip
-from backbones.tiny.recipes.shapes.solids import Draw, Part
 
 
 def ball(d: Draw) -> list[Part]:
