@@ -95,7 +95,7 @@ def _flux_inputs(rows: int, t: float, seed: int) -> Inputs:
 
 
 def _hunyuan_2(guided: bool) -> nn.Module:
-    from backbones.hunyuan3d import Hunyuan3DDiT
+    from backbones.hunyuan3d.dit_v2 import Hunyuan3DDiT
 
     return Hunyuan3DDiT(
         in_channels=8, context_in_dim=24, hidden_size=48, num_heads=3, depth=2, depth_single_blocks=3,
@@ -114,7 +114,7 @@ def _hunyuan_inputs(rows: int, t: float, seed: int) -> Inputs:
 
 def _hunyuan_21() -> nn.Module:
     """Three plain blocks, then a plain and an expert block with skips."""
-    from backbones.hunyuan3d import HunYuanDiTPlain
+    from backbones.hunyuan3d.dit_v21 import HunYuanDiTPlain
 
     return HunYuanDiTPlain(
         in_channels=8, hidden_size=48, context_dim=24, depth=5, num_heads=3, qk_norm=True, qkv_bias=False,

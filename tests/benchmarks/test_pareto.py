@@ -180,7 +180,7 @@ BAD = [
     (["--rounds", "-1"], "--rounds is -1; allowed is 0 or more"),
     (["--settings", "0"], "--settings is 0; allowed is 1 or more"),
     (["--phase", "none"], "argument --phase: invalid choice: 'none'"),
-    (["--images", "missing"], "is no image-to-mesh folder: it has no config.yaml"),
+    (["--images", "missing"], "makes pictures: use `edit generate -m"),
     (["--steps", "2"], "--steps is 2; allowed is 4 or more"),
     (["--batch-sizes", "1", "0"], "--batch-sizes holds 0; allowed is 1 or more"),
     (["--count", "9999"], "--count 9999 exceeds the"),
