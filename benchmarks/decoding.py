@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from scipy.spatial import cKDTree
 
-from backbones import registry
+from backbones import loading, registry
 from backbones.spec import Placement
 from backbones.workloads import embed
 from edit_cli.calibrate.inputs import read_images
-from edit_cli.generate.clock import StageClock
-from edit_cli.generate.mesh_session import MeshSession
 
 BOX = 1.01
 METHODS = ("dense", "hierarchical")
@@ -131,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 if a bar is missed")
     args = parser.parse_args(arguments)
     backbone = registry.resolve(args.model, makes="mesh")
-    pipe = MeshSession.open(backbone, Placement(), None, False, StageClock()).pipe
+    pipe = loading.load(backbone, Placement())
     pictures = list(read_images(backbone, args.images, "auto").values())[: args.count]
     contexts = embed(pipe, pictures)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(pictures))]

@@ -18,16 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import routers
-from backbones import registry
+from backbones import loading, registry
 from backbones.hunyuan3d.mesh import NoSurfaceError
 from backbones.spec import Placement
 from backbones.workloads import MeshWorkload, embed
 from benchmarks.bench import Bench
 from edit_cli.calibrate.inputs import read_images
 from edit_cli.errors import EditError
-from edit_cli.generate.clock import StageClock
-from edit_cli.generate.mesh_compare import compare_meshes
-from edit_cli.generate.mesh_session import MeshSession
+from edit_cli.generate.closeness import compare_meshes
 
 CALIBRATION_PICTURES = 4
 """Pictures on which a rival may fit itself."""
@@ -112,7 +110,7 @@ def open_mesh_bench(args: argparse.Namespace) -> MeshBench:
     backbone = registry.resolve(args.model, makes="mesh")
     try:
         pictures = read_images(backbone, args.images or None, "auto")
-        pipe = MeshSession.open(backbone, Placement(), None, False, StageClock()).pipe
+        pipe = loading.load(backbone, Placement())
     except EditError as error:
         raise ValueError(str(error)) from error
     path = args.routers or backbone.bundle

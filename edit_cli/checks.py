@@ -1,4 +1,4 @@
-"""Parse and check single values from options, prompt files and metadata: one message each. Torch-free.
+"""Parse and check single values from options, input lists and records: one message each. Torch-free.
 
 `where` names the place for the message: an option ("--budget") or a line ("prompts.jsonl line 3: budget").
 """
@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbones.spec import SOLVERS
+from backbones.spec import Lora
 from edit_cli.errors import EditError
 
 MAX_STEPS = 1000  # the training timesteps of every family here
 MAX_SIDE = 16384
 MAX_SEED = 2**63 - 1
-DEFAULT_STRENGTH = 0.6  # diffusers' own default for image-to-image
+MAX_COUNT = 100_000
+POINTS = 8
+"""Budgets that a bundle is measured at by default."""
+PICTURE_NAMES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+NONE = "none"
+"""What takes out a recorded picture or LoRA."""
 
 BUDGET_HINT = "it is the share of the dense model's compute to spend, 0 < budget <= 1, for example 0.6"
+DEVICES = "auto, cuda, cuda:N, mps, cpu"
 
 
 def number(where: str, value: Any, hint: str) -> float:
@@ -49,45 +56,36 @@ def integer(where: str, value: Any, low: int, high: int, hint: str = "") -> int:
     return result
 
 
-def budget(where: str, value: Any) -> float:
-    """A budget in (0, 1], ratio of dense FLOPs."""
-    result = number(where, value, BUDGET_HINT)
-    if not 0 < result <= 1:
-        raise EditError(f"{where} {value!r} is out of range; {BUDGET_HINT}")
-    return result
+def whole(low: int, high: int, hint: str = "") -> Callable[[str, Any], int]:
+    """A check for integers in [low, high]."""
+    return lambda where, value: integer(where, value, low, high, hint)
 
 
-def guidance(where: str, value: Any) -> float:
-    """A guidance scale >= 0; 1 or less turns classifier-free guidance off."""
-    hint = "allowed are 0 to 100, usual is 1 (off) to 8"
-    result = number(where, value, hint)
-    if not 0 <= result <= 100:
-        raise EditError(f"{where} {value!r} is out of range; {hint}")
-    return result
+def share(hint: str, low: float = 0.0, high: float = 1.0) -> Callable[[str, Any], float]:
+    """A check for numbers in (low, high]; low itself is allowed where high is more than 1."""
+
+    def check(where: str, value: Any) -> float:
+        result = number(where, value, hint)
+        if not low <= result <= high or (result == low and high <= 1):
+            raise EditError(f"{where} {value!r} is out of range; {hint}")
+        return result
+
+    return check
 
 
-def strength(where: str, value: Any) -> float:
-    """Image-to-image strength in (0, 1]: the share of the denoising steps that is run."""
-    hint = "allowed are 0 < strength <= 1; 1 ignores the input picture"
-    result = number(where, value, hint)
-    if not 0 < result <= 1:
-        raise EditError(f"{where} {value!r} is out of range; {hint}")
-    return result
+def choice(*allowed: str) -> Callable[[str, Any], str]:
+    """A check for one of these words, in lower case."""
+    return lambda where, value: one_of(where, text(where, value).lower(), allowed)
 
 
-def seed(where: str, value: Any) -> int:
-    """A seed >= 0."""
-    return integer(where, value, 0, MAX_SEED)
-
-
-def steps(where: str, value: Any) -> int:
-    """Denoising steps."""
-    return integer(where, value, 1, MAX_STEPS)
-
-
-def side(where: str, value: Any) -> int:
-    """Width or height in px; divisibility is checked when the model is known."""
-    return integer(where, value, 1, MAX_SIDE)
+budget = share(BUDGET_HINT)
+guidance = share("allowed are 0 to 100, usual is 1 (off) to 8", 0, 100)
+strength = share("allowed are 0 < strength <= 1; 1 ignores the input picture")
+rate = share("allowed are 0 < rate <= 1, usual is 0.003")
+seed = whole(0, MAX_SEED)
+steps = whole(1, MAX_STEPS)
+side = whole(1, MAX_SIDE)
+count = whole(1, MAX_COUNT)
 
 
 def divisible(where: str, value: int, multiple: int) -> None:
@@ -111,9 +109,9 @@ def text(where: str, value: Any) -> str:
     """Any text that can be written as UTF-8, without NUL."""
     if not isinstance(value, str):
         raise EditError(f"{where} {value!r} is not text")
-    # bytes that are no UTF-8 reach us as lone surrogates; neither they nor NUL can be stored or named
+    # bytes that are not UTF-8 reach us as lone surrogates; neither they nor NUL can be stored or named
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise EditError(f"{where} {value!r} holds characters that are no text; give it as UTF-8")
+        raise EditError(f"{where} {value!r} holds characters that are not text; give it as UTF-8")
     return value
 
 
@@ -124,58 +122,78 @@ def one_of(where: str, value: Any, allowed: Sequence[str]) -> str:
     return str(value)
 
 
-def solver(where: str, value: Any) -> str:
-    """A solver's name, in lower case."""
-    return one_of(where, text(where, value).lower(), SOLVERS)
+def device(where: str, value: Any) -> str:
+    """The name of a device; whether it is here is checked when the model is loaded."""
+    kind, _, index = text(where, value).partition(":")
+    if kind not in ("auto", "cuda", "mps", "cpu") or (index and not index.isdecimal()):
+        raise EditError(f"{where} {value!r} is unknown; allowed are {DEVICES}")
+    return str(value)
 
 
 def readable_file(where: str, value: Any) -> str:
     """A path of an existing, readable file, as text."""
     path = Path(text(where, value)).expanduser()
     if not path.is_file():
-        raise EditError(f"{where} {str(value)!r} is no file; check the path")
+        raise EditError(f"{where} {str(value)!r} is not a file; check the path")
     if not os.access(path, os.R_OK):
         raise EditError(f"{where} {str(value)!r} cannot be read; check its permissions")
     return str(path)
 
 
 def picture_file(where: str, value: Any) -> str:
-    """A path of a picture that Pillow can open, as text."""
-    from PIL import Image
+    """A path of a picture that can be read to its end, as text; "none" for no picture."""
+    if value == NONE and not Path(NONE).is_file():
+        return NONE
+    from edit_cli.generate.cutout import open_picture  # numpy and Pillow, which most commands do without
 
     path = readable_file(where, value)
-    try:
-        with Image.open(path) as picture:
-            picture.verify()
-    except Exception as error:  # Pillow plugins raise anything on damaged files
-        raise EditError(
-            f"{where} {str(value)!r} is no readable picture; give a PNG, JPEG or WebP file"
-        ) from error
+    open_picture(path, where)
     return path
 
 
-FIELDS = {
-    "prompt": prompt,
-    "negative_prompt": text,
-    "seed": seed,
-    "width": side,
-    "height": side,
-    "steps": steps,
-    "guidance": guidance,
-    "budget": budget,
-    "image": picture_file,
-    "strength": strength,
-    "solver": solver,
-    "output": text,
-}
-"""What one picture's request consists of, and how each value is checked."""
+def picture_name(where: str, value: Any) -> str:
+    """A path that looks like a picture's."""
+    if Path(text(where, value)).suffix.lower() not in PICTURE_NAMES:
+        raise EditError(f"{where} {value!r} is not the name of a picture; give a PNG, JPEG or WebP file")
+    return str(value)
 
 
-def checked(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Check every field of a request given as a dict. where: a format with {} for the field's name."""
-    unknown = set(values) - set(FIELDS)
-    if unknown:
-        raise EditError(f"{where.format(sorted(unknown)[0])} is unknown; allowed are {', '.join(FIELDS)}")
-    return {
-        name: FIELDS[name](where.format(name), value) for name, value in values.items() if value is not None
-    }
+def budgets(where: str, value: Any) -> tuple[float, ...]:
+    """Evenly spaced budgets from "0.35:1.0" or, with how many, "0.35:1.0:8"."""
+    parts, points = text(where, value).split(":"), POINTS
+    try:
+        low, high = (float(part) for part in parts[:2])
+        if len(parts) == 3:
+            points = int(parts[2])
+        if len(parts) > 3 or not 0 < low < high <= 1 or not 2 <= points <= 100:
+            raise ValueError
+    except ValueError:
+        raise EditError(
+            f"{where} {value!r} is not a range of budgets; give LOW:HIGH or LOW:HIGH:COUNT, "
+            "0 < LOW < HIGH <= 1 and 2 to 100 of them, like 0.35:1.0:8"
+        ) from None
+    return tuple(low + (high - low) * i / (points - 1) for i in range(points))
+
+
+def size(where: str, value: Any) -> str:
+    """A size of files with its unit."""
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", text(where, value)):
+        raise EditError(f"{where} {value!r} is not a size; give a number with a unit, like 5GB")
+    return str(value)
+
+
+def lora(where: str, value: Any) -> Lora | None:
+    """PATH or PATH:SCALE; a path that itself holds a colon is tried first. None for "none"."""
+    if value == NONE:
+        return None
+    given = text(where, value)
+    path, scale = Path(given).expanduser(), 1.0
+    if not path.exists() and ":" in given:
+        name, _, factor = given.rpartition(":")
+        path = Path(name).expanduser()
+        scale = number(f"{where} {given!r}: scale", factor, "write --lora FILE:0.8")
+    if not path.exists():
+        raise EditError(f"{where} {str(path)!r} does not exist; give a .safetensors file, or FILE:SCALE")
+    if path.is_file() and path.suffix != ".safetensors":
+        raise EditError(f"{where} {str(path)!r} is not a .safetensors file; other formats are not loaded")
+    return Lora(path.resolve(), scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -43,18 +43,18 @@ def print_warning(message: str) -> None:
     stderr().print(f"[yellow]warning:[/] {_escape(line)}", soft_wrap=True)
 
 
-def print_warnings(messages: Iterable[str], quiet: bool) -> None:
-    """One line each on stderr; nothing if quiet."""
-    for message in () if quiet else messages:
+def print_warnings(messages: Iterable[str], request: Container[str]) -> None:
+    """One line each on stderr; nothing with --quiet."""
+    for message in () if "quiet" in request else messages:
         print_warning(message)
 
 
-def print_result(found: Mapping[str, Any], table: RenderableType, *, json_output: bool, quiet: bool) -> None:
-    """What a command found: a table for people, with --json on stderr, and the object alone on stdout."""
-    if not quiet:
-        (stderr() if json_output else stdout()).print(table)
-    if json_output:
-        print_json(found)
+def print_result(report: Mapping[str, Any], table: RenderableType, request: Container[str]) -> None:
+    """A command's result: a table for people, with --json on stderr, and the object alone on stdout."""
+    if "quiet" not in request:
+        (stderr() if "json" in request else stdout()).print(table)
+    if "json" in request:
+        print_json(report)
 
 
 def print_json(result: Mapping[str, Any]) -> None:
@@ -90,7 +90,7 @@ def working(text: str, enabled: bool) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def progress(enabled: bool) -> Iterator[Progress | None]:
-    """Progress bars on stderr; None when disabled or when stderr is no terminal."""
+    """Progress bars on stderr; None when disabled or when stderr is not a terminal."""
     if not enabled or not stderr().is_terminal:
         yield None
         return

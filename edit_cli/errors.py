@@ -40,16 +40,16 @@ def bad_input(*kinds: type[Exception]) -> Iterator[None]:
         raise EditError(str(error)) from error
 
 
-SMALLER_PICTURES = "a smaller --width and --height or --batch-size, --dtype bf16, or on a GPU --offload model"
+SMALLER = "smaller results or a smaller --batch-size, --dtype bf16, or on a GPU --offload model"
 
 
-def out_of_memory(where: str = "", smaller: str = SMALLER_PICTURES) -> str:
+def out_of_memory(where: str = "", smaller: str = SMALLER) -> str:
     """The message. where: at what it happened. smaller: what to try."""
     return f"out of memory{' ' if where else ''}{where}; try {smaller}"
 
 
 @contextmanager
-def memory_errors(where: str, smaller: str = SMALLER_PICTURES) -> Iterator[None]:
+def memory_errors(where: str, smaller: str = SMALLER) -> Iterator[None]:
     """Turn any library's out-of-memory error into a RunError with the next step."""
     try:
         yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +18,7 @@ from edit_cli.commands.models import models
 from edit_cli.commands.profile import profile
 from edit_cli.console import print_error
 from edit_cli.errors import BAD_INPUT, FAILED_RUN, EditError, Interrupted, is_out_of_memory, out_of_memory
+from edit_cli.request import spread
 
 app = typer.Typer(
     name="edit",
@@ -28,27 +28,16 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(generate)
-app.command("generate-3d")(generate_3d)
-app.command()(calibrate)
-app.command()(profile)
-app.command()(export)
-app.command()(models)
-
-MANY_VALUES = {
-    "--seed": re.compile(r"\d+"),
-    "-s": re.compile(r"\d+"),
-    "--views": re.compile("front|left|back|right"),
+COMMANDS = {
+    "generate": generate,
+    "generate-3d": generate_3d,
+    "calibrate": calibrate,
+    "profile": profile,
+    "export": export,
+    "models": models,
 }
-"""Options that take several values after one name (`--seed 1 2 3`), and what a value looks like."""
-MANY_VALUES_OF = {
-    "profile": {
-        "--budget": re.compile(r"\d*\.?\d+"),
-        "-b": re.compile(r"\d*\.?\d+"),
-        "--images": re.compile(r"(?i).+\.(png|jpe?g|webp|gif|bmp|tiff?)"),
-    },
-}
-"""The same for the options of one command."""
+for name, function in COMMANDS.items():
+    app.command(name)(function)
 
 
 def version(show: bool) -> None:
@@ -65,27 +54,6 @@ def root(
     ),
 ) -> None:
     """One diffusion transformer, any compute budget."""
-
-
-def spread(arguments: Sequence[str]) -> list[str]:
-    """`--seed 1 2 3` -> `--seed 1 --seed 2 --seed 3`: option parsers take one value for each name."""
-    result: list[str] = []
-    known = {**MANY_VALUES, **MANY_VALUES_OF.get(next(iter(arguments), ""), {})}
-    name, seen = "", 0
-    for i, argument in enumerate(arguments):
-        if argument == "--":
-            return result + list(arguments[i:])
-        option, _, value = argument.partition("=")
-        if option in known:
-            name, seen = option, int(bool(value))
-        elif name and known[name].fullmatch(argument):
-            if seen:
-                result.append(name)
-            seen += 1
-        else:
-            name = ""
-        result.append(argument)
-    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -115,8 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
+    called = COMMANDS.get(next(iter(arguments), ""))
+    if called is not None:
+        arguments = [arguments[0], *spread(arguments[1:], called.options)]
     try:
-        result = command.main(spread(arguments), prog_name="edit", standalone_mode=False)
+        result = command.main(arguments, prog_name="edit", standalone_mode=False)
     except typer.Abort:
         raise KeyboardInterrupt from None
     except typer.TyperException as error:  # unknown option, missing value...

@@ -23,7 +23,7 @@ from edit_cli.calibrate import training as calibrate_train
 from edit_cli.calibrate.inputs import Asked, read_images
 from edit_cli.console import phases, print_warning
 from edit_cli.errors import EditError, RunError, bad_input
-from edit_cli.generate.pictures import open_rgb
+from edit_cli.generate.cutout import open_rgb
 from edit_cli.generate.prompts import default_prompts, read_prompts
 from routers.calibrate.evaluate import Quality, as_metadata, evaluate, prefers_routers, recommend
 from routers.calibrate.fit import FitSettings, fit

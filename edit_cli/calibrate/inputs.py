@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from backbones import registry
 from backbones.spec import Backbone
-from edit_cli import checks as values
+from edit_cli import checks
 from edit_cli.errors import EditError, bad_input
 from edit_cli.files import reason
 from edit_cli.generate.outputs import PICTURE_SUFFIXES
@@ -18,8 +18,6 @@ from routers.train.settings import TrainSettings
 if TYPE_CHECKING:
     from PIL import Image
 
-POINTS = 8
-"""Budgets measured by default."""
 OBJECTS = "a folder of pictures of one object each"
 OWN_PICTURES = "calibration"
 """Folder of calibration pictures inside a mesh model's folder."""
@@ -81,23 +79,6 @@ def _makes(model: str) -> str:
         return registry.resolve(model).makes
 
 
-def parse_budgets(text: str) -> tuple[float, ...]:
-    """Evenly spaced budgets from "0.35:1.0" or, with how many, "0.35:1.0:8". Raises EditError."""
-    parts, count = text.split(":"), POINTS
-    try:
-        low, high = (float(part) for part in parts[:2])
-        if len(parts) == 3:
-            count = int(parts[2])
-        if len(parts) > 3 or not 0 < low < high <= 1 or not 2 <= count <= 100:
-            raise ValueError
-    except ValueError:
-        raise EditError(
-            f"--budgets {text!r} is not a range of budgets; give LOW:HIGH or LOW:HIGH:COUNT, "
-            "0 < LOW < HIGH <= 1 and 2 to 100 of them, like 0.35:1.0:8"
-        ) from None
-    return tuple(low + (high - low) * i / (count - 1) for i in range(count))
-
-
 def picture_files(option: str, folder: str, wanted: str) -> list[Path]:
     """Pictures of a folder in the order of their names. wanted: what to give instead. Raises EditError."""
     path = Path(folder).expanduser()
@@ -131,14 +112,11 @@ def read_images(backbone: Backbone, folder: str | None, background: str) -> dict
             )
         folder = str(beside)
     files = picture_files("--images", folder, OBJECTS)
-    from edit_cli.generate.cutout import (  # numpy and Pillow, which `edit --help` can do without
-        cut_out,
-        open_rgba,
-    )
+    from edit_cli.generate.cutout import read_object  # numpy and Pillow, which `edit --help` can do without
 
     pictures: dict[str, Image.Image] = {}
     for file in files:
-        name = values.readable_file("IMAGE", str(file))
-        picture, _ = cut_out(open_rgba(name), background, name)
+        name = checks.readable_file("IMAGE", str(file))
+        picture, _ = read_object(name, background)
         pictures[hashlib.sha256(file.read_bytes()).hexdigest()] = picture
     return pictures

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 import routers
-from edit_cli.generate.outputs import write_whole
+from edit_cli.files import write_files
 from routers.calibrate.evaluate import Quality, as_metadata, recommend
 
 PLOT = "quality.png"
@@ -63,7 +63,7 @@ def plot(bundle: routers.Bundle, folder: Path) -> Path | None:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=130)
     target = folder / PLOT
-    write_whole(target, data.getvalue())
+    write_files({target: data.getvalue()})
     return target
 
 

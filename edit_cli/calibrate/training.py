@@ -1,103 +1,55 @@
-"""`edit calibrate --method train`: its options, checked, and the training itself."""
+"""`edit calibrate --method train`: its settings, and the training itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from edit_cli import checks as values
+from edit_cli import checks
 from edit_cli.calibrate.inputs import picture_files
 from edit_cli.console import phases, print_warning
 from edit_cli.errors import EditError, RunError
-from routers.train.settings import KINDS, PRECISIONS, TrainSettings
+from edit_cli.options import TRAIN
+from edit_cli.request import Request
+from routers.train.settings import KINDS, TrainSettings
 
 if TYPE_CHECKING:
     import routers
     from edit_cli.calibrate.calibration import Calibration
 
-METHODS = ("fit", "train")
 MAY_CHANGE = ("rate", "backbone_rate", "every", "precision", "save_memory")
 """Settings that a continued training may change: what it has to do stays the same."""
-PANEL = "Training (--method train)"
 
 
-def _option(name: str, metavar: str, help: str) -> Any:
-    return typer.Option(name, metavar=metavar, help=help, rich_help_panel=PANEL, show_default=False)
-
-
-Method = Annotated[
-    str,
-    typer.Option(
-        "--method", metavar="METHOD",
-        help="fit: minutes, the weights stay as they are. train: the paper's training of gates and widths.",
-    ),
-]  # fmt: skip
-Train = Annotated[
-    str | None,
-    _option("--train", "WHAT", "routers (default), or with them the backbone: lora or full."),
-]
-TrainSteps = Annotated[str | None, _option("--train-steps", "N", "Optimiser steps (default 1000).")]
-LearningRate = Annotated[
-    str | None,
-    _option("--learning-rate", "RATE", "Of the routers (default 0.003); the backbone's is a 30th of it."),
-]
-LoraRank = Annotated[str | None, _option("--lora-rank", "N", "Rank of --train lora (default 16).")]
-Precision = Annotated[
-    str | None, _option("--mixed-precision", "no|bf16", "Run the backbone in bfloat16 while training.")
-]
-Checkpointing = Annotated[
-    bool,
-    typer.Option(
-        "--gradient-checkpointing", metavar="", rich_help_panel=PANEL,
-        help="Compute each block again for its gradient instead of keeping what it needs.",
-    ),
-]  # fmt: skip
-Data = Annotated[
-    str | None,
-    _option("--data", "DIR", "Pictures, each with its prompt in a .txt of the same name, to train on too."),
-]
-
-
-def settings(
-    method: str,
-    budgets: tuple[float, ...],
-    probes: int,
-    seed: int,
-    asked: dict[str, str | bool | None],
-) -> TrainSettings | None:
-    """Checked settings, None for --method fit. asked: option -> its text. Raises EditError."""
-    values.one_of("--method", method, METHODS)
-    given = [name for name, value in asked.items() if value]
-    if method == "fit":
-        if given:
-            raise EditError(f"{given[0]} is for --method train; add that, or leave {given[0]} out")
+def settings(request: Request) -> TrainSettings | None:
+    """Settings of a training, None for --method fit. Raises EditError for options that do not go together."""
+    if request["method"] == "fit":
+        for name in TRAIN:
+            if name in request:
+                option = TRAIN[name].label
+                raise EditError(f"{option} is for --method train; add that, or leave {option} out")
         return None
-    chosen: dict[str, Any] = {
-        "train": values.one_of("--train", asked["--train"] or KINDS[0], KINDS),
-        "precision": values.one_of("--mixed-precision", asked["--mixed-precision"] or "no", PRECISIONS),
-        "save_memory": bool(asked["--gradient-checkpointing"]),
-        "low": budgets[0],
-        "probes": probes,
-        "seed": seed,
-    }
-    if budgets[0] >= 1:
+    low, what = request["budgets"][0], request.get("train", KINDS[0])
+    if low >= 1:
         raise EditError("--budgets must start below 1 for --method train; give for example 0.5:1")
-    if asked["--train-steps"] is not None:
-        chosen["steps"] = values.integer("--train-steps", asked["--train-steps"], 1, 10**7)
-    if asked["--lora-rank"] is not None:
-        chosen["rank"] = values.integer("--lora-rank", asked["--lora-rank"], 1, 1024)
-        if chosen["train"] != "lora":
-            raise EditError("--lora-rank is for --train lora; add that, or leave --lora-rank out")
-    if asked["--learning-rate"] is not None:
-        hint = "allowed are 0 < rate <= 1, usual is 0.003"
-        rate = values.number("--learning-rate", asked["--learning-rate"], hint)
-        if not 0 < rate <= 1:
-            raise EditError(f"--learning-rate {asked['--learning-rate']!r} is out of range; {hint}")
-        chosen |= {"rate": rate, "backbone_rate": rate / 30}
+    if "lora_rank" in request and what != "lora":
+        raise EditError("--lora-rank is for --train lora; add that, or leave --lora-rank out")
+    chosen: dict[str, Any] = {
+        "train": what,
+        "precision": request.get("mixed_precision", "no"),
+        "save_memory": "gradient_checkpointing" in request,
+        "low": low,
+        "probes": request["probes"],
+        "seed": request.get("seed", [0])[0],
+    }
+    if "train_steps" in request:
+        chosen["steps"] = request["train_steps"]
+    if "lora_rank" in request:
+        chosen["rank"] = request["lora_rank"]
+    if "learning_rate" in request:
+        chosen |= {"rate": request["learning_rate"], "backbone_rate": request["learning_rate"] / 30}
     return TrainSettings(**chosen)
 
 
@@ -107,7 +59,7 @@ def read_data(folder: str) -> list[tuple[Path, str]]:
     pictures = []
     for file in files:
         text = file.with_suffix(".txt")
-        values.picture_file("--data", str(file))
+        checks.picture_file("--data", str(file))
         try:
             prompt = text.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):

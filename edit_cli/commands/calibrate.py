@@ -1,57 +1,15 @@
-"""`edit calibrate`: fit a bundle that serves any budget to a model. Thin: parse, load, fit, measure, save."""
+"""`edit calibrate`: fit a bundle that serves any budget to a model, or train one."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from edit_cli import checks as values
-from edit_cli import options as o
-from edit_cli.calibrate import training as t
-from edit_cli.calibrate.inputs import Asked, parse_budgets
+from edit_cli.calibrate import training
+from edit_cli.calibrate.inputs import Asked
 from edit_cli.console import print_result, print_warning, progress
 from edit_cli.errors import INTERRUPTED, EditError, RunError, bad_input
-from edit_cli.generate import mesh_options
-from edit_cli.generate.mesh_plan import BACKGROUNDS
-
-Output = Annotated[
-    str | None,
-    typer.Option("--output", "-o", metavar="FOLDER", help="Where the bundle goes.", show_default=False),
-]
-Images = Annotated[
-    str | None,
-    typer.Option(
-        "--images", metavar="DIR", help="Pictures of one object each, for models that make meshes.",
-        rich_help_panel=mesh_options.MESH,
-    ),
-]  # fmt: skip
-Samples = Annotated[str, typer.Option("--samples", metavar="N", help="Pictures or meshes to calibrate on.")]
-Probes = Annotated[
-    str, typer.Option("--probes", metavar="N", help="Single reuses followed through to the final latents.")
-]
-PlanSamples = Annotated[
-    str | None,
-    typer.Option(
-        "--plan-samples", metavar="N", show_default="8, or 2 for large models",
-        help="Samples that candidate plans are run on to choose the best; 0 to trust the closed form.",
-    ),
-]  # fmt: skip
-Budgets = Annotated[
-    str,
-    typer.Option(
-        "--budgets", metavar="LOW:HIGH[:COUNT]",
-        help="The lowest budget the bundle serves, and the range it is measured on.",
-    ),
-]  # fmt: skip
-Evaluate = Annotated[
-    str | None,
-    typer.Option("--evaluate", metavar="BUNDLE", help="Only measure this bundle again.", show_default=False),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", metavar="", help="Go on where an earlier attempt at the same was stopped.")
-]
+from edit_cli.options import CALIBRATE, MACHINE, MESH, MODEL, PROMPTS, REPORT, SAMPLING, TRAIN
+from edit_cli.request import Request, command, only
 
 
 class Stopped(EditError):  # noqa: N818 - not an error
@@ -60,35 +18,14 @@ class Stopped(EditError):  # noqa: N818 - not an error
     exit_code = INTERRUPTED
 
 
-def calibrate(
-    output: Output = None,
-    model: o.Model = None,
-    prompts_file: o.PromptsFile = None,
-    images: Images = None,
-    remove_background: mesh_options.RemoveBackground = None,
-    evaluate: Evaluate = None,
-    resume: Resume = False,
-    method: t.Method = "fit",
-    budgets: Budgets = "0.35:1.0",
-    samples: Samples = "32",
-    probes: Probes = "80",
-    plan_samples: PlanSamples = None,
-    steps: o.Steps = None,
-    guidance: o.Guidance = None,
-    seed: o.Seed = None,
-    batch_size: o.BatchSize = None,
-    train: t.Train = None,
-    train_steps: t.TrainSteps = None,
-    learning_rate: t.LearningRate = None,
-    lora_rank: t.LoraRank = None,
-    mixed_precision: t.Precision = None,
-    gradient_checkpointing: t.Checkpointing = False,
-    data: t.Data = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    json_output: o.Json = False,
-    quiet: o.Quiet = False,
-) -> None:
+@command(
+    only(CALIBRATE, "output", "evaluate", "resume", "method", "budgets", "samples", "probes", "plan_samples"),
+    only(MODEL, "model"), only(PROMPTS, "prompts_file"), only(CALIBRATE, "steps"),
+    only(SAMPLING, "guidance", "seed"),
+    only(CALIBRATE, "images"), only(MESH, "remove_background"),
+    only(MACHINE, "batch_size", "device", "dtype"), TRAIN, REPORT,
+)  # fmt: skip
+def calibrate(request: Request) -> None:
     """Make a bundle for a model: fit one in minutes, or train routers as the paper does.
 
     Fitting runs the dense model on calibration prompts (or pictures, for meshes), measures how well each step
@@ -98,62 +35,57 @@ def calibrate(
     [dim]edit calibrate -m qwen-image-tiny -o bundle
     edit generate "a cat" --routers bundle --budget 0.5[/dim]
     """
-    if (output is None) == (evaluate is None):
+    output = request.get("output")
+    if ("output" in request) == ("evaluate" in request):
         raise EditError("give either --output FOLDER for a new bundle or --evaluate BUNDLE to measure one")
-    if resume and output is None:
+    if "resume" in request and output is None:
         raise EditError("--resume continues a calibration and --evaluate makes none; leave one of them out")
-    if method == "train" and output is None:
+    if request["method"] == "train" and output is None:
         raise EditError("--method train makes a bundle and --evaluate makes none; leave one of them out")
     if output is not None and Path(output).is_file():
         raise EditError(f"--output {output!r} is a file; give a folder for the bundle")
-    training = {
-        "--train": train, "--train-steps": train_steps, "--learning-rate": learning_rate,
-        "--lora-rank": lora_rank, "--mixed-precision": mixed_precision,
-        "--gradient-checkpointing": gradient_checkpointing, "--data": data,
-    }  # fmt: skip
-    points, count = parse_budgets(budgets), values.integer("--probes", probes, 8, 10**6)
-    number = values.seed("--seed", seed[0]) if seed else 0
     asked = Asked(
-        model=model,
-        prompts=prompts_file,
-        images=images,
-        background=values.one_of("--remove-background", remove_background or "auto", BACKGROUNDS),
-        budgets=points,
-        samples=values.integer("--samples", samples, 4, 4096),
-        probes=count,
-        plan_samples=None
-        if plan_samples is None
-        else values.integer("--plan-samples", plan_samples, 0, 4096),
-        steps=None if steps is None else values.integer("--steps", steps, 2, values.MAX_STEPS),
-        guidance=None if guidance is None else values.guidance("--guidance", guidance),
-        seed=number,
-        batch_size=None if batch_size is None else values.integer("--batch-size", batch_size, 1, 1024),
-        device=device or "auto",
-        dtype=dtype or "auto",
-        resume=resume,
-        training=t.settings(method, points, count, number, training),
-        data=data,
+        model=request.get("model"),
+        prompts=request.get("prompts_file"),
+        images=request.get("images"),
+        background=request.get("remove_background", "auto"),
+        budgets=request["budgets"],
+        samples=request["samples"],
+        probes=request["probes"],
+        plan_samples=request.get("plan_samples"),
+        steps=request.get("steps"),
+        guidance=request.get("guidance"),
+        seed=request.get("seed", [0])[0],
+        batch_size=request.get("batch_size"),
+        device=request.get("device", "auto"),
+        dtype=request.get("dtype", "auto"),
+        resume="resume" in request,
+        training=training.settings(request),
+        data=request.get("data"),
     )
-    if asked.meshes and images is not None and not Path(images).expanduser().is_dir():
-        what = "is not a folder" if Path(images).expanduser().exists() else "does not exist"
-        raise EditError(f"--images {images!r} {what}; give a folder of pictures of one object each")
-    run(asked, None if output is None else Path(output), evaluate, json_output, quiet)
+    if asked.meshes and asked.images is not None and not Path(asked.images).expanduser().is_dir():
+        what = "is not a folder" if Path(asked.images).expanduser().exists() else "does not exist"
+        raise EditError(f"--images {asked.images!r} {what}; give a folder of pictures of one object each")
+    run(asked, None if output is None else Path(output), request)
 
 
-def run(asked: Asked, output: Path | None, evaluate: str | None, json_output: bool, quiet: bool) -> None:
-    """Carry out what was asked. output None: only measure the bundle `evaluate`. Raises EditError."""
+def run(asked: Asked, output: Path | None, request: Request) -> None:
+    """Carry out what was asked. output None: only measure the bundle --evaluate. Raises EditError."""
     from edit_cli.calibrate import calibration
     from edit_cli.calibrate import report as calibration_report
     from routers.calibrate.workload import NotFiniteError
 
     with bad_input():
         session = calibration.Calibration.open(asked)
-    quiet = quiet or not session.is_main
+    if not session.is_main:
+        request = request.but(quiet=True, json=None)
     try:
-        with progress(not quiet) as bars, bad_input():
+        with progress("quiet" not in request) as bars, bad_input():
             if output is not None:
                 session.begin(output)
-            bundle = session.make(output, bars) if output is not None else session.load(evaluate or "")
+                bundle = session.make(output, bars)
+            else:
+                bundle = session.load(request["evaluate"])
             if not session.is_main:  # other processes of a training end here
                 return
             rows = session.measure(bundle, bars)
@@ -165,9 +97,7 @@ def run(asked: Asked, output: Path | None, evaluate: str | None, json_output: bo
     target = output or Path(bundle.path)
     if output is not None:
         session.save(bundle, rows, output)
-        if calibration_report.plot(bundle, output) is None and not quiet:
+        if calibration_report.plot(bundle, output) is None and "quiet" not in request:
             print_warning('no plot was drawn: it needs matplotlib; pip install "elastic-dit[bench]"')
-    found = calibration_report.as_json(bundle, rows, target)
-    print_result(
-        found, calibration_report.as_table(bundle, rows, target), json_output=json_output, quiet=quiet
-    )
+    report = calibration_report.as_json(bundle, rows, target)
+    print_result(report, calibration_report.as_table(bundle, rows, target), request)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from backbones import registry
 from backbones.spec import COMMANDS, Backbone
 from edit_cli.console import print_json, stdout
+from edit_cli.options import LIST
+from edit_cli.request import Request, command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,14 +20,11 @@ if TYPE_CHECKING:
 NAME_WIDTH = 24  # columns: the longest name with its indent
 
 
-def models(
-    json_output: Annotated[
-        bool, typer.Option("--json", metavar="", help="Print one JSON object instead of the table.")
-    ] = False,
-) -> None:
+@command(LIST)
+def models(request: Request) -> None:
     """List the models known by name; other pipeline folders and hub ids of these families work too."""
     rows = list(registry.rows().values())
-    if json_output:
+    if "json" in request:
         print_json(
             {
                 "default": registry.DEFAULT_MODELS["picture"],

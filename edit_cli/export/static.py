@@ -20,7 +20,7 @@ from edit_cli.export.model import load_again, save_model
 from edit_cli.export.settings import Settings
 from edit_cli.export.source import Frozen, Source, freeze, largest_difference, outputs
 from edit_cli.export.write import Say
-from edit_cli.generate.pictures import psnr, side_by_side
+from edit_cli.generate.closeness import psnr, side_by_side
 from routers.attachment import attach
 from routers.calibrate.evaluate import latent_snr
 

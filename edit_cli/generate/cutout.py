@@ -1,9 +1,12 @@
-"""Input pictures of `edit generate-3d`: any mode Pillow reads, upright, background removed. Torch-free.
+"""Input pictures: any mode Pillow reads, upright, 8 bits; for meshes with the background removed. Torch-free.
 
 Shapes: H, W rows and columns of the picture in px.
 """
 
 from __future__ import annotations
+
+import functools
+import warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,27 +24,57 @@ MIN_SHARE = 1e-4
 Bytes = NDArray[np.uint8]
 
 
-def open_rgba(path: str) -> Image.Image:
-    """The first frame, upright (EXIF), as 8-bit RGBA. Raises EditError for what is no picture."""
+def open_picture(path: str, where: str) -> Image.Image:
+    """Any picture Pillow reads: its first frame, upright by its EXIF, 8 bits a channel, as RGB or RGBA.
+
+    where: what messages call it ("--image"). Raises EditError for what cannot be read to its end.
+    """
     try:
-        with Image.open(path) as picture:
-            picture.seek(0)
-            picture.load()
-            upright = ImageOps.exif_transpose(picture) or picture
-            return _eight_bit(upright).convert("RGBA")
-    except EditError:
-        raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                file.seek(0)
+                file.load()
+                picture = _eight_bit(ImageOps.exif_transpose(file) or file)
+    except Image.DecompressionBombError:
+        limit = (Image.MAX_IMAGE_PIXELS or 0) * 2
+        raise EditError(
+            f"{where} {path!r} has too many pixels to be opened; allowed are {limit}, scale it down"
+        ) from None
     except Exception as error:  # Pillow plugins raise anything on damaged files
-        raise EditError(f"IMAGE {path!r} is no readable picture; give a PNG, JPEG or WebP file") from error
+        raise EditError(
+            f"{where} {path!r} is not a readable picture; give a PNG, JPEG or WebP file"
+        ) from error
+    transparent = picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info
+    return picture.convert("RGBA" if transparent else "RGB")
+
+
+def open_rgb(path: str, where: str = "--image") -> Image.Image:
+    """A picture as RGB, transparency on white."""
+    picture = open_picture(path, where)
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def open_rgba(path: str) -> Image.Image:
+    """A picture of an object as RGBA."""
+    return open_picture(path, "IMAGE").convert("RGBA")
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:
     """16-bit and float grey pictures, which Pillow would clip instead of scaling."""
     if not picture.mode.startswith("I") and picture.mode != "F":
         return picture
-    values = np.asarray(picture).astype(np.float64)
-    top = 65535.0 if picture.mode.startswith("I") else max(float(values.max(initial=0)), 1e-9)
-    return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8), "L")
+    grey = np.asarray(picture).astype(np.float64)
+    top = 65535.0 if picture.mode.startswith("I") else max(float(grey.max(initial=0)), 1e-9)
+    return Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8), "L")
+
+
+@functools.lru_cache(maxsize=256)
+def read_object(path: str, how: str) -> tuple[Image.Image, str]:
+    """`cut_out` of a file, remembered: it is checked before a model is loaded, and used afterwards."""
+    return cut_out(open_rgba(path), how, path)
 
 
 def cut_out(picture: Image.Image, how: str, name: str) -> tuple[Image.Image, str]:

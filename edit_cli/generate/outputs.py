@@ -1,4 +1,4 @@
-"""Where results go: names, templates, checks before any work, and whole-or-nothing writes. Torch-free."""
+"""Where results go: names, templates, and checks before any work. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from edit_cli.errors import EditError
-from edit_cli.files import write_files
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MESH_SUFFIXES = (".glb", ".obj", ".ply", ".stl")
 TEMPLATE_FIELDS = ("prompt", "seed", "index", "budget", "model")
 MAX_NAME = 60  # characters of a prompt that become part of a file name
 MAX_BYTES = 240  # of a file name: file systems allow 255, and comparisons are named after results
@@ -65,16 +65,6 @@ def plan_outputs(
     return paths
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all. Raises RunError."""
-    write_files({path: data})
-
-
-def comparison_path(path: Path) -> Path:
-    """Where the side-by-side picture of a result goes."""
-    return path.with_name(f"{path.stem}-compare.png")
-
-
 def _is_folder(target: str) -> bool:
     return target.endswith(("/", os.sep)) or os.path.isdir(target)
 
@@ -98,7 +88,7 @@ def _fill(target: str, names: Mapping[str, Any], several: bool) -> Path:
             )
         path = Path(target.format(**{name: names.get(name, "") for name in used}) if used else target)
     except (ValueError, IndexError) as error:
-        raise EditError(f"--output {target!r} is no valid template: {error}") from None
+        raise EditError(f"--output {target!r} is not a valid template: {error}") from None
     if several and not used:
         return path.with_name(f"{path.stem}-{names['index']}{path.suffix}")
     return path

@@ -1,154 +1,177 @@
-"""From what was asked to what will be done: model, routers, one job per picture, output paths. Torch-free.
+"""From a request to what will be done: model, routers, one job per result, output paths. Torch-free.
 
-A value comes from, in rising order: the model's defaults, a replayed picture, the command line, a line of
-the prompt file. Everything that can be wrong with the input is found here, before anything is loaded.
+A value comes from, in rising order: the model's defaults, a replayed record, the command line, a line of an
+input list. Everything that can be wrong with the input is found here, before anything is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from backbones import registry
 from backbones.model_files import ModelError
-from backbones.spec import OFFLOADS, Backbone, Lora, Placement
-from edit_cli import checks as values
+from backbones.spec import Backbone, Placement
 from edit_cli.errors import EditError, bad_input
-from edit_cli.generate import metadata
-from edit_cli.generate import routers as choices
-from edit_cli.generate.outputs import comparison_path, plan_outputs
-from edit_cli.generate.prompts import read_prompts
+from edit_cli.generate.medium import Fields, Job, Medium
+from edit_cli.generate.outputs import plan_outputs
+from edit_cli.generate.routers import DEFAULT_ROUTERS, check_dense, find_routers
+from edit_cli.request import Request
 
-
-@dataclass(frozen=True)
-class Asked:
-    """What was typed, before any check; None: not given. Names follow the options of `edit generate`."""
-
-    prompts: tuple[str, ...] = ()
-    prompts_file: str | None = None
-    replay: str | None = None
-    model: str | None = None
-    base: str | None = None
-    routers: str | None = None
-    budget: str | None = None
-    steps: str | None = None
-    guidance: str | None = None
-    negative_prompt: str | None = None
-    seeds: tuple[str, ...] = ()
-    num_images: str | None = None
-    batch_size: str | None = None
-    width: str | None = None
-    height: str | None = None
-    image: str | None = None
-    strength: str | None = None
-    solver: str | None = None
-    output: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    offload: str | None = None
-    loras: tuple[str, ...] = ()
-    compile: bool = False
-    force: bool = False
-    compare: bool = False
-    dry_run: bool = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """One picture to make. budget, solver None: what the routers recommend, the model's own. Sizes in px."""
-
-    index: int
-    path: Path
-    prompt: str
-    negative_prompt: str | None
-    seed: int
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    budget: float | None
-    image: str | None = None
-    strength: float | None = None
-    solver: str | None = None
-
-    @property
-    def group(self) -> tuple[Any, ...]:
-        """Jobs with equal groups may share a batch: these arguments exist once per pipeline call."""
-        return (
-            self.width, self.height, self.steps, self.guidance, self.budget, self.image, self.strength,
-            self.solver,
-        )  # fmt: skip
+SAME_RESULT = ("replay", "output", "format", "preview", "compare", "dry_run", "json", "quiet", "force")
+PLACED = ("device", "dtype", "offload", "compile", "batch_size")
+"""Options beside which a replayed record still counts as unchanged: where it runs is noted on its own."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run needs. routers: a bundle or release file, or None for the dense model.
+    """Everything a run needs. routers: a bundle or a checkpoint of the paper's, or None for the dense model.
 
-    force: accept routers that were fitted on other weights of the same architecture.
-    replayed: the record of the picture that is replayed unchanged, else None.
+    force: accept routers that were fitted on other weights of the same architecture. compare: run dense too.
+    replayed: the record that is replayed unchanged, else None; peers: the batch that it came from.
     """
 
+    medium: Medium
     backbone: Backbone
     routers: Path | None
     placement: Placement
     jobs: tuple[Job, ...]
     batch_size: int
     force: bool = False
+    compare: bool = False
     replayed: Mapping[str, Any] | None = None
-    warnings: tuple[str, ...] = field(default_factory=tuple)
+    peers: tuple[Job, ...] = ()
+    warnings: tuple[str, ...] = ()
 
-    def batches(self) -> Iterator[tuple[Job, ...]]:
-        """Jobs that run together, in order."""
+    def batches(self) -> Iterator[tuple[tuple[Job, ...], Sequence[int]]]:
+        """Jobs that run together, in order, and which of them are results.
+
+        A replayed result runs in the batch that it came from: rounding depends on the batch's size.
+        """
+        if self.peers:
+            assert self.replayed is not None
+            budget = self.jobs[0].budget
+            yield tuple(replace(job, budget=budget) for job in self.peers), [int(self.replayed["row"])]
+            return
         groups: dict[Any, list[Job]] = {}
         for job in self.jobs:
-            groups.setdefault(job.group, []).append(job)
+            groups.setdefault(self.medium.group(job), []).append(job)
         for jobs in groups.values():
             for start in range(0, len(jobs), self.batch_size):
-                yield tuple(jobs[start : start + self.batch_size])
+                batch = tuple(jobs[start : start + self.batch_size])
+                yield batch, range(len(batch))
 
 
-def make_plan(asked: Asked) -> Plan:
+def make_plan(request: Request, medium: Medium) -> Plan:
     """Check everything that was asked. Raises EditError; reads files but writes none."""
-    record = metadata.read(asked.replay) if asked.replay is not None else {}
-    typed = _typed_fields(asked)
-    base_model = asked.base or (None if asked.model else record.get("model_base"))
+    record = medium.read_record(request["replay"]) if "replay" in request else {}
+    base = request.get("base") or (None if "model" in request else record.get("model_base"))
     with bad_input(ModelError):
-        backbone = registry.resolve(asked.model or record.get("model_source"), base_model, "picture")
-    routers = choices.find_routers(
-        asked.routers or record.get("routers") or choices.DEFAULT_ROUTERS, backbone
-    )
-    recorded = {name: record.get(name) for name in values.FIELDS if name != "output"}
-    base = {**values.checked(recorded, f"--from {asked.replay}: {{}}"), **typed}
-    requests = [request for entry in _entries(asked, base) for request in _repeat(asked, base, entry)]
+        backbone = registry.resolve(request.get("model") or record.get("model_source"), base, medium.makes)
+    placement = _placement(request, record, backbone)
+    routers = find_routers(request.get("routers") or record.get("routers") or DEFAULT_ROUTERS, backbone)
     warnings: list[str] = []
-    jobs = _jobs(requests, asked.output, backbone, warnings)
-    if asked.compare:
-        _check_comparisons(jobs)
+    jobs = _jobs(_requests(request, record, medium), request, backbone, medium, warnings)
+    if "compare" in request:
+        _check_comparisons(jobs, medium)
     if routers is None:
-        warnings += choices.check_dense([job.budget for job in jobs], backbone, asked.dry_run)
-    changes = (
-        typed, asked.prompts, asked.prompts_file, asked.num_images, asked.model, asked.base, asked.routers,
-        asked.loras,
-    )  # fmt: skip
+        warnings += check_dense([job.budget for job in jobs], backbone, "dry_run" in request)
+    replayed = record if record and not set(request) - {*SAME_RESULT, *PLACED} else None
     return Plan(
+        medium=medium,
         backbone=backbone,
         routers=routers,
-        placement=_placement(asked, record),
-        jobs=tuple(jobs),
-        batch_size=_count("--batch-size", asked.batch_size, backbone.batch_size),
-        force=asked.force or bool(record.get("force")),
-        replayed=None if any(changes) or not record else record,
+        placement=placement,
+        jobs=jobs,
+        batch_size=request.get("batch_size", backbone.batch_size),
+        force="force" in request or bool(record.get("force")),
+        compare="compare" in request,
+        replayed=replayed,
+        peers=() if replayed is None else _peers(replayed, jobs, medium),
         warnings=tuple(dict.fromkeys(warnings)),
     )
 
 
-def _check_comparisons(jobs: Sequence[Job]) -> None:
-    """The side-by-side pictures of --compare may replace neither each other nor a result."""
-    taken = {job.path for job in jobs}
+def _requests(request: Request, record: Mapping[str, Any], medium: Medium) -> Iterator[Fields]:
+    """Fields of every result: one for each entry and seed, a seed s giving s, s + 1 ... s + count - 1."""
+    options, subject = medium.options, medium.subject
+    typed = {name: request[name] for name in options if name in request and name not in (subject, "output")}
+    entries = medium.entries(request)
+    if medium.list_option in request:
+        from edit_cli.generate.prompts import read_lines
+
+        entries += read_lines(request[medium.list_option], medium)
+    recorded = medium.recorded(record)
+    for entry in entries or [{}]:
+        given = {**typed, **entry}
+        # what is typed wins before anything recorded is looked at: it may name files of another machine
+        fields = {
+            name: options[name].value(f"--from {request['replay']}: {name}", recorded[name])
+            for name in options
+            if name not in given and name != "output" and recorded.get(name) not in (None, [])
+        } | given
+        if subject not in fields:
+            raise EditError(medium.missing)
+        starts = fields.get("seed", 0)
+        starts = starts if isinstance(starts, list) else [starts]
+        seeds = [start + i for start in starts for i in range(request.get("count", 1))]
+        repeated = [seed for seed, count in Counter(seeds).items() if count > 1]
+        if repeated:
+            raise EditError(
+                f"--seed {repeated[0]} would be used twice; give distinct seeds, at least -n apart"
+            )
+        for seed in seeds:
+            yield {**fields, "seed": seed}
+
+
+def _jobs(
+    requests: Iterator[Fields], request: Request, backbone: Backbone, medium: Medium, warnings: list[str]
+) -> tuple[Job, ...]:
+    """A job for every result, with its path."""
+    defaults, jobs, targets = backbone.defaults, [], []
+    for index, fields in enumerate(requests):
+        common = {
+            "seed": fields["seed"],
+            "steps": fields.get("steps", defaults.steps),
+            "guidance": fields.get("guidance", defaults.guidance),
+            "budget": fields.get("budget"),
+            "solver": fields.get("solver"),
+        }
+        own = medium.complete({**fields, **common}, backbone, warnings)
+        if "guidance" in fields and fields["guidance"] and not backbone.takes_guidance:
+            warnings.append(f"{backbone.name} has no guidance embedding: --guidance has no effect")
+        jobs.append(medium.job(index=index, path=Path(), **common, **own))
+        targets.append(fields.get("output"))
+    names = [
+        {
+            "prompt": medium.title(job),
+            "seed": job.seed,
+            "index": job.index,
+            "budget": "auto" if job.budget is None else f"{job.budget:g}",
+            "model": backbone.name.replace("/", "-"),
+            "output": target,
+        }
+        for job, target in zip(jobs, targets, strict=True)
+    ]
+    first = f".{request['format']}" if "format" in request else medium.suffixes[0]
+    paths = plan_outputs(request.get("output"), names, tuple(dict.fromkeys((first, *medium.suffixes))))
+    for path in paths:
+        if "format" in request and path.suffix.lower() != first:
+            raise EditError(
+                f"--output {str(path)!r} and --format {request['format']} disagree; leave one out"
+            )
+    placed = [replace(job, path=path) for job, path in zip(jobs, paths, strict=True)]
+    return tuple(medium.with_side_files(placed, request))
+
+
+def _check_comparisons(jobs: Sequence[Job], medium: Medium) -> None:
+    """What --compare writes may replace neither each other nor a result."""
+    taken = {path for job in jobs for path in (job.path, *medium.side_files(job).values())}
     for job in jobs:
-        path = comparison_path(job.path)
+        path = medium.comparison_path(job.path)
         if path in taken or path.is_dir():
             raise EditError(
                 f"--compare would write {str(path)!r} over another file; give other names with --output"
@@ -156,120 +179,31 @@ def _check_comparisons(jobs: Sequence[Job]) -> None:
         taken.add(path)
 
 
-def _typed_fields(asked: Asked) -> dict[str, Any]:
-    typed = {
-        "budget": asked.budget,
-        "steps": asked.steps,
-        "guidance": asked.guidance,
-        "negative_prompt": asked.negative_prompt,
-        "seed": asked.seeds[0] if asked.seeds else None,
-        "width": asked.width,
-        "height": asked.height,
-        "image": asked.image,
-        "strength": asked.strength,
-        "solver": asked.solver,
-    }
-    return values.checked(typed, "--{}")
-
-
-def _entries(asked: Asked, base: Mapping[str, Any]) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = [{"prompt": values.prompt("PROMPT", p)} for p in asked.prompts]
-    if asked.prompts_file is not None:
-        entries += read_prompts(asked.prompts_file)
-    if entries:
-        return entries
-    if "prompt" not in base:
-        raise EditError('no prompt given; try: edit generate "a cat", or --prompts FILE')
-    return [{}]
-
-
-def _repeat(asked: Asked, base: Mapping[str, Any], entry: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    """One request per seed and image: each seed s gives s, s+1 ... s+n-1. A prompt line's own seed wins."""
-    count = _count("--num-images", asked.num_images, 1)
-    typed = [values.seed("--seed", s) for s in asked.seeds]
-    starts = [entry["seed"]] if "seed" in entry else typed or [base.get("seed", 0)]
-    seeds = [start + i for start in starts for i in range(count)]
-    choices.distinct_seeds(seeds, ", at least -n apart")
-    return [{**base, **entry, "seed": s} for s in seeds]
-
-
-def _count(where: str, value: str | None, default: int) -> int:
-    return default if value is None else values.integer(where, value, 1, 100_000)
-
-
-def _jobs(
-    requests: list[dict[str, Any]], output: str | None, backbone: Backbone, warnings: list[str]
-) -> list[Job]:
-    finished = [_complete(request, backbone, warnings) for request in requests]
-    budgets = ("auto" if f["budget"] is None else f"{f['budget']:g}" for f in finished)
-    names = [
-        {
-            **f,
-            "index": i,
-            "budget": budget,
-            "model": backbone.name.replace("/", "-"),
-            "output": r.get("output"),
-        }
-        for i, (f, r, budget) in enumerate(zip(finished, requests, budgets, strict=True))
-    ]
-    paths = plan_outputs(output, names)
-    return [Job(index=i, path=path, **f) for i, (f, path) in enumerate(zip(finished, paths, strict=True))]
-
-
-def _complete(request: Mapping[str, Any], backbone: Backbone, warnings: list[str]) -> dict[str, Any]:
-    """Fill in the model's defaults and check what depends on the model."""
-    family, base = backbone.family, backbone.defaults
-    done = {
-        "prompt": values.prompt("PROMPT", request["prompt"]),
-        "negative_prompt": request.get("negative_prompt"),
-        "seed": request["seed"],
-        "width": request.get("width", base.width),
-        "height": request.get("height", base.height),
-        "steps": request.get("steps", base.steps),
-        "guidance": request.get("guidance", base.guidance),
-        "budget": request.get("budget"),
-        "image": request.get("image"),
-        "strength": request.get("strength"),
-        "solver": request.get("solver"),
-    }
-    for name in ("width", "height"):
-        values.divisible(f"--{name}", done[name], backbone.size_multiple)
-    if family.negative_prompt is None and done["negative_prompt"]:
-        raise EditError(f"{family.name} takes no --negative-prompt: its guidance is distilled; leave it out")
-    if family.negative_prompt is not None and done["guidance"] > 1:
-        done["negative_prompt"] = done["negative_prompt"] or family.negative_prompt
-    elif done["negative_prompt"]:
-        warnings.append(
-            f"the negative prompt has no effect at guidance {done['guidance']:g}; use more than 1"
+def _placement(request: Request, record: Mapping[str, Any], backbone: Backbone) -> Placement:
+    """Where it runs: as typed, else as a replayed record says."""
+    offload = request.get("offload", "none")
+    if offload not in backbone.family.offloads:
+        raise EditError(
+            f"--offload {offload!r} is not for {backbone.family.name}; "
+            f"allowed are {', '.join(backbone.family.offloads)}"
         )
-    if "guidance" in request and request["guidance"] and not backbone.takes_guidance:
-        warnings.append(f"{backbone.name} has no guidance embedding: --guidance has no effect")
-    if done["image"] is not None:
-        if family.image_to_image_class is None:
-            raise EditError(f"{family.name} offers no image-to-image; leave --image out")
-        done["strength"] = done["strength"] or values.DEFAULT_STRENGTH
-    elif done["strength"] is not None:
-        raise EditError("--strength is for image-to-image; give --image FILE too")
-    return done
+    loras = request.get("lora")
+    if loras is None:
+        from edit_cli import checks
 
-
-def _placement(asked: Asked, record: Mapping[str, Any]) -> Placement:
-    return replace(
-        choices.placement(asked, record, OFFLOADS),
-        compile=asked.compile or bool(record.get("compile")),
-        loras=tuple(_lora(text) for text in asked.loras or record.get("loras") or ()),
+        loras = [checks.lora(f"--from {request['replay']}: lora", text) for text in record.get("loras") or ()]
+    return Placement(
+        device=request.get("device") or record.get("device") or "auto",
+        dtype=request.get("dtype") or record.get("dtype") or "auto",
+        offload=offload,
+        compile="compile" in request or bool(record.get("compile")),
+        loras=tuple(lora for lora in loras if lora is not None),
     )
 
 
-def _lora(text: str) -> Lora:
-    """PATH or PATH:SCALE; a path that itself holds a colon is tried first."""
-    path, scale = Path(text).expanduser(), 1.0
-    if not path.exists() and ":" in text:
-        name, _, number = text.rpartition(":")
-        path = Path(name).expanduser()
-        scale = values.number(f"--lora {text!r}: scale", number, "write --lora FILE:0.8")
-    if not path.exists():
-        raise EditError(f"--lora {str(path)!r} does not exist; give a .safetensors file, or FILE:SCALE")
-    if path.is_file() and path.suffix != ".safetensors":
-        raise EditError(f"--lora {str(path)!r} is no .safetensors file; other formats are not loaded")
-    return replace(Lora(path.resolve()), scale=scale)
+def _peers(record: Mapping[str, Any], jobs: Sequence[Job], medium: Medium) -> tuple[Job, ...]:
+    """The jobs of the batch that a replayed result was made in; none if it was made alone."""
+    rows = record.get("batch", ())
+    if len(rows) < 2 or len(jobs) != 1:
+        return ()
+    return tuple(replace(jobs[0], **medium.peer(row)) for row in rows)

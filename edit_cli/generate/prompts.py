@@ -1,4 +1,4 @@
-"""Read prompt files: one prompt a line, or JSON lines with per-picture overrides. Torch-free."""
+"""Read lists of what to make: one a line, or JSON lines with overrides. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,33 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from backbones.spec import PACKAGE_FOLDER, Backbone
-from edit_cli import checks as values
 from edit_cli.errors import EditError
+from edit_cli.generate.medium import Fields, Medium
+from edit_cli.generate.picture import PICTURE
 
-Entry = dict[str, Any]
-"""Checked fields of one line: "prompt" and any overrides (values.FIELDS)."""
 
+def read_lines(source: str, medium: Medium, option: str = "--prompts") -> list[Fields]:
+    """Checked fields of each line of a .txt or .jsonl file, or of stdin for "-" (JSON if it starts with "{").
 
-def read_prompts(source: str) -> list[Entry]:
-    """Entries of a .txt or .jsonl file, or of stdin for "-" (JSON lines if it starts with "{").
-
-    Blank lines are skipped. Raises EditError naming the file and line.
+    Blank lines are skipped. option: what messages call the file. Raises EditError naming the file and line.
     """
-    name = "stdin" if source == "-" else source
+    name, subject = "stdin" if source == "-" else source, medium.subject
     suffix = Path(source).suffix.lower()
     if suffix in (".json", ".csv", ".yaml", ".yml"):
         raise EditError(
-            f"--prompts {name!r} is a {suffix} file; give one prompt a line (.txt), "
-            'or one JSON object a line (.jsonl): {"prompt": "a cat", "seed": 1}'
+            f"{option} {name!r} is a {suffix} file; give one {subject} a line (.txt), "
+            f"or one JSON object a line (.jsonl): {medium.example}"
         )
     # not splitlines: JSON strings may hold the other characters that it takes for line ends
-    lines = [(i, line) for i, line in enumerate(_read_text(source).split("\n"), 1) if line.strip()]
+    lines = [(i, line) for i, line in enumerate(_read_text(source, option).split("\n"), 1) if line.strip()]
     if not lines:
-        raise EditError(f"--prompts {name!r} holds no prompt; write one prompt a line")
+        raise EditError(f"{option} {name!r} holds no {subject}; write one {subject} a line")
     is_json = lines[0][1].lstrip().startswith("{") if source == "-" else suffix == ".jsonl"
     if is_json:
-        return [_parse_json(line, f"{name} line {i}") for i, line in lines]
-    return [{"prompt": values.prompt(f"{name} line {i}: prompt", line.strip())} for i, line in lines]
+        return [_parse_json(line, f"{name} line {i}", medium) for i, line in lines]
+    what = medium.options[subject]
+    return [{subject: what.value(f"{name} line {i}: {subject}", line.strip())} for i, line in lines]
+
+
+def read_prompts(source: str) -> list[Fields]:
+    """A list of prompts, with what may stand beside them."""
+    return read_lines(source, PICTURE)
 
 
 def default_prompts(backbone: Backbone) -> Path:
@@ -43,28 +47,40 @@ def default_prompts(backbone: Backbone) -> Path:
     return own if own is not None and own.is_file() else PACKAGE_FOLDER / "configs" / "calibration.txt"
 
 
-def _read_text(source: str) -> str:
+def _read_text(source: str, option: str) -> str:
     try:
         data = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise EditError(
-            f"--prompts {source!r} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+            f"{option} {source!r} is not UTF-8 text (byte {error.start}); save it as UTF-8"
         ) from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise EditError(
-            f"--prompts {source!r} cannot be read: {reason}; give a .txt or .jsonl file, or -"
+            f"{option} {source!r} cannot be read: {reason}; give a .txt or .jsonl file, or -"
         ) from None
 
 
-def _parse_json(line: str, where: str) -> Entry:
+def _parse_json(line: str, where: str, medium: Medium) -> Fields:
+    """An object's fields; null stands for what is not given, except for what every line needs."""
     try:
-        data = json.loads(line)
-    except ValueError as error:
-        raise EditError(f'{where} is not JSON ({error}); write {{"prompt": "a cat", "seed": 1}}') from None
+        data: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise EditError(f"{where} is not JSON ({error}); write {medium.example}") from None
     if not isinstance(data, dict):
-        raise EditError(f'{where} is not a JSON object; write {{"prompt": "a cat", "seed": 1}}')
-    if "prompt" not in data:
-        raise EditError(f'{where} has no "prompt"; write {{"prompt": "a cat", "seed": 1}}')
-    return values.checked(data, where + ": {}")
+        raise EditError(f"{where} is not a JSON object; write {medium.example}")
+    if data.get(medium.subject) is None:
+        lacks = "is null" if medium.subject in data else "is missing"
+        raise EditError(f'{where}: "{medium.subject}" {lacks}; write {medium.example}')
+    unknown = sorted(set(data) - set(medium.options))
+    if unknown:
+        raise EditError(f"{where}: {unknown[0]} is unknown; allowed are {', '.join(medium.options)}")
+    fields: Fields = {}
+    for name, value in data.items():
+        option = medium.options[name]
+        if isinstance(value, list) and option.line != "list":
+            raise EditError(f"{where}: {name} {value!r} is a list; give one value a line")
+        if value is not None:
+            fields[name] = option.value(f"{where}: {name}", value)
+    return fields

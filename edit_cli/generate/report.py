@@ -11,33 +11,38 @@ from rich.table import Table
 from rich.text import Text
 
 from edit_cli.console import two_columns
-from edit_cli.generate import routers as choices
+from edit_cli.generate.routers import routers_label
 
 if TYPE_CHECKING:
-    from edit_cli.generate.loop import Result
+    from edit_cli.generate.result import Result
 
-MAX_ROWS = 12  # pictures listed one by one
+MAX_ROWS = 12  # results listed one by one
 WIDTH_NAMES = {"0.25": "1/4", "0.5": "1/2", "0.75": "3/4", "1.0": "full"}
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """The object that `--json` prints. Lists are in picture order."""
-    seconds = {name: result.seconds[name] for name in ("load", "text", "denoise", "decode", "total")}
-    found = {
-        "outputs": [str(path) for path in result.outputs],
+    """The object that `--json` prints. Lists are in the order of the jobs."""
+    jobs, medium = result.jobs, result.plan.medium
+    report: dict[str, Any] = {
+        "outputs": [str(job.path) for job in jobs],
         "model": result.plan.backbone.name,
-        "seeds": [job.seed for job in result.jobs],
-        "budget": one_or_all([job.budget for job in result.jobs]),
+        "seeds": [job.seed for job in jobs],
+        "budget": one_or_all([job.budget for job in jobs]),
         "spent": [round(spent, 4) for spent in result.spent],
         "flops": result.flops,
-        "seconds": seconds,
+        "seconds": result.seconds,
         "decisions": result.decisions,
     }
+    for name in result.facts[0]:
+        report[name] = [facts[name] for facts in result.facts]
+    for job in jobs:
+        for name, path in medium.side_files(job).items():
+            report.setdefault(name, []).append(str(path))
     if result.comparison is not None:
-        found["compare"] = result.comparison
+        report["compare"] = result.comparison
     if result.notes:
-        found["notes"] = result.notes
-    return found
+        report["notes"] = result.notes
+    return report
 
 
 def one_or_all(items: Sequence[Any]) -> Any:
@@ -46,53 +51,60 @@ def one_or_all(items: Sequence[Any]) -> Any:
 
 
 def as_table(result: Result) -> RenderableType:
-    """The closing table: files, then budget, compute, decisions, time."""
-    asked = one_or_all([job.budget for job in result.jobs])
+    """The closing table: files, then budget, compute, decisions, and where the time went."""
+    names = {**result.plan.medium.stages, "total": "total"}
+    work = sum(value for name, value in result.seconds.items() if name not in ("load", "total"))
+    share = result.seconds["denoise"] / max(work, 1e-9)
+    budget = one_or_all([job.budget for job in result.jobs])
     summary = {
         "model": _model(result),
-        "budget": f"asked {_asked(asked)}, spent {spread(result.spent)} of the dense FLOPs",
+        "budget": f"asked {_budget(budget)}, spent {spread(result.spent)} of the dense FLOPs",
         "compute": f"{flops(result.flops['spent'])} of {flops(result.flops['dense'])} dense, "
         f"in {result.calls} transformer calls",
         "decisions": decision_line(result.decisions),
-        "time": " · ".join(f"{name} {value:.2f} s" for name, value in result.seconds.items()),
+        "time": " · ".join(f"{names[name]} {value:.2f} s" for name, value in result.seconds.items()),
+        "": f"denoising is {share:.0%} of the time after loading: a lower budget can save no more than that",
     }
     if result.comparison is not None:
-        summary["dense"] = _comparison(result.comparison)
+        files = result.comparison["outputs"]
+        line = result.plan.medium.comparison_line(result.comparison)
+        summary["dense"] = f"{line}; see {', '.join(files[:3])}{'...' if len(files) > 3 else ''}"
     return Group(_files(result), Text(), two_columns(summary))
 
 
 def _files(result: Result) -> Table:
-    # only the prompt gives way: names and numbers are shown whole
+    # only the last column gives way: names and numbers are shown whole
     table = Table(box=None, pad_edge=False, show_header=False, expand=True)
     table.add_column(style="bold", overflow="fold")
     table.add_column(style="dim", justify="right", no_wrap=True)
     table.add_column(style="dim", justify="right", no_wrap=True)
     table.add_column(overflow="ellipsis", no_wrap=True, ratio=1)
-    shown = list(zip(result.jobs, result.spent, strict=True))
-    for job, spent in shown[:MAX_ROWS]:
-        table.add_row(Text(str(job.path)), f"seed {job.seed}", f"spent {spent:.3f}", Text(job.prompt))
-    if len(shown) > MAX_ROWS:
-        table.add_row(f"... and {len(shown) - MAX_ROWS} more", "", "", "")
+    rows = list(zip(result.jobs, result.spent, result.facts, strict=True))
+    for job, spent, facts in rows[:MAX_ROWS]:
+        told = result.plan.medium.told(job, facts)
+        table.add_row(Text(str(job.path)), f"seed {job.seed}", f"spent {spent:.3f}", Text(told))
+    if len(rows) > MAX_ROWS:
+        table.add_row(f"... and {len(rows) - MAX_ROWS} more", "", "", "")
     return table
 
 
 def _model(result: Result) -> str:
     plan, first = result.plan, result.jobs[0]
-    routers = choices.routers_label(plan.routers, plan.backbone)
-    size = one_or_all([f"{job.width}x{job.height}" for job in result.jobs])
     steps = one_or_all([job.steps for job in result.jobs])
-    sizes = size if isinstance(size, str) else "several sizes"
     numbers = f"{steps} steps" if isinstance(steps, int) else "several step counts"
     solver = f", solver {first.solver}" if first.solver else ""
-    return f"{plan.backbone.name}, {routers}, {sizes}, {numbers}, guidance {first.guidance:g}{solver}"
+    return (
+        f"{plan.backbone.name}, {routers_label(plan.routers, plan.backbone)}, "
+        f"{plan.medium.size(result.jobs)}, {numbers}, guidance {first.guidance:g}{solver}"
+    )
 
 
-def _asked(asked: Any) -> str:
-    if asked is None:
+def _budget(budget: Any) -> str:
+    if budget is None:
         return "none (fixed by the routers)"
-    if isinstance(asked, list):
-        return f"{min(asked):g} to {max(asked):g}"
-    return f"{asked:g}"
+    if isinstance(budget, list):
+        return f"{min(budget):g} to {max(budget):g}"
+    return f"{budget:g}"
 
 
 def spread(spent: Sequence[float]) -> str:
@@ -114,17 +126,6 @@ def decision_line(decisions: dict[str, Any]) -> str:
         f"compute {sum(compute.values())} ({widths})",
     ]
     return " · ".join(parts) + f" of {total} block runs"
-
-
-def _comparison(comparison: dict[str, Any]) -> str:
-    psnr, ssim = fmean(comparison["psnr"]), fmean(comparison["ssim"])
-    ratio = comparison["time_ratio"]
-    return (
-        f"denoising took {comparison['dense_seconds']:.2f} s dense, "
-        f"{comparison['elastic_seconds']:.2f} s elastic: "
-        f"measured time ratio {ratio:.2f}; PSNR {psnr:.1f} dB, SSIM {ssim:.3f}; "
-        f"see {', '.join(comparison['outputs'][:3])}{'...' if len(comparison['outputs']) > 3 else ''}"
-    )
 
 
 def flops(count: float) -> str:

@@ -1,17 +1,63 @@
-"""What runs add up to: spent budgets, FLOPs, decisions, calls. Both generating commands report it."""
+"""What a run gave: finished jobs, files, seconds by stage, budgets spent, decisions, comparison, notes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edit_cli.generate.medium import Job
+
+if TYPE_CHECKING:
+    from edit_cli.generate.plan import Plan
+    from edit_cli.generate.session import Batch
 
 
-@dataclass(kw_only=True)
-class Tally:
-    """Measurements summed over runs; `spent` has one entry per result, in the order they were made."""
+class StageClock:
+    """Adds up seconds per stage over a whole command. Total is wall time since the clock was made."""
 
+    def __init__(self, stages: Iterable[str]) -> None:
+        self.started = time.perf_counter()
+        self.seconds = dict.fromkeys(stages, 0.0)
+
+    @contextmanager
+    def stage(self, name: str, device: str = "cpu") -> Iterator[None]:
+        """Add the context's wall time to a stage; waits for the device before it stops."""
+        start = time.perf_counter()
+        try:
+            yield
+            waiter(device)()
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def report(self) -> dict[str, float]:
+        """Rounded seconds per stage and in total."""
+        total = time.perf_counter() - self.started
+        return {name: round(value, 4) for name, value in {**self.seconds, "total": total}.items()}
+
+
+def waiter(device: str) -> Callable[[], None]:
+    """A function that returns when a device's queued work is done."""
+    if device == "cpu":
+        return lambda: None
+    import torch
+
+    wait: Callable[[], None] = getattr(torch, device).synchronize
+    return wait
+
+
+@dataclass
+class Result:
+    """Finished jobs in order, with what was spent on each and facts about each; sums over all of them."""
+
+    plan: Plan
+    jobs: list[Job] = field(default_factory=list)
     spent: list[float] = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    written: list[Path] = field(default_factory=list)
     flops: dict[str, float] = field(default_factory=lambda: {"dense": 0.0, "spent": 0.0})
     decisions: dict[str, Any] = field(default_factory=lambda: {"skip": 0, "reuse": 0, "compute": {}})
     seconds: dict[str, float] = field(default_factory=dict)
@@ -19,9 +65,12 @@ class Tally:
     comparison: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
-    def book(self, trace: Any, rows: Sequence[int]) -> None:
-        """Add a run's trace. rows: which of its rows were asked for."""
+    def add(self, batch: Batch, rows: Sequence[int]) -> None:
+        """Add a batch's measurements. rows: which of its results were asked for."""
+        trace = batch.trace
+        self.jobs += [batch.jobs[row] for row in rows]
         self.spent += [trace.spent[row] for row in rows]
+        self.facts += [self.plan.medium.facts(batch.results[row]) for row in rows]
         for name, value in trace.flops.items():
             self.flops[name] += value
         for name in ("skip", "reuse"):
@@ -30,12 +79,30 @@ class Tally:
         for width, count in trace.decisions["compute"].items():
             compute[width] = compute.get(width, 0) + count
         self.calls += trace.num_calls
-        self.notes += [note for note in trace.notes if note not in self.notes]
+        self.note(*trace.notes)
+        if len(rows) < len(batch.jobs):
+            self.note(f"replayed in its batch of {len(batch.jobs)}: FLOPs and seconds are the batch's")
 
-    def note_slower(self, elastic: float, dense: float) -> None:
-        """Say so if fewer FLOPs took longer. elastic, dense: seconds of denoising."""
-        if elastic > dense and self.flops["spent"] < 0.999 * self.flops["dense"]:
-            self.notes.append(
-                f"elastic was slower than dense here ({elastic:.2f} s against {dense:.2f} s of denoising): "
-                "the model is too small or the run too short for the saved FLOPs to show"
+    def note(self, *notes: str) -> None:
+        """Say something once."""
+        self.notes += [note for note in notes if note not in self.notes]
+
+    def finish(self, seconds: dict[str, float], dense: dict[str, float]) -> None:
+        """Put in the seconds of the run and of the dense runs beside it; sort by the plan's order."""
+        self.seconds, comparison = seconds, self.comparison
+        order = sorted(range(len(self.jobs)), key=lambda i: self.jobs[i].index)
+        lists = [(vars(self), name) for name in ("jobs", "spent", "facts")]
+        lists += [(comparison, name) for name in comparison] if comparison else []
+        for owner, name in lists:
+            owner[name] = [owner[name][i] for i in order]
+        if comparison is None:
+            return
+        show = self.plan.medium.compared_seconds
+        comparison |= {"dense_seconds": show(dense), "elastic_seconds": show(seconds)}
+        comparison["time_ratio"] = round(seconds["denoise"] / dense["denoise"], 4)
+        if seconds["denoise"] > dense["denoise"] and self.flops["spent"] < 0.999 * self.flops["dense"]:
+            self.note(
+                f"elastic was slower than dense here ({seconds['denoise']:.2f} s against "
+                f"{dense['denoise']:.2f} s of denoising): the model is too small or the run too short for "
+                "the saved FLOPs to show"
             )

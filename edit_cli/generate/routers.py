@@ -1,37 +1,32 @@
-"""Choices that both generating commands share: routers, budget, seeds, device. Torch-free."""
+"""The routers of a run: which, read from where, what they serve. Torch-free until they are read."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from backbones.spec import DTYPES, Backbone, Placement
-from edit_cli import checks as values
+from backbones.spec import Backbone
 from edit_cli.errors import EditError, bad_input
+from edit_cli.generate.medium import Job
 
 if TYPE_CHECKING:
-    from edit_cli.generate.mesh_plan import MeshJob
-    from edit_cli.generate.plan import Job
+    from edit_cli.generate.plan import Plan
 
 DEFAULT_ROUTERS, NO_ROUTERS = "default", "none"
-DEVICES = "auto, cuda, cuda:N, mps, cpu"
-
-AnyJob = TypeVar("AnyJob", "Job", "MeshJob")
 
 
-def find_routers(asked: str, backbone: Backbone) -> Path | None:
-    """The bundle or release file to use, or None for the dense model. Raises EditError."""
-    if asked == NO_ROUTERS:
+def find_routers(name: str, backbone: Backbone) -> Path | None:
+    """The bundle or the paper's checkpoint to use, or None for the dense model. Raises EditError."""
+    if name == NO_ROUTERS:
         return None
-    if asked == DEFAULT_ROUTERS:
+    if name == DEFAULT_ROUTERS:
         return backbone.bundle
-    path = Path(asked).expanduser()
+    path = Path(name).expanduser()
     if not path.exists():
         raise EditError(
-            f"--routers {asked!r} does not exist; give a bundle folder, a .safetensors file, or none"
+            f"--routers {name!r} does not exist; give a bundle folder, a .safetensors file, or none"
         )
     return path
 
@@ -58,53 +53,84 @@ def check_dense(budgets: Iterable[float | None], backbone: Backbone, dry_run: bo
     low = min((budget for budget in budgets if budget is not None), default=1.0)
     if low == 1.0:
         return ()
-    make = ""
-    if backbone.makes == "picture":
-        make = f", or make one with: edit calibrate -m {backbone.address} -o bundle"
     message = (
-        f"--budget {low:g} needs routers and {backbone.name!r} has none here; give --routers BUNDLE{make}"
+        f"--budget {low:g} needs routers and {backbone.name!r} has none here; give --routers BUNDLE, "
+        f"or make one with: edit calibrate -m {backbone.address} -o bundle"
     )
     if not dry_run:
         raise EditError(message)
     return (message,)
 
 
-def settle_budgets(jobs: Sequence[AnyJob], bundle: Any) -> tuple[AnyJob, ...]:
-    """Jobs with the budget that the routers recommend where none was asked; asked ones are checked.
+@dataclass(frozen=True)
+class RouterSource:
+    """Routers as read from disk, before the model is. Both None: dense.
 
-    bundle: routers.Bundle, or None for dense. Raises EditError.
+    bundle: a routers.Bundle. release: path of a checkpoint in the paper's layout.
     """
-    settled = []
-    for job in jobs:
-        budget = job.budget
-        if bundle is not None:
-            budget = float(bundle.recommended_budget) if budget is None else budget
-            with bad_input():
-                bundle.check_budget(budget)
-        settled.append(replace(job, budget=1.0 if budget is None else budget))
-    return tuple(settled)
+
+    bundle: Any = None
+    release: Path | None = None
+
+    @property
+    def digest(self) -> str | None:
+        """Hash of the routers' file; None: dense."""
+        if self.release is not None:
+            from backbones.loading import fingerprint
+
+            return fingerprint(self.release)
+        return None if self.bundle is None else str(self.bundle.digest)
+
+    @classmethod
+    def read(cls, path: Path | None) -> RouterSource:
+        """Raises EditError for anything that is neither a bundle nor a released checkpoint."""
+        if path is None:
+            return cls()
+        if path.is_file() and path.suffix not in (".safetensors", ".json"):
+            raise EditError(
+                f"--routers {str(path)!r} is not a .safetensors file, and other formats are not loaded; "
+                "give a bundle folder, a .safetensors file, or none"
+            )
+        from routers.bundle import load_bundle
+        from routers.paper.checkpoint import is_release_file
+
+        with bad_input():
+            if is_release_file(path):
+                return cls(release=path)
+            return cls(bundle=load_bundle(path))
+
+    def budget(self, budget: float | None) -> float | None:
+        """The budget that is served: the recommended one for None. Raises EditError."""
+        if self.release is not None:
+            if budget is not None:
+                raise EditError(
+                    "--budget does not apply to a checkpoint in the paper's released layout: "
+                    "its compute is fixed; leave --budget out, or fit a bundle with: edit calibrate"
+                )
+            return None
+        if self.bundle is None:
+            return 1.0 if budget is None else budget
+        served = float(self.bundle.recommended_budget) if budget is None else budget
+        with bad_input():
+            self.bundle.check_budget(served)
+        return served
+
+    def notes(self, jobs: Sequence[Job]) -> list[str]:
+        """Plain words where a request is far from what the routers were fitted for."""
+        if self.bundle is None or all(job.budget == 1.0 for job in jobs):
+            return []
+        fitted = self.bundle.num_steps
+        far = sorted({job.steps for job in jobs if not fitted / 2 <= job.steps <= fitted * 2})
+        if not far:
+            return []
+        return [
+            f"these routers were fitted at {fitted} steps; {far[0]} is far from that, quality may be lower"
+        ]
 
 
-def distinct_seeds(seeds: Sequence[int], hint: str = "") -> None:
-    """Raise EditError if a seed comes twice: two equal results were not meant."""
-    repeated = [seed for seed, count in Counter(seeds).items() if count > 1]
-    if repeated:
-        raise EditError(f"--seed {repeated[0]} would be used twice; give distinct seeds{hint}")
-
-
-def placement(asked: Any, record: Mapping[str, Any], offloads: Sequence[str]) -> Placement:
-    """Device, dtype and offloading: as asked, else as in a replayed record. Raises EditError.
-
-    asked: has `device`, `dtype` and `offload`. offloads: ways to offload that the command knows.
-    """
-    found = Placement(
-        device=asked.device or record.get("device") or "auto",
-        dtype=asked.dtype or record.get("dtype") or "auto",
-        offload=asked.offload or "none",
-    )
-    values.one_of("--dtype", found.dtype, DTYPES)
-    values.one_of("--offload", found.offload, offloads)
-    kind, _, number = str(found.device).partition(":")
-    if kind not in ("auto", "cuda", "mps", "cpu") or (number and not number.isdecimal()):
-        raise EditError(f"--device {found.device!r} is unknown; allowed are {DEVICES}")
-    return found
+def settle(plan: Plan) -> tuple[Plan, RouterSource]:
+    """Read the routers, and fill in the budget that they recommend. Raises EditError."""
+    source = RouterSource.read(plan.routers)
+    return replace(
+        plan, jobs=tuple(replace(job, budget=source.budget(job.budget)) for job in plan.jobs)
+    ), source

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from edit_cli.profile.plan import ProfilePlan
-from edit_cli.profile.subject import MeshSubject, PictureSubject, Round, open_subject
+from edit_cli.profile.subject import Round, Subject
 from routers.policy import CallInfo, OpenPolicy
 from routers.spec import WIDTHS
 from routers.trace import Trace
@@ -64,7 +64,7 @@ class Measured:
     """Everything a trace is made from. maps: of --dense, `[S, N]` by name; probed: its probed steps."""
 
     plan: ProfilePlan
-    subject: PictureSubject | MeshSubject
+    subject: Subject
     dense: Variant
     variants: list[Variant]
     clock: Clock
@@ -78,7 +78,7 @@ def measure(plan: ProfilePlan, step: Callable[[str, int], None] = lambda what, t
 
     Raises EditError for bad input, RunError for a failed run.
     """
-    subject = open_subject(plan.request, plan.budgets)
+    subject = Subject(plan.request, plan.budgets)
     budgets = () if plan.dense else subject.budgets
     extra = 2 if budgets else 1
     total = 1 + len(budgets) + plan.repeats * (len(budgets) + 1 + extra)

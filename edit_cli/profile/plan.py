@@ -1,6 +1,6 @@
-"""From what was asked of `edit profile` to what will be measured. Torch-free.
+"""From a request to what will be measured. Torch-free.
 
-The request itself is planned by `plan.py` or `mesh_plan.py`, as for a generation whose results are not kept.
+The generation itself is planned as any other, only that its results are not kept.
 """
 
 from __future__ import annotations
@@ -14,52 +14,23 @@ from typing import Any
 
 from backbones import registry
 from backbones.model_files import ModelError
-from edit_cli import checks as values
+from edit_cli import checks
 from edit_cli.errors import EditError
-from edit_cli.generate.mesh_plan import MeshAsked, MeshPlan, make_mesh_plan
+from edit_cli.generate.medium import Medium
+from edit_cli.generate.mesh import MESH
 from edit_cli.generate.outputs import slug
-from edit_cli.generate.plan import Asked, Plan, make_plan
+from edit_cli.generate.picture import PICTURE
+from edit_cli.generate.plan import Plan, make_plan
 from edit_cli.generate.prompts import default_prompts, read_prompts
 from edit_cli.generate.routers import NO_ROUTERS
+from edit_cli.options import CACHE_LIMIT_MIB, DENSE_METRICS, ELASTIC_METRICS, REPEATS, SAMPLES
+from edit_cli.request import Request
 
-SAMPLES, REPEATS = 4, 3
-"""Samples when no prompt is given; timed repeats."""
-CACHE_LIMIT_MIB = 1024
-"""A larger feature cache is warned about."""
-ELASTIC_METRICS = ("skip", "reuse", "width", "error", "time")
-DENSE_METRICS = ("adds", "similarity", "cost", "time")
-"""What the heatmaps can show of an elastic, and of a dense profile; the first is the default."""
-
-
-@dataclass(frozen=True)
-class ProfileAsked:
-    """What was typed, before any check; None: not given. Names follow the options of `edit profile`."""
-
-    prompts: tuple[str, ...] = ()
-    prompts_file: str | None = None
-    images: tuple[str, ...] = ()
-    replay: str | None = None
-    model: str | None = None
-    routers: str | None = None
-    budgets: tuple[str, ...] = ()
-    dense: bool = False
-    metric: str | None = None
-    samples: str | None = None
-    repeats: str | None = None
-    cache_limit: str | None = None
-    steps: str | None = None
-    guidance: str | None = None
-    seeds: tuple[str, ...] = ()
-    batch_size: str | None = None
-    width: str | None = None
-    height: str | None = None
-    octree_resolution: str | None = None
-    output: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    offload: str | None = None
-    loras: tuple[str, ...] = ()
-    force: bool = False
+GENERATION = (
+    "prompts_file", "model", "steps", "guidance", "batch_size", "width", "height", "octree_resolution",
+    "device", "dtype", "offload", "lora", "force",
+)  # fmt: skip
+"""Fields of a request that go to the generation as they are."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +41,7 @@ class ProfilePlan:
     recommend. folder: of the report, None: nothing is written. cache_limit in MiB.
     """
 
-    request: Plan | MeshPlan
+    request: Plan
     budgets: tuple[float | None, ...]
     dense: bool
     metric: str | None
@@ -79,20 +50,18 @@ class ProfilePlan:
     folder: Path | None
 
 
-def make_profile_plan(asked: ProfileAsked) -> ProfilePlan:
+def make_profile_plan(request: Request) -> ProfilePlan:
     """Check everything that was asked. Raises EditError; reads files but writes none."""
-    metric = check_metric(asked.metric, asked.dense)
-    budgets = _budgets(asked)
-    mesh = _makes_meshes(asked)
-    request = _mesh_request(asked) if mesh else _picture_request(asked)
+    metric = check_metric(request.get("metric"), "dense" in request)
+    budgets = _budgets(request)
     return ProfilePlan(
-        request=request,
+        request=_generation(request, _medium(request)),
         budgets=budgets,
-        dense=asked.dense,
+        dense="dense" in request,
         metric=metric,
-        repeats=_count("--repeats", asked.repeats, REPEATS),
-        cache_limit=_count("--cache-limit", asked.cache_limit, CACHE_LIMIT_MIB),
-        folder=report_folder(asked.output),
+        repeats=request.get("repeats", REPEATS),
+        cache_limit=request.get("cache_limit", CACHE_LIMIT_MIB),
+        folder=report_folder(request.get("output")),
     )
 
 
@@ -128,35 +97,28 @@ def report_folder(output: str | None) -> Path | None:
     return folder
 
 
-def _budgets(asked: ProfileAsked) -> tuple[float | None, ...]:
-    for given, name in ((asked.budgets, "--budget"), (asked.routers not in (None, NO_ROUTERS), "--routers")):
-        if asked.dense and given:
-            raise EditError(f"--dense profiles the model without routers; leave {name} out")
-    budgets = [values.budget("--budget", text) for text in asked.budgets]
+def _budgets(request: Request) -> tuple[float | None, ...]:
+    if "dense" in request:
+        if "budget" in request:
+            raise EditError("--dense profiles the model without routers; leave --budget out")
+        if request.get("routers", NO_ROUTERS) != NO_ROUTERS:
+            raise EditError("--dense profiles the model without routers; leave --routers out")
+        return (1.0,)
+    budgets = request.get("budget", [])
     repeated = next((b for b in budgets if budgets.count(b) > 1), None)
     if repeated is not None:
         raise EditError(f"--budget {repeated:g} is given twice; give distinct budgets")
-    return tuple(budgets) or ((1.0,) if asked.dense else (None,))
+    return tuple(budgets) or (None,)
 
 
-def _makes_meshes(asked: ProfileAsked) -> bool:
-    if asked.images and (asked.prompts or asked.prompts_file):
+def _medium(request: Request) -> Medium:
+    if "images" in request and ("prompt" in request or "prompts_file" in request):
         raise EditError("--images are for image-to-mesh models, which take no prompt; leave one of them out")
-    if asked.images or asked.model is None:
-        return bool(asked.images)
-    if _resolve(asked.model).makes == "mesh":
-        raise EditError(f"{asked.model!r} makes meshes and needs a picture; add --images cat.png")
-    return False
-
-
-def _count(where: str, value: str | None, default: int) -> int:
-    return default if value is None else values.integer(where, value, 1, 100_000)
-
-
-def _seed(asked: ProfileAsked) -> int:
-    if len(asked.seeds) > 1:
-        raise EditError("--seed takes one number here: sample i starts from seed N + i")
-    return values.seed("--seed", asked.seeds[0]) if asked.seeds else 0
+    if "images" in request:
+        return MESH
+    if "model" in request and _resolve(request["model"]).makes == "mesh":
+        raise EditError(f"{request['model']!r} makes meshes and needs a picture; add --images cat.png")
+    return PICTURE
 
 
 def _nowhere(suffix: str) -> str:
@@ -164,55 +126,42 @@ def _nowhere(suffix: str) -> str:
     return os.path.join(tempfile.gettempdir(), "{index}" + suffix)
 
 
-def _picture_request(asked: ProfileAsked) -> Plan:
-    for value, name in ((asked.octree_resolution, "--octree-resolution"),):
-        if value is not None:
-            raise EditError(f"{name} is for image-to-mesh models; leave it out, or add --images cat.png")
-    prompts, count = asked.prompts, _count("--samples", asked.samples, 0) if asked.samples else None
-    if not prompts and asked.prompts_file is None:
-        backbone = _resolve(asked.model)
-        lines = [entry["prompt"] for entry in read_prompts(str(default_prompts(backbone)))]
-        prompts = tuple(lines[: count or SAMPLES])
+def _generation(request: Request, medium: Medium) -> Plan:
+    """A run of all samples at the first budget, whose results are not kept."""
+    if medium is PICTURE:
+        if "octree_resolution" in request:
+            raise EditError(
+                "--octree-resolution is for image-to-mesh models; leave it out, or add --images cat.png"
+            )
+    else:
+        for name, option in (("width", "--width"), ("height", "--height"), ("lora", "--lora")):
+            if name in request:
+                raise EditError(f"{option} is not for image-to-mesh models; leave it out")
+    seeds, count = request.get("seed", [0]), request.get("samples")
+    if len(seeds) > 1:
+        raise EditError("--seed takes one number here: sample i starts from seed N + i")
+    subjects = [checks.readable_file("IMAGE", name) for name in request.get("images", ())]
+    subjects = subjects or request.get("prompt", [])
+    if not subjects and "prompts_file" not in request:
+        lines = read_prompts(str(default_prompts(_resolve(request.get("model")))))
+        subjects = [line["prompt"] for line in lines][: count or SAMPLES]
+    kept = {name: value for name, value in request.items() if name in GENERATION}
     plan = make_plan(
-        Asked(
-            prompts=tuple(prompts), prompts_file=asked.prompts_file, model=asked.model,
-            routers=NO_ROUTERS if asked.dense else asked.routers,
-            budget=asked.budgets[0] if asked.budgets else None,
-            steps=asked.steps, guidance=asked.guidance, batch_size=asked.batch_size, width=asked.width,
-            height=asked.height, output=_nowhere(".png"), device=asked.device, dtype=asked.dtype,
-            offload=asked.offload, loras=asked.loras, force=asked.force,
-        )
-    )  # fmt: skip
-    if len({job.group for job in plan.jobs}) > 1:
+        Request(kept).but(
+            **{medium.subject: subjects or None},
+            routers=NO_ROUTERS if "dense" in request else request.get("routers"),
+            budget=request.get("budget", [None])[0],
+            output=_nowhere(medium.suffixes[0]),
+        ),
+        medium,
+    )
+    if len({medium.group(job) for job in plan.jobs}) > 1:
         raise EditError(
             "--prompts holds lines of different size, steps, guidance or budget; "
             "a profile needs the same for all"
         )
-    seed = _seed(asked)
-    jobs = tuple(replace(job, seed=seed + i) for i, job in enumerate(_cycle(plan.jobs, count)))
-    batch = min(plan.batch_size, len(jobs))
-    return replace(plan, jobs=jobs, batch_size=batch)
-
-
-def _mesh_request(asked: ProfileAsked) -> MeshPlan:
-    for value, name in (
-        (asked.width, "--width"), (asked.height, "--height"), (asked.batch_size, "--batch-size"),
-        (asked.loras, "--lora"),
-    ):  # fmt: skip
-        if value:
-            raise EditError(f"{name} is not for image-to-mesh models; leave it out")
-    plan = make_mesh_plan(
-        MeshAsked(
-            images=asked.images, model=asked.model, routers=NO_ROUTERS if asked.dense else asked.routers,
-            budget=asked.budgets[0] if asked.budgets else None, steps=asked.steps, guidance=asked.guidance,
-            octree_resolution=asked.octree_resolution, output=_nowhere(".glb"), device=asked.device,
-            dtype=asked.dtype, offload=asked.offload, force=asked.force,
-        )
-    )  # fmt: skip
-    count = _count("--samples", asked.samples, 0) if asked.samples else None
-    seed = _seed(asked)
-    jobs = tuple(replace(job, seed=seed + i) for i, job in enumerate(_cycle(plan.jobs, count)))
-    return replace(plan, jobs=jobs)
+    jobs = [replace(job, seed=seeds[0] + i) for i, job in enumerate(_cycle(plan.jobs, count))]
+    return replace(plan, jobs=tuple(jobs), batch_size=min(plan.batch_size, len(jobs)))
 
 
 def _resolve(model: str | None) -> Any:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edit_cli.errors import EditError
 from edit_cli.files import reason
-from edit_cli.profile.plan import DENSE_METRICS, ELASTIC_METRICS
+from edit_cli.options import DENSE_METRICS, ELASTIC_METRICS
 
 FORMAT, VERSION = "edit-trace", 1
 CODES = "-=1234"

@@ -79,13 +79,13 @@ def describe(file: Path) -> dict[str, Any]:
         (length,) = struct.unpack("<I", header[12:16])
         record = json.loads(header[20 : 20 + length])["asset"]["extras"]["edit"]
     else:
-        from edit_cli.generate import metadata
+        from edit_cli.generate.record import read_picture
 
         with Image.open(file) as opened:
             picture = opened.convert("RGB")
         data = picture.tobytes()
         coarse = np.asarray(picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)).ravel().tolist()
-        record = {} if "compare" in file.name else metadata.read(file)
+        record = {} if "compare" in file.name else read_picture(file)
     kept = {name: value for name, value in record.items() if name not in VOLATILE}
     return {"sha256": hashlib.sha256(data).hexdigest(), "coarse": coarse, "record": kept}
 

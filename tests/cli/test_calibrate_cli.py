@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import routers
-from edit_cli.calibrate.inputs import parse_budgets
+from edit_cli import checks
 from edit_cli.errors import EditError
 from tests.cli.test_calibrate_mesh import picture
 
@@ -76,9 +76,9 @@ BAD_LATER = [
     (["-o", "b", "-m", MESHES], "makes meshes from pictures and none were given; add --images DIR"),
     (["-o", "b", "-m", MESHES, "--images", "empty"], "--images 'empty' does not hold pictures; put .png"),
     (["-o", "b", "-m", MESHES, "--images", "notes"], "--images 'notes' does not hold pictures"),
-    (["-o", "b", "-m", MESHES, "--images", "damaged"], "a.png' is no readable picture"),
+    (["-o", "b", "-m", MESHES, "--images", "damaged"], "a.png' is not a readable picture"),
     (["-o", "b", "-m", MESHES, "--images", "clear"], "a.png' is fully transparent"),
-    (["-o", "b", "-m", MESHES, "--images", "folders"], "a.png' is no file"),
+    (["-o", "b", "-m", MESHES, "--images", "folders"], "a.png' is not a file"),
     (["-o", "b", "-m", PICTURES, "--prompts", "empty.txt"], "--prompts 'empty.txt' holds no prompt"),
     (["-o", "b", "-m", PICTURES, "--prompts", "gone.txt"], "--prompts 'gone.txt' cannot be read"),
     (["--evaluate", "nowhere", "-m", PICTURES], "nowhere is not a bundle folder"),
@@ -106,7 +106,7 @@ def test_bad_input(edit_here, desk, qwen_folder, mesh_folder, arguments, message
     ],
 )
 def test_budgets_are_evenly_spaced(text: str, budgets: tuple[float, int]) -> None:
-    found = parse_budgets(text)
+    found = checks.budgets("--budgets", text)
     assert (found[0], len(found)) == budgets
     gaps = {round(b - a, 9) for a, b in itertools.pairwise(found)}
     assert len(gaps) == 1 and found[-1] == pytest.approx(float(text.split(":")[1]))
@@ -114,7 +114,7 @@ def test_budgets_are_evenly_spaced(text: str, budgets: tuple[float, int]) -> Non
 
 def test_budgets_that_are_none_raise() -> None:
     with pytest.raises(EditError, match="is not a range of budgets"):
-        parse_budgets("")
+        checks.budgets("--budgets", "")
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import trimesh
 import yaml
 from PIL import Image, ImageDraw
 
-from edit_cli.generate import mesh_session
+from edit_cli.generate import mesh as mesh_medium
 from edit_cli.generate.cutout import cut_out, open_rgba
-from edit_cli.generate.mesh_files import read_record
+from edit_cli.generate.record import read_mesh as read_record
 from edit_cli.generate.turntable import render, turntable, vertex_normals
 from tests.hunyuan3d_tiny import CONFIG, save_folder
 
@@ -169,7 +169,7 @@ def test_published_models_are_dry_run_without_a_download(desk, edit_here):
 
 def test_a_dense_grid_that_does_not_fit_becomes_hierarchical(desk, edit_here, mesh_folder, monkeypatch):
     points = 41**3
-    monkeypatch.setattr(mesh_session, "available_bytes", lambda: points * 20)
+    monkeypatch.setattr(mesh_medium, "available_bytes", lambda: points * 20)
     arguments = ["generate-3d", "alpha.png", "-m", mesh_folder, "--decode", "dense", "--json"]
     ran = edit_here(*arguments, "--octree-resolution", "40", cwd=desk)
     assert ran.code == 0, ran.err
@@ -267,8 +267,8 @@ def bad(desk: Path, mesh_folder: Path) -> Path:
 
 BAD = [
     ([], "no picture given; try: edit generate-3d"),
-    (["nowhere.png"], "IMAGE 'nowhere.png' is no file"),
-    (["text.png"], "IMAGE 'text.png' is no readable picture"),
+    (["nowhere.png"], "IMAGE 'nowhere.png' is not a file"),
+    (["text.png"], "IMAGE 'text.png' is not a readable picture"),
     (["one.png"], "IMAGE 'one.png' is 1x1 px; give at least 2x2 px"),
     (["clear.png"], "IMAGE 'clear.png' is fully transparent"),
     (["white.png"], "IMAGE 'white.png' has no foreground"),
@@ -298,7 +298,7 @@ BAD = [
     (["alpha.png", "-m", "evil"], "it holds more than tensors, so loading could run code"),
     (["alpha.png", "-m", "hunyuan3d-2"], "is not in the local cache and the hub cannot be reached"),
     (["--from", "nowhere.glb"], "--from 'nowhere.glb' does not exist"),
-    (["--from", "alpha.png"], "--from 'alpha.png' is no readable GLB"),
+    (["--from", "alpha.png"], "--from 'alpha.png' is not a readable GLB"),
     (["--from", "old.glb"], "--from 'old.glb' holds no `edit` metadata"),
     (["noise.png"], "background of several colours, which needs rembg"),
 ]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edit_cli.generate import metadata
-from edit_cli.generate.clock import STAGES
+from edit_cli.generate.picture import PICTURE
+from edit_cli.generate.record import read_picture
 
+STAGES = list(PICTURE.stages)
 KEYS = ["outputs", "model", "seeds", "budget", "spent", "flops", "seconds", "decisions"]
 
 
@@ -101,7 +102,7 @@ def test_replay_is_identical(edit, made):
     assert ran.code == 0, ran.err
     assert ran.json["outputs"] == ["again.png"]
     assert (pixels(folder / "again.png") == pixels(folder / "a-red-dog-2.png")).all()
-    old, new = (metadata.read(folder / name) for name in ("a-red-dog-2.png", "again.png"))
+    old, new = (read_picture(folder / name) for name in ("a-red-dog-2.png", "again.png"))
     assert old == new
 
 
@@ -110,12 +111,12 @@ def test_replay_with_a_change(edit_here, made):
     ran = edit_here("generate", "--from", "a-cat-1.png", "-b", "1", "-o", "dense.webp", "--json", cwd=folder)
     assert ran.code == 0, ran.err
     assert (ran.json["budget"], ran.json["seeds"], ran.json["spent"]) == (1.0, [1], [1.0])
-    assert metadata.read(folder / "dense.webp")["prompt"] == "a cat"
+    assert read_picture(folder / "dense.webp")["prompt"] == "a cat"
 
 
 def test_the_record_in_a_picture(made, qwen_folder):
     folder, _ = made
-    record = metadata.read(folder / "a-cat-1.png")
+    record = read_picture(folder / "a-cat-1.png")
     assert record["prompt"] == "a cat"
     assert (record["seed"], record["budget"], record["steps"]) == (1, 0.6, 10)
     assert record["negative_prompt"] == " "
@@ -149,9 +150,9 @@ def test_prompt_lines_override_options(edit_here, tmp_path, qwen_folder):
         "own-compare.png", "a-dog-compare.png", "a-car-compare.png", "last-compare.png",
     ]  # fmt: skip
     assert pixels(tmp_path / "a-dog.png").shape == (64, 96, 3)
-    assert metadata.read(tmp_path / "own.jpg")["steps"] == 8
-    assert metadata.read(tmp_path / "a-dog.png")["steps"] == 6
-    assert metadata.read(tmp_path / "a-car.png")["negative_prompt"] is None
+    assert read_picture(tmp_path / "own.jpg")["steps"] == 8
+    assert read_picture(tmp_path / "a-dog.png")["steps"] == 6
+    assert read_picture(tmp_path / "a-car.png")["negative_prompt"] is None
 
 
 def test_a_solver_steps_otherwise_at_the_same_price(edit_here, tmp_path, qwen_folder):
@@ -171,7 +172,7 @@ def test_a_solver_steps_otherwise_at_the_same_price(edit_here, tmp_path, qwen_fo
     assert (own != second).any()
     assert len(set(ran.json["spent"])) == 1
     last = ran.json["outputs"][-1]
-    record = metadata.read(tmp_path / last)
+    record = read_picture(tmp_path / last)
     assert (record["solver"], record["sampler"]) == ("ab2", "AB2")
     again = edit_here("generate", "--from", last, "-o", "again.png", cwd=tmp_path)
     assert again.code == 0, again.err
@@ -201,7 +202,7 @@ def test_image_to_image(edit_here, made, qwen_folder):
     decisions = ran.json["decisions"]
     # half of 8 steps, 2 branches, 4 blocks
     assert decisions["skip"] + decisions["reuse"] + sum(decisions["compute"].values()) == 4 * 2 * 4
-    assert metadata.read(folder / "varied.png")["strength"] == 0.5
+    assert read_picture(folder / "varied.png")["strength"] == 0.5
 
 
 def test_a_failed_run_names_what_it_kept(edit_here, monkeypatch, tmp_path, qwen_folder):
@@ -210,11 +211,11 @@ def test_a_failed_run_names_what_it_kept(edit_here, monkeypatch, tmp_path, qwen_
 
     run, calls = Session.run, []
 
-    def fails_at_the_second(self, jobs, on_step=None):
+    def fails_at_the_second(self, jobs, *rest):
         calls.append(jobs)
         if len(calls) > 1:
             raise RunError("out of memory")
-        return run(self, jobs, on_step)
+        return run(self, jobs, *rest)
 
     monkeypatch.setattr(Session, "run", fails_at_the_second)
     ran = edit_here(
@@ -264,7 +265,7 @@ def test_lora_changes_the_picture_and_scale_zero_does_not(edit_here, made, qwen_
         assert ran.code == 0, ran.err
     assert abs(pixels(folder / "on.png") - pixels(folder / "plain.png")).max() > 1
     assert abs(pixels(folder / "off.png") - pixels(folder / "plain.png")).max() <= 1
-    assert metadata.read(folder / "on.png")["loras"][0].endswith("lora.safetensors:1")
+    assert read_picture(folder / "on.png")["loras"][0].endswith("lora.safetensors:1")
     save_file({name: 2 * tensor for name, tensor in lora.items()}, folder / "lora.safetensors")
     replayed = edit_here("generate", "--from", "on.png", "-o", "other.png", cwd=folder)
     assert replayed.code == 0, replayed.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,13 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from edit_cli import checks as values
+from edit_cli import checks
 from edit_cli.commands.models import readable_count
 from edit_cli.errors import EditError, RunError
-from edit_cli.generate import metadata, outputs, pictures, prompts
-from edit_cli.generate.clock import StageClock
+from edit_cli.files import write_files
+from edit_cli.generate import closeness, outputs, prompts, record
+from edit_cli.generate.cutout import open_rgb
+from edit_cli.generate.picture import PICTURE, timed_parts
 from edit_cli.generate.report import flops
-from edit_cli.main import spread
+from edit_cli.generate.result import StageClock
+from edit_cli.main import COMMANDS
+from edit_cli.request import spread
+from routers.files import ordinary_mode
 
 RECORD = {
     "prompt": 'a "cat" <at> night & fürs Café, 猫', "negative_prompt": "dog", "seed": 3, "width": 64,
@@ -66,15 +72,15 @@ def test_file_names_and_templates(tmp_path):
 
 def test_writes_are_whole_or_nothing(tmp_path):
     target = tmp_path / "x.png"
-    outputs.write_whole(target, b"old")
-    outputs.write_whole(target, b"new")
+    write_files({target: b"old"})
+    write_files({target: b"new"})
     assert target.read_bytes() == b"new"
-    assert target.stat().st_mode & 0o777 == 0o666 & ~outputs._umask()
+    assert target.stat().st_mode & 0o777 == ordinary_mode(0o666)
     with pytest.raises(RunError, match="cannot be written"):
-        outputs.write_whole(tmp_path / "gone" / "x.png", b"data")
+        write_files({tmp_path / "gone" / "x.png": b"data"})
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(RunError):
-        outputs.write_whole(tmp_path / "folder.png", b"data")
+        write_files({tmp_path / "folder.png": b"data"})
     assert sorted(os.listdir(tmp_path)) == ["folder.png", "x.png"]
 
 
@@ -97,8 +103,8 @@ def test_stages_wait_for_the_device_that_computes(monkeypatch):
         vae=SimpleNamespace(encode=lambda: "latents", decode=lambda: "pixels"),
         image_processor=SimpleNamespace(postprocess=lambda: "picture"),
     )
-    clock = StageClock()
-    with clock.pipeline_call(pipe):
+    clock = StageClock(PICTURE.stages)
+    with timed_parts(pipe, clock, "cuda"):
         assert pipe.encode_prompt() == "embeddings"
         assert pipe.vae.decode() == "pixels"
     assert len(waits) >= 4  # before and after each
@@ -108,15 +114,15 @@ def test_stages_wait_for_the_device_that_computes(monkeypatch):
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 def test_metadata_survives_in_every_format(tmp_path, suffix):
     path = tmp_path / f"x{suffix}"
-    path.write_bytes(metadata.encode(Image.new("RGB", (32, 32), "red"), suffix, RECORD))
-    assert metadata.read(path) == RECORD
-    text = metadata.parameters_text(RECORD)
+    path.write_bytes(record.encode_picture(Image.new("RGB", (32, 32), "red"), suffix, RECORD))
+    assert record.read_picture(path) == RECORD
+    text = record.parameters_text(RECORD)
     with Image.open(path) as picture:
         if suffix == ".png":
             assert picture.info["parameters"] == text
         else:
-            comment = picture.getexif().get_ifd(metadata.EXIF_IFD)[metadata.USER_COMMENT]
-            assert comment.removeprefix(metadata.UNICODE_COMMENT).decode("utf-16-be") == text
+            comment = picture.getexif().get_ifd(record.EXIF_IFD)[record.USER_COMMENT]
+            assert comment.removeprefix(record.UNICODE_COMMENT).decode("utf-16-be") == text
     assert text.splitlines()[1] == "Negative prompt: dog"
     assert text.splitlines()[2].startswith(
         "Steps: 4, Sampler: Euler, CFG scale: 4.0, Seed: 3, Size: 64x32, Model"
@@ -126,7 +132,7 @@ def test_metadata_survives_in_every_format(tmp_path, suffix):
 def test_pictures_without_metadata_are_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     with pytest.raises(EditError, match="holds no `edit` metadata"):
-        metadata.read(tmp_path / "x.png")
+        record.read_picture(tmp_path / "x.png")
 
 
 def test_prompt_files(tmp_path, monkeypatch):
@@ -139,20 +145,38 @@ def test_prompt_files(tmp_path, monkeypatch):
     assert prompts.read_prompts(str(tmp_path / "p.jsonl")) == [line]
 
 
-def test_several_seeds_after_one_option():
-    assert spread(["generate", "--seed", "1", "2", "3", "a cat"]) == [
-        "generate", "--seed", "1", "--seed", "2", "--seed", "3", "a cat",
-    ]  # fmt: skip
-    assert spread(["generate", "7", "--steps", "4", "5"]) == ["generate", "7", "--steps", "4", "5"]
-    assert spread(["generate", "--seed=1", "2"]) == ["generate", "--seed=1", "--seed", "2"]
-    assert spread(["generate", "--seed", "-1"]) == ["generate", "--seed", "-1"]
-    assert spread(["generate", "--", "--seed", "1", "2"]) == ["generate", "--", "--seed", "1", "2"]
+SPREAD = [
+    ('generate "a cat" --seed 1 2 3', 'generate "a cat" --seed 1 --seed 2 --seed 3'),
+    ('generate --seed 1 2 3 "a cat"', 'generate --seed 1 --seed 2 --seed 3 "a cat"'),
+    ('generate -s 1 2 --prompts p.txt', 'generate -s 1 -s 2 --prompts p.txt'),
+    ('generate --seed=1 2 --from a.png', 'generate --seed=1 --seed 2 --from a.png'),
+    ('generate --seed 1 2001', 'generate --seed 1 2001'),
+    ('generate --steps 4 --seed 1 2001 -q', 'generate --steps 4 --seed 1 2001 -q'),
+    ('generate 7 --steps 4 5', 'generate 7 --steps 4 5'),
+    ('generate --seed -1', 'generate --seed -1'),
+    ('generate --seed 1 "a cat" 2', 'generate --seed 1 "a cat" 2'),
+    ('generate -- --seed 1 2', 'generate -- --seed 1 2'),
+    ('generate "a cat" --lora a.safetensors none', 'generate "a cat" --lora a.safetensors none'),
+    ('profile --budget 0.4 0.6 -q', 'profile --budget 0.4 --budget 0.6 -q'),
+    ('generate "a cat" --budget 0.4 1984', 'generate "a cat" --budget 0.4 1984'),
+    ('profile --images a.png b.JPG -q', 'profile --images a.png --images b.JPG -q'),
+    ('profile --images a.png b.jpg "a cat"', 'profile --images a.png --images b.jpg "a cat"'),
+    ('generate-3d a.png b.png --views front left', 'generate-3d a.png b.png --views front --views left'),
+    ('generate-3d --seed 1 2', 'generate-3d --seed 1 2'),
+    ('generate-3d --seed 1 2 --images-file p.txt', 'generate-3d --seed 1 --seed 2 --images-file p.txt'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("typed", "meant"), SPREAD)
+def test_several_values_after_one_option_never_take_what_the_command_lacks(typed, meant):
+    name, *words = shlex.split(typed)
+    assert [name, *spread(words, COMMANDS[name].options)] == shlex.split(meant)
 
 
 @given(st.one_of(st.text(), st.floats(), st.integers(), st.none(), st.booleans(), st.lists(st.integers())))
 def test_a_budget_is_in_range_or_refused(value):
     try:
-        budget = values.budget("--budget", value)
+        budget = checks.budget("--budget", value)
     except EditError:
         return
     assert 0 < budget <= 1
@@ -162,12 +186,12 @@ def test_psnr_and_ssim():
     rng = np.random.default_rng(0)
     a = Image.fromarray(rng.integers(0, 256, (64, 48, 3), dtype=np.uint8))
     b = Image.fromarray(np.clip(np.asarray(a, dtype=int) + 16, 0, 255).astype(np.uint8))
-    assert math.isinf(pictures.psnr(a, a))
-    assert pictures.ssim(a, a) == pytest.approx(1)
+    assert math.isinf(closeness.psnr(a, a))
+    assert closeness.ssim(a, a) == pytest.approx(1)
     flat = Image.new("RGB", (64, 64), (100, 100, 100))
-    assert pictures.psnr(flat, Image.new("RGB", (64, 64), (110, 110, 110))) == pytest.approx(28.13, abs=0.01)
+    assert closeness.psnr(flat, Image.new("RGB", (64, 64), (110, 110, 110))) == pytest.approx(28.13, abs=0.01)
     noise = Image.fromarray(rng.integers(0, 256, (64, 48, 3), dtype=np.uint8))
-    assert pictures.ssim(a, b) > 0.9 > 0.1 > pictures.ssim(a, noise)
+    assert closeness.ssim(a, b) > 0.9 > 0.1 > closeness.ssim(a, noise)
 
 
 def test_ssim_is_scikit_image_s():
@@ -178,20 +202,20 @@ def test_ssim_is_scikit_image_s():
     theirs = metrics.structural_similarity(
         a, b, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
     )
-    assert pictures.ssim(Image.fromarray(a), Image.fromarray(b)) == pytest.approx(theirs, abs=2e-3)
+    assert closeness.ssim(Image.fromarray(a), Image.fromarray(b)) == pytest.approx(theirs, abs=2e-3)
 
 
 def test_transparent_and_rotated_pictures_are_opened_upright(tmp_path):
     Image.new("RGBA", (4, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert pictures.open_rgb(str(tmp_path / "clear.png")).getpixel((0, 0)) == (255, 255, 255)
+    assert open_rgb(str(tmp_path / "clear.png")).getpixel((0, 0)) == (255, 255, 255)
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: rotate by 90 degrees
     Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
-    assert pictures.open_rgb(str(tmp_path / "turned.jpg")).size == (2, 4)
+    assert open_rgb(str(tmp_path / "turned.jpg")).size == (2, 4)
 
 
 def test_side_by_side_holds_both_pictures():
-    row = pictures.side_by_side(
+    row = closeness.side_by_side(
         {"dense": Image.new("RGB", (64, 64), "red"), "0.6": Image.new("RGB", (64, 64), "blue")}
     )
     colours = {colour for _, colour in row.getcolors(100_000)}

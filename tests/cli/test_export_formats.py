@@ -16,7 +16,7 @@ from edit_cli.errors import RunError
 from edit_cli.export import reference as export_reference
 from edit_cli.export.settings import Settings
 from edit_cli.export.write import export
-from edit_cli.generate.pictures import psnr
+from edit_cli.generate.closeness import psnr
 from routers.bundle import load_bundle
 from routers.paper.checkpoint import is_release_file, read_release
 from routers.static.choose import narrow_error, order_units

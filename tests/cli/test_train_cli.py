@@ -68,7 +68,7 @@ BAD = [
         "a.png' has no readable a.txt beside it; write its prompt",
     ),
     ([*TRAIN, "-m", PICTURES, "--data", "blank"], "a.txt' is empty; write the picture's prompt there"),
-    ([*TRAIN, "-m", PICTURES, "--data", "damaged"], "a.png' is no readable picture"),
+    ([*TRAIN, "-m", PICTURES, "--data", "damaged"], "a.png' is not a readable picture"),
     (["--evaluate", "b", "--method", "train"], "--method train makes a bundle and --evaluate makes none"),
 ]
 
