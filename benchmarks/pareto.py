@@ -1,7 +1,7 @@
 """Elastic against every rival, on the same model, prompts and noise, at equal measured time.
 
     python -m benchmarks.pareto qwen-image-tiny -o results           # everything; continues a killed run
-    python -m benchmarks.pareto FOLDER --routers BUNDLE --equal      # also batch-mean decisions
+    python -m benchmarks.pareto FOLDER --routers BUNDLE
     python -m benchmarks.pareto qwen-image-tiny --list               # rivals, settings, and what cannot run
     python -m benchmarks.pareto qwen-image-tiny -o results --report  # tables and plot of what is there
     python -m benchmarks.pareto qwen-image-tiny -o results --phase quality   # on a busy machine
@@ -100,7 +100,7 @@ def read_prompts(path: Path, count: int) -> list[str]:
 
 def choose(bench: Bench, args: argparse.Namespace) -> tuple[list[Rival], dict[str, str]]:
     """The asked rivals that can run, and name -> reason for those that cannot. Raises ValueError."""
-    every = all_rivals(bench, equal=args.equal, release_file=args.release)
+    every = all_rivals(bench, release_file=args.release)
     unknown = sorted(set(args.rivals or ()) - {rival.name for rival in every})
     if unknown:
         raise ValueError(
@@ -208,9 +208,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--grid", type=int, default=64, help="cells per side of a mesh's field (%(default)s)")
     parser.add_argument("--rivals", nargs="+", metavar="NAME", help="these alone; see --list")
-    parser.add_argument(
-        "--equal", action="store_true", help="also the bundle with batch-mean decisions and plan alone"
-    )
     parser.add_argument(
         "--quick", action="store_true", help="one setting each, two prompts: to see that all runs"
     )

@@ -35,7 +35,8 @@ from routers.calibrate.fit import first_moments
 from routers.calibrate.gains import measure_gains
 from routers.calibrate.record import Record, record
 from routers.elastic import Elastic
-from routers.planned.plan import Found, Mask, Moments, Planner
+from routers.planned.moments import WHOLE, Levels, Moments
+from routers.planned.plan import Choice, Planner
 from routers.planned.policy import PlannedPolicy
 
 BUDGETS = (0.35, 0.4, 0.45, 0.5, 0.6, 0.7)
@@ -46,8 +47,12 @@ TRIED = 8
 class TaylorPlanner(Planner):
     """Weights that continue the last two passes linearly in time, whatever the data."""
 
-    def weights(self, branch: int, step: int, passes: tuple[int, ...]) -> NDArray[np.float64]:
-        """[P]."""
+    def weights(
+        self, branch: int, step: int, passes: tuple[int, ...], peers: tuple[int, ...] = ()
+    ) -> NDArray[np.float64]:
+        """[P]; where another branch's passes are at hand, the fitted weights."""
+        if peers:
+            return super().weights(branch, step, passes, peers)
         weights = np.zeros(len(passes))
         if len(passes) < 2:
             weights[0] = 1.0
@@ -60,10 +65,12 @@ class TaylorPlanner(Planner):
 class EvenPlanner(Planner):
     """Computed steps spread evenly, the fitted weights."""
 
-    def best(self, count: int) -> Found:
-        """Evenly spread steps."""
-        fresh = even(self.num_steps, count)
-        return fresh, self.error(fresh)
+    def best(self, passes: int, split: bool = False) -> Choice:
+        """Evenly spread steps; where half ones are allowed, the search begins there."""
+        if split:
+            return super().best(passes, split)
+        levels = even(self.num_steps, passes // WHOLE)
+        return levels, self.error(levels)
 
 
 class EvenTaylorPlanner(EvenPlanner, TaylorPlanner):
@@ -94,11 +101,11 @@ WAYS = (
 )
 
 
-def even(steps: int, count: int) -> Mask:
+def even(steps: int, count: int) -> Levels:
     """`count` of `steps` steps, the first one among them, evenly spread."""
-    fresh = np.zeros(steps, bool)
-    fresh[np.round(np.arange(count) * steps / count).astype(int)] = True
-    return fresh
+    levels = np.zeros(steps, np.int8)
+    levels[np.round(np.arange(count) * steps / count).astype(int)] = WHOLE
+    return levels
 
 
 def measured(
@@ -116,7 +123,7 @@ def measured(
         snr: list[float] = []
         spent: list[float] = []
         for batch, truth in enumerate(dense):
-            policy = PlannedPolicy(fitted, planners, depth=way.depth, per_sample=False)
+            policy = PlannedPolicy(fitted, planners, depth=way.depth)
             with (
                 torch.no_grad(),
                 elastic.scope(policy=policy, num_steps=judge.num_steps, budget=budget) as trace,
@@ -133,30 +140,32 @@ class OneSamplePlanner(Planner):
 
     everybody: Planner
 
-    def weights(self, branch: int, step: int, passes: tuple[int, ...]) -> NDArray[np.float64]:
+    def weights(
+        self, branch: int, step: int, passes: tuple[int, ...], peers: tuple[int, ...] = ()
+    ) -> NDArray[np.float64]:
         """[P]."""
-        return self.everybody.weights(branch, step, passes)
+        return self.everybody.weights(branch, step, passes, peers)
 
 
 def oracle_steps(planner: Planner, recorded: Record, budget: float) -> float:
     """What the best steps for each row gain, in dB, over the best steps for all, by the rows' own moments."""
-    count = round(budget * planner.num_steps)
-    fresh, _ = planner.best(count)
+    count = WHOLE * round(budget * planner.num_steps)
+    levels, _ = planner.best(count)
     gains = []
     for gram in recorded.gram:
         own = OneSamplePlanner(replace(planner.moments, gram=gram), planner.depth)
         own.everybody = planner
-        shared = own.error(fresh)
+        shared = own.error(levels)
         gains.append(10 * np.log10(shared / min(own.best(count)[1], shared)))
     return float(np.mean(gains))
 
 
 def oracle_weights(planner: Planner, recorded: Record, budget: float) -> float:
     """What each row's own best weights gain over the fitted ones, in dB, for predictions of one step."""
-    fresh, _ = planner.best(round(budget * planner.num_steps))
+    levels, _ = planner.best(WHOLE * round(budget * planner.num_steps))
     gains = []
-    for step in np.flatnonzero(~fresh):
-        passes = tuple(int(p) for p in np.flatnonzero(fresh[:step])[::-1][: planner.depth])
+    for step in np.flatnonzero(levels == 0):
+        passes = tuple(int(p) for p in np.flatnonzero(levels[:step])[::-1][: planner.depth])
         for gram in recorded.gram:
             own = Planner(replace(planner.moments, gram=gram), planner.depth)
             at = np.array([*passes, step])

@@ -9,9 +9,9 @@ Every method generates the same prompts from the same noise as the dense model. 
 of the pictures to the dense ones (mean and bootstrap 95 % interval over prompts x seeds), the FLOPs ratio
 that the trace counted, and how often an independent classifier has the asked concept in its top 5.
 
-Methods: `elastic` the bundle; `elastic, no routers` its plan alone; `fewer steps` the dense model with
-round(budget x steps) steps; `random skip` random blocks of random steps skipped outright; `random reuse`
-the same cells reused with linear extrapolation; `whole-step reuse` all blocks reused on evenly spread steps.
+Methods: `elastic` the bundle; `fewer steps` the dense model with round(budget x steps) steps; `random skip`
+random blocks of random steps skipped outright; `random reuse` the same cells reused with linear
+extrapolation; `whole-step reuse` all blocks reused on evenly spread steps.
 """
 
 from __future__ import annotations
@@ -106,14 +106,13 @@ def _attached(pipe: Any, backbone: Backbone, policy: Policy, steps: int) -> Iter
         elastic.detach()
 
 
-def elastic_run(bench: Bench, budget: float, **options: Any) -> tuple[list[Image.Image], float]:
-    """Pictures and mean spent budget with the bundle; options go to `Bundle.policy`."""
+def elastic_run(bench: Bench, budget: float) -> tuple[list[Image.Image], float]:
+    """Pictures and mean spent budget with the bundle."""
     elastic = routers.attach(bench.workload.pipe.transformer, bench.bundle, budget=budget)
     pictures, spent = [], []
     try:
         for batch in range(bench.workload.num_batches):
-            policy = bench.bundle.policy(**options)
-            with elastic.scope(policy=policy, num_steps=bench.workload.num_steps) as trace:
+            with elastic.scope(num_steps=bench.workload.num_steps) as trace:
                 pictures += bench.workload.run(batch, output_type="pil")
             spent += trace.spent
     finally:
@@ -155,10 +154,6 @@ METHODS: dict[str, Method] = {
     "whole-step reuse": reuse_run,
     "random reuse": partial(forced_run, "reuse"),
     "random skip": partial(forced_run, "skip"),
-}
-ABLATIONS: dict[str, Method] = {
-    "elastic, no routers": partial(elastic_run, per_sample=False),
-    "elastic, batch mean": partial(elastic_run, per_sample=True, batch_mean=True),
 }
 
 
@@ -219,16 +214,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="batch size")
     parser.add_argument("--steps", type=int, help="denoising steps, default the model's")
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS))
-    parser.add_argument(
-        "--ablations", action="store_true", help="also the plan alone and batch-mean decisions"
-    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="these alone")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
     with torch.no_grad():
         bench = open_bench(args)
-        methods = {**METHODS, **(ABLATIONS if args.ablations else {})}
-        chosen = {name: methods[name] for name in args.methods or methods}
+        chosen = {name: METHODS[name] for name in args.methods or METHODS}
         rows = list(measure(bench, args.budgets, chosen))
     if args.markdown:
         print(markdown(rows, bench))

@@ -64,23 +64,16 @@ class Rival:
             yield attached
 
 
-def all_rivals(bench: Bench, *, equal: bool = False, release_file: Path | None = None) -> list[Rival]:
+def all_rivals(bench: Bench, *, release_file: Path | None = None) -> list[Rival]:
     """Every rival with its settings for this model, elastic first.
 
-    equal: also the same bundle with batch-mean decisions, and with its plan alone.
     release_file: a checkpoint in the paper's layout, to run its fixed thresholds.
     """
     budgets = tuple({"budget": budget} for budget in BUDGETS)
-    ways = {"elastic": {}, **(EQUAL if equal else {})}
-    found = [
-        Rival(name, budgets, functools.partial(_elastic, options), _no_bundle, elastic=True)
-        for name, options in ways.items()
-    ]
+    found = [Rival("elastic", budgets, _elastic, _no_bundle, elastic=True)]
     with_ab2 = tuple({"budget": budget, "solver": "AB2"} for budget in BUDGETS)
     note = "the same bundle, calibrated with Euler's solver, under another one"
-    found.append(
-        Rival("elastic, AB2", with_ab2, functools.partial(_elastic, {}), _no_bundle, note, elastic=True)
-    )
+    found.append(Rival("elastic, AB2", with_ab2, _elastic, _no_bundle, note, elastic=True))
     steps = tuple({"steps": n} for n in step_counts(bench.num_steps))
     found.append(Rival("fewer steps, Euler", steps, _fewer_steps))
     for name in SECOND_ORDER:
@@ -134,20 +127,15 @@ def step_counts(num_steps: int) -> list[int]:
     return sorted({max(2, round(share * num_steps)) for share in STEP_SHARES} - {num_steps})
 
 
-EQUAL = {"elastic, batch mean": {"batch_mean": True}, "elastic, plan alone": {"per_sample": False}}
-"""Name -> options of `Bundle.policy`."""
-
-
 @contextmanager
-def _elastic(options: Mapping[str, bool], bench: Bench, setting: Setting) -> Iterator[Attached]:
+def _elastic(bench: Bench, setting: Setting) -> Iterator[Attached]:
     assert bench.bundle is not None, "why_not was asked"
     elastic = routers.attach(bench.transformer, bench.bundle, budget=float(setting["budget"]), force=True)
-    policy = functools.partial(bench.bundle.policy, **({"per_sample": True, **options} if options else {}))
     try:
         with _solver(bench, setting):
             yield Attached(
                 bench.num_steps,
-                lambda: elastic.scope(policy=policy(), num_steps=bench.num_steps),
+                lambda: elastic.scope(num_steps=bench.num_steps),
                 traced=True,
             )
     finally:

@@ -23,7 +23,7 @@ from backbones.workloads import PipelineWorkload
 from benchmarks.mixes import CostReader, forced_mix
 from edit_cli.generate.prompts import default_prompts, read_prompts
 from routers.bundle import Bundle
-from routers.calibrate.evaluate import _snr
+from routers.calibrate.evaluate import latent_snr
 from routers.elastic import Elastic
 from routers.policy import FixedPolicy, Policy
 
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if name not in asked.methods:
                     continue
                 with attached(workload, bundle, budget, policy) as trace:
-                    snr = _snr(workload.run(0), dense)
+                    snr = latent_snr(workload.run(0), dense)
                 row = {"budget": budget, "method": name, "spent": round(float(np.mean(trace.spent)), 4)}
                 row |= {
                     "snr": round(float(np.mean(snr)), 2),

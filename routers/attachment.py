@@ -43,8 +43,9 @@ def attach(
     budget = loaded.recommended_budget if budget is None else budget
     loaded.check_budget(budget)
     check_fits(loaded, transformer, force)
-    routers = [build_router(state) for state in loaded.routers]
-    backbone = None if loaded.trained is None else loaded.trained.backbone
+    trained = loaded.trained
+    routers = None if trained is None else [build_router(state) for state in trained.routers]
+    backbone = None if trained is None else trained.backbone
     undo = None if backbone is None else backbone.apply(transformer)
     try:
         elastic = Elastic(

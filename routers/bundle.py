@@ -1,63 +1,63 @@
-"""A bundle: what `calibrate` learned about one model, as a folder of safetensors and JSON.
+"""A bundle: what `calibrate` learned about one model. How it lies on disk is in bundle_file.py.
 
-    routers.safetensors   router weights ("routers.<i>.<key>") and moments ("moments.<name>")
-    bundle.json           block map, base model and its fingerprint, what it was fitted for, measured quality
-    backbone.safetensors  only where the backbone was trained with the routers: its LoRA or all its weights
+    tensors        moments ("moments.<name>"); of a trained one also "routers.<i>.<key>" and "profile.<name>"
+    description    block map, base model and its fingerprint, what it was fitted for, measured quality
+    backbone       only where the backbone was trained with the routers: its LoRA or all its weights
 
 One bundle serves every budget from its minimum to 1: the plan for a budget is solved when a run starts.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import bundle_file
-from .files import write_whole
-from .planned.plan import Moments, Planner
+from .planned.moments import Moments
+from .planned.plan import Planner
 from .planned.policy import PlannedPolicy
 from .spec import TransformerSpec
-from .trained import backbone as trained_backbone
-from .trained.backbone import BackboneWeights
-from .trained.policy import Profile, TrainedPolicy
+from .trained.backbone import FILE as BACKBONE_FILE
+from .trained.bundle import Trained
+from .trained.policy import TrainedPolicy
 
-FORMAT, TRAINED_FORMAT = 2, 3
-"""A bundle made by training says 3, so that versions that cannot run it refuse it."""
+FORMAT, TRAINED_FORMAT, FORMATS = 4, 3, (2, 3, 4)
+"""Written for plans and for trained routers, and what is read. Format 2 held routers beside its plans, which
+gained nothing and are left unread; versions that need them refuse format 4."""
 MOMENTS = ("gram", "gain", "mixing")
 PLANS = "moments.plans"
 """Left out of bundles whose plans were not tried."""
-
-
-@dataclass
-class Trained:
-    """What `calibrate --method train` adds: how its routers spread what they spend, backbone weights."""
-
-    profile: Profile
-    backbone: BackboneWeights | None = None
+PLAIN_FIELDS = (
+    "base_model",
+    "architecture",
+    "fingerprint",
+    "num_steps",
+    "guidance",
+    "times",
+    "min_budget",
+    "recommended_budget",
+    "metadata",
+)
+"""Fields that are JSON data as they are."""
 
 
 @dataclass
 class Bundle:
-    """Routers, moments and where they belong. `metadata` is JSON data for people and reports."""
+    """Moments, trained routers if any, where they belong. `metadata`: JSON data for people and reports."""
 
     spec: TransformerSpec
     moments: Moments
-    routers: list[dict[str, Tensor]]
     base_model: str
     architecture: str
     fingerprint: list[float]
     num_steps: int
     guidance: float
     times: list[float] = field(default_factory=list)
-    per_sample: bool = False
     min_budget: float = 0.35
     recommended_budget: float = 1.0
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -67,17 +67,11 @@ class Bundle:
     planners: dict[tuple[int, int], Planner] = field(default_factory=dict, repr=False)
     """Plans solved so far, by number of steps and cache depth."""
 
-    def policy(
-        self, *, per_sample: bool | None = None, batch_mean: bool = False
-    ) -> PlannedPolicy | TrainedPolicy:
-        """A budget policy on these moments. per_sample None: as calibration found better.
-
-        Trained routers decide themselves: there `per_sample` False means the batch's mean.
-        """
+    def policy(self, *, batch_mean: bool = False) -> PlannedPolicy | TrainedPolicy:
+        """A budget policy. batch_mean: trained routers decide for the batch's mean, not for each sample."""
         if self.trained is not None:
-            return TrainedPolicy(self.trained.profile, batch_mean=batch_mean or per_sample is False)
-        use_routers = self.per_sample if per_sample is None else per_sample
-        return PlannedPolicy(self.moments, self.planners, per_sample=use_routers, batch_mean=batch_mean)
+            return TrainedPolicy(self.trained.profile, batch_mean=batch_mean)
+        return PlannedPolicy(self.moments, self.planners)
 
     def check_budget(self, budget: float) -> None:
         """Raises ValueError for a budget this bundle was not fitted for."""
@@ -88,109 +82,48 @@ class Bundle:
             )
 
     def save(self, folder: str | Path) -> None:
-        """Write the folder; both files appear once both are written, the description last."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"routers.{i}.{k}": v.contiguous() for i, r in enumerate(self.routers) for k, v in r.items()
-        }
-        for name in MOMENTS:
-            tensors[f"moments.{name}"] = torch.from_numpy(getattr(self.moments, name))
+        """Write a bundle folder, whole or not at all. Raises OSError."""
+        folder, trained = Path(folder), self.trained
+        tensors = {f"moments.{name}": torch.from_numpy(getattr(self.moments, name)) for name in MOMENTS}
         if self.moments.plans is not None:
             tensors[PLANS] = torch.from_numpy(self.moments.plans)
-        trained, files = self.trained, {}
-        backbone = None if trained is None else trained.backbone
-        if trained is not None:
-            tensors["profile.budgets"] = torch.from_numpy(trained.profile.budgets)
-            tensors["profile.spend"] = torch.from_numpy(trained.profile.spend)
-        if backbone is not None:
-            own = {name: tensor.contiguous() for name, tensor in backbone.tensors.items()}
-            files[folder / trained_backbone.FILE] = lambda path: save_file(own, path)
         description = {
             "format": FORMAT if trained is None else TRAINED_FORMAT,
-            "base_model": self.base_model,
-            "architecture": self.architecture,
-            "fingerprint": self.fingerprint,
             "spec": self.spec.to_dict(),
             "branches": list(self.moments.branches),
-            "num_steps": self.num_steps,
-            "guidance": self.guidance,
-            "times": self.times,
-            "per_sample": self.per_sample,
-            "min_budget": self.min_budget,
-            "recommended_budget": self.recommended_budget,
-            "metadata": self.metadata,
+            **{name: getattr(self, name) for name in PLAIN_FIELDS},
+            **({} if trained is None else trained.description()),
         }
-        if trained is not None:
-            description["backbone"] = None if backbone is None else backbone.description()
         text = json.dumps(description, indent=1) + "\n"
-        write_whole(
-            {
-                **files,
-                folder / "routers.safetensors": lambda path: save_file(tensors, path),
-                folder / "bundle.json": lambda path: Path(path).write_text(text, encoding="utf-8"),
-            }
-        )
-        if not files:
-            (folder / trained_backbone.FILE).unlink(missing_ok=True)
+        if trained is not None:
+            tensors |= trained.tensors()
+        bundle_file.write_folder(folder, text, tensors, {} if trained is None else trained.files(folder))
+        if trained is None or trained.backbone is None:  # an earlier bundle's
+            (folder / BACKBONE_FILE).unlink(missing_ok=True)
 
 
 def load_bundle(path: str | Path) -> Bundle:
     """Read a bundle folder, or one file of `bundle_file`. Raises ValueError, one line, if it is damaged."""
-    folder = Path(path)
-    if (file := bundle_file.find(folder)) is not None:
-        return bundle_file.load(file)
-    description_file, weights_file = folder / "bundle.json", folder / "routers.safetensors"
-    for file in (description_file, weights_file):
-        if not file.is_file():
-            raise ValueError(f"{folder} is not a bundle folder: {file.name} is missing")
+    stored = bundle_file.read(path)
     try:
-        data = json.loads(description_file.read_text(encoding="utf-8"))
-        if data.get("format") not in (FORMAT, TRAINED_FORMAT):
+        data = json.loads(stored.description)
+        if data.get("format") not in FORMATS:
             raise ValueError(
-                f"format {data.get('format')!r}, this version reads {FORMAT} and {TRAINED_FORMAT}"
+                f"format {data.get('format')!r}, this version reads {', '.join(map(str, FORMATS))}"
             )
-        with safe_open(weights_file, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        moments = {name: tensors[f"moments.{name}"].double().numpy() for name in MOMENTS}
-        plans = tensors[PLANS].to(torch.int8).numpy() if PLANS in tensors else None
-        routers: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("routers."):
-                _, index, name = key.split(".", 2)
-                routers.setdefault(int(index), {})[name] = value
-        digest = hashlib.sha256(description_file.read_bytes() + weights_file.read_bytes()).hexdigest()
         return Bundle(
-            trained=_read_trained(folder, data, tensors),
             spec=TransformerSpec.from_dict(data["spec"]),
-            moments=Moments(tuple(data["branches"]), **moments, plans=plans),
-            routers=[routers[i] for i in range(len(routers))],
-            digest=digest,
-            path=str(folder),
-            **{name: data[name] for name in _PLAIN_FIELDS},
+            moments=_moments(data["branches"], stored.tensors),
+            trained=Trained.read(path, data, stored.tensors) if data["format"] == TRAINED_FORMAT else None,
+            digest=stored.digest,
+            path=str(bundle_file.find(path) or path),
+            **{name: data[name] for name in PLAIN_FIELDS},
         )
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is no readable bundle: {type(error).__name__}: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a readable bundle: {type(error).__name__}: {error}") from error
 
 
-def _read_trained(folder: Path, data: dict[str, Any], tensors: dict[str, Tensor]) -> Trained | None:
-    """What training added to a bundle. Raises ValueError, KeyError."""
-    if data["format"] != TRAINED_FORMAT:
-        return None
-    profile = Profile(*(tensors[f"profile.{name}"].double().numpy() for name in ("budgets", "spend")))
-    backbone = data["backbone"]
-    return Trained(profile, None if backbone is None else BackboneWeights.read(folder, backbone))
-
-
-_PLAIN_FIELDS = (
-    "base_model",
-    "architecture",
-    "fingerprint",
-    "num_steps",
-    "guidance",
-    "times",
-    "per_sample",
-    "min_budget",
-    "recommended_budget",
-    "metadata",
-)
+def _moments(branches: list[str], tensors: dict[str, Tensor]) -> Moments:
+    plans = tensors[PLANS].to(torch.int8).numpy() if PLANS in tensors else None
+    gram, gain, mixing = (tensors[f"moments.{name}"].double().numpy() for name in MOMENTS)
+    return Moments(tuple(branches), gram, gain, mixing, plans)

@@ -1,26 +1,69 @@
-"""A bundle as one safetensors file: for the hub, for an attachment, for `--routers FILE`.
+"""How a bundle lies on disk: as a folder, or as one safetensors file for a hub or an attachment.
 
-The tensors are those of the folder's `routers.safetensors`; the text of `bundle.json` is the metadata
-entry `edit_bundle` of the file's header. Nothing else is known of the bundle here, so that a change of
-what a bundle holds changes nothing in this file.
+    folder     routers.safetensors with the tensors, bundle.json with the description
+    one file   the same tensors; the text of the description is the entry `edit_bundle` of the file's header
+
+What a description and the tensors mean is bundle.py's matter, so that a change of what a bundle holds changes
+nothing here.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from .bundle import Bundle
+from .files import write_whole
 
 DESCRIPTION, WEIGHTS = "bundle.json", "routers.safetensors"
 ENTRY = "edit_bundle"
 """Metadata entry with the description."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """description: text of the JSON. digest: sha256 over the folder's two files, the same for one file."""
+
+    description: str
+    tensors: dict[str, Tensor]
+    digest: str
+
+
+def read(path: str | Path) -> Stored:
+    """Read either layout. Raises ValueError, one line, where it is damaged or something else."""
+    file = find(path)
+    try:
+        return _read_folder(Path(path)) if file is None else _read_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable bundle: {type(error).__name__}: {error}") from error
+
+
+def _read_folder(folder: Path) -> Stored:
+    for file in (folder / DESCRIPTION, folder / WEIGHTS):
+        if not file.is_file():
+            raise ValueError(f"{folder} is not a bundle folder: {file.name} is missing")
+    description, weights = (folder / DESCRIPTION).read_bytes(), (folder / WEIGHTS).read_bytes()
+    return Stored(description.decode(), load(weights), hashlib.sha256(description + weights).hexdigest())
+
+
+def _read_file(file: Path) -> Stored:
+    with safe_open(file, framework="pt") as stored:
+        description = (stored.metadata() or {}).get(ENTRY)
+        if description is None:
+            raise ValueError(
+                f"{file} is not a bundle file: its header has no {ENTRY!r}; "
+                "make one with: edit export BUNDLE --format bundle"
+            )
+        # cloned: the file may go away before the tensors do
+        tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118 - no mapping
+    digest = hashlib.sha256(description.encode() + save(tensors)).hexdigest()
+    return Stored(description, tensors, digest)
 
 
 def find(path: str | Path) -> Path | None:
@@ -34,61 +77,32 @@ def find(path: str | Path) -> Path | None:
     return inside[0] if len(inside) == 1 else None
 
 
+def write_folder(
+    folder: Path,
+    description: str,
+    tensors: dict[str, Tensor],
+    beside: Mapping[Path, Callable[[str], object]],
+) -> None:
+    """Write a folder's files and what lies beside them; all appear together, the description last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(
+        {
+            **beside,
+            folder / WEIGHTS: partial(save_file, tensors),
+            folder / DESCRIPTION: lambda path: Path(path).write_text(description, encoding="utf-8"),
+        }
+    )
+
+
 def pack(folder: str | Path, target: str | Path) -> None:
     """Write a bundle folder as one file, which appears whole or not at all. Raises ValueError, OSError."""
-    folder, target = Path(folder), Path(target)
+    folder = Path(folder)
     if (folder / "backbone.safetensors").exists():
         raise ValueError(
             f"{folder} holds trained weights of the backbone, which do not go into one file; "
             "pass the folder on as it is"
         )
-    description = (folder / DESCRIPTION).read_text(encoding="utf-8")
-    tensors, _ = _read(folder / WEIGHTS)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        save_file(
-            tensors, temporary, metadata={ENTRY: description}
-        )  # one entry: with more, their order varies
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def unpack(file: str | Path, folder: str | Path) -> None:
-    """The inverse of `pack`, byte for byte. Raises ValueError, one line, if the file is no bundle."""
-    file, folder = Path(file), Path(folder)
-    tensors, metadata = _read(file)
-    if ENTRY not in metadata:
-        raise ValueError(
-            f"{file} is no bundle file: its header has no {ENTRY!r}; "
-            "make one with: edit export BUNDLE --format bundle"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS)
-    (folder / DESCRIPTION).write_text(metadata[ENTRY], encoding="utf-8")
-
-
-def load(file: str | Path) -> Bundle:
-    """The bundle in a file. Raises ValueError, one line, if it is none or is damaged."""
-    from .bundle import load_bundle
-
-    with tempfile.TemporaryDirectory(prefix="edit-bundle-") as folder:
-        unpack(file, folder)
-        try:
-            bundle = load_bundle(folder)
-        except ValueError as error:
-            raise ValueError(str(error).replace(folder, str(file))) from error
-    bundle.path = str(file)
-    return bundle
-
-
-def _read(file: Path) -> tuple[dict[str, object], dict[str, str]]:
-    """Tensors, in memory, and header metadata."""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            names = stored.keys()
-            # cloned: the file may go away before the tensors do
-            return {name: stored.get_tensor(name).clone() for name in names}, stored.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is no readable bundle: {type(error).__name__}: {error}") from error
+    stored = read(folder)
+    # one entry: with more, their order varies
+    metadata = {ENTRY: stored.description}
+    write_whole({Path(target): lambda path: save_file(stored.tensors, path, metadata=metadata)})

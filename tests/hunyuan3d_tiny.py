@@ -11,7 +11,6 @@ from backbones.hunyuan3d.config import build
 from backbones.hunyuan3d.family import TRANSFORMER_2
 from routers.bundle import Bundle
 from routers.identity import architecture, fingerprint
-from routers.router import Router
 from tests.tiny_pipelines import make_moments
 
 VAE_PARAMS: dict[str, Any] = {
@@ -80,13 +79,9 @@ def save_folder(folder: Path, **changes: Any) -> Path:
     parts = components()
     save_checkpoint(folder, {**CONFIG, **changes}, parts)
     (folder / "edit.json").write_text('{"steps": 4, "octree_resolution": 24}')
-    blocks = [*parts["model"].double_blocks, *parts["model"].single_blocks]
-    dim = DIT_PARAMS["hidden_size"]
-    torch.manual_seed(0)
     Bundle(
         spec=TRANSFORMER_2,
         moments=make_moments(("main",), 4),
-        routers=[Router(dim, dim, 4).state_dict() for _ in blocks],
         base_model=folder.name,
         architecture=architecture(parts["model"]),
         fingerprint=fingerprint(parts["model"]),

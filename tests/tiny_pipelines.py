@@ -132,7 +132,7 @@ def make_moments(branches: tuple[str, ...], steps: int):
     """Moments as of a smooth process: deltas of near steps and of the CFG branches resemble each other."""
     import numpy as np
 
-    from routers.planned.plan import Moments
+    from routers.planned.moments import Moments
 
     at = np.linspace(0, 1, steps)
     over_time = np.exp(-0.5 * ((at[:, None] - at) / 0.3) ** 2) + 1e-4 * np.eye(steps)
@@ -142,22 +142,17 @@ def make_moments(branches: tuple[str, ...], steps: int):
 
 
 def make_bundle(folder: Path, pipeline: Path, spec, *, steps: int = 4) -> Path:
-    """Save a bundle with made-up moments and untrained routers for a pipeline folder's transformer."""
+    """Save a bundle with made-up moments for a pipeline folder's transformer."""
     import diffusers
 
     from routers.bundle import Bundle
     from routers.identity import architecture, fingerprint
-    from routers.router import Router
 
     transformer_class = getattr(diffusers, spec.transformer_class)
     transformer = transformer_class.from_pretrained(pipeline, subfolder="transformer")
-    blocks = sum(len(transformer.get_submodule(block.path)) for block in spec.blocks)
-    torch.manual_seed(0)
-    dim = transformer.inner_dim
     Bundle(
         spec=spec,
         moments=make_moments(("cond", "uncond"), steps),
-        routers=[Router(dim, dim, 4).state_dict() for _ in range(blocks)],
         base_model=folder.name,
         architecture=architecture(transformer),
         fingerprint=fingerprint(transformer),

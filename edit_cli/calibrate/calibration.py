@@ -25,7 +25,7 @@ from edit_cli.console import phases, print_warning
 from edit_cli.errors import EditError, RunError, bad_input
 from edit_cli.generate.cutout import open_rgb
 from edit_cli.generate.prompts import default_prompts, read_prompts
-from routers.calibrate.evaluate import Quality, as_metadata, evaluate, prefers_routers, recommend
+from routers.calibrate.evaluate import Quality, as_metadata, evaluate, recommend
 from routers.calibrate.fit import FitSettings, fit
 from routers.calibrate.state import State
 from routers.identity import architecture, fingerprint
@@ -121,7 +121,6 @@ class Calibration:
                 "make room and continue with --resume"
             ) from error
         bundle.min_budget = self.asked.budgets[0]
-        prefers_routers(transformer, bundle, self.train, lambda d, t: report("per sample?", d, t))
         self.seconds["fit"] = time.perf_counter() - start
         return bundle
 

@@ -23,8 +23,6 @@ def as_json(bundle: routers.Bundle, rows: Sequence[Quality], folder: Path) -> di
         "bundle": str(folder),
         "model": bundle.base_model,
         "recommended_budget": recommend(rows),
-        "per_sample": bundle.per_sample,
-        "router_correlation": bundle.metadata.get("router_correlation"),
         "quality": as_metadata(rows),
     }
 

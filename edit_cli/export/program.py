@@ -26,7 +26,7 @@ from edit_cli.errors import EditError, RunError
 from edit_cli.export.settings import Settings
 from edit_cli.export.source import Source, freeze
 from edit_cli.export.write import Say
-from routers.watch.redundancy import first_tensor
+from routers.calls import first_tensor
 
 FILE = "transformer.pt2"
 TEXT_TOKENS = 64

@@ -20,10 +20,10 @@ from edit_cli.export.write import Say
 from routers import bundle_file
 from routers.attachment import attach
 from routers.bundle import Bundle, load_bundle
+from routers.calls import first_tensor
 from routers.paper.checkpoint import is_release_file
 from routers.static.choose import Choice, Inputs, choose, order_units, record_calls
 from routers.static.frozen import frozen
-from routers.watch.redundancy import first_tensor
 
 SAMPLES, STEPS = 4, 3
 """Calibration: so many samples, seen at so many steps spread over a generation, in every branch."""

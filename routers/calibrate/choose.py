@@ -1,7 +1,7 @@
 """Which steps to compute, decided by trying: the closed form proposes plans, runs of the model choose.
 
-The closed form of `plan.Planner` adds up errors as if nothing answered to them. Where few steps are left
-out that is close; where most are, its best plan can be several dB behind its third best, and a plan of more
+The closed form of planned/prediction.py adds errors up as if nothing answered to them. Where few are left out
+that is close; where most are, its best plan can be several dB behind its third best, and a plan of more
 steps behind one of fewer (docs/notes/planning.md). So calibration runs a few proposals for every number of
 branch passes on some of its samples, and keeps the best:
 
@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..elastic import Elastic
-from ..planned.plan import DEAD, HALF, WHOLE, Levels, Moments, Planner, raised
+from ..planned.moments import DEAD, HALF, WHOLE, Levels, Moments
+from ..planned.plan import Planner, raised
 from ..planned.policy import PlannedPolicy
 from .evaluate import latent_snr
 from .record import Record
@@ -53,12 +54,12 @@ class Trials:
         """Mean latent SNR in dB to the dense run. Raises NotFiniteError, OSError."""
         key = levels.tobytes()
         if key not in self.scores:
-            known = None if self.state is None else self.state.trial(levels.tolist())
-            if known is None:
-                known = float(np.mean([self._run(levels, batch) for batch in range(self.batches)]))
+            score = None if self.state is None else self.state.trial(levels.tolist())
+            if score is None:
+                score = float(np.mean([self._run(levels, batch) for batch in range(self.batches)]))
                 if self.state is not None:
-                    self.state.keep_trial(levels.tolist(), known)
-            self.scores[key] = known
+                    self.state.keep_trial(levels.tolist(), score)
+            self.scores[key] = score
         return self.scores[key]
 
     def splits(self) -> bool:
@@ -67,15 +68,15 @@ class Trials:
             return False
         policy = self._policy(np.full(self.workload.num_steps, WHOLE, np.int8))
         run_patched(self.elastic, self.workload, 0, policy, "plans, all steps computed")
-        return policy.plan is not None and policy.plan.half is not None
+        return policy.plan is not None and policy.plan.split
 
     def _policy(self, levels: Levels) -> PlannedPolicy:
-        return PlannedPolicy(self.moments, self.planners, levels=levels, per_sample=False)
+        return PlannedPolicy(self.moments, self.planners, levels=levels)
 
     def _run(self, levels: Levels, batch: int) -> list[float]:
         """SNR in dB of each row of a batch."""
-        asked = f"plans, computing {int(levels.sum())} branch passes"
-        latents = run_patched(self.elastic, self.workload, batch, self._policy(levels), asked)
+        phase = f"plans, computing {int(levels.sum())} branch passes"
+        latents = run_patched(self.elastic, self.workload, batch, self._policy(levels), phase)
         rows = self.workload.rows
         return latent_snr(latents, self.recorded.latents[batch * rows : (batch + 1) * rows])
 
@@ -93,7 +94,7 @@ def choose_plans(
     """Levels [K, S] of the best plan tried for each number of branch passes; None without samples or steps.
 
     samples: rows that plans are tried on, rounded up to whole batches. least: the smallest budget that
-    will be asked for. state: keeps every trial, and gives back those of an earlier attempt.
+    is served. state: keeps every trial, and gives back those of an earlier attempt.
     """
     steps, batches = workload.num_steps, min(-(-samples // workload.rows), workload.num_batches)
     if batches < 1 or steps < 4:
@@ -106,7 +107,7 @@ def choose_plans(
     planners = [Planner(replace(moments, gain=evened(moments.gain, e), plans=None)) for e in EVENED]
     best: dict[int, Levels] = {}
     stages = [
-        lambda count: [proposal(planner, count, split) for planner in planners],
+        lambda count: [planner.best(count, split)[0] for planner in planners],
         lambda count: moves(planners[1], best.get(count - grain), grain),
         lambda count: moves(planners[1], best.get(count + grain), -grain),
     ]
@@ -123,17 +124,9 @@ def evened(gain: NDArray[np.float64], exponent: float) -> NDArray[np.float64]:
     """Gains [S] brought nearer to their median, as a power; steps that never reach the latents stay so."""
     typical = float(np.median(gain))
     alive = gain > DEAD * 10 * typical
-    found = gain.copy()
-    found[alive] = typical * (gain[alive] / typical) ** exponent
-    return found
-
-
-def proposal(planner: Planner, count: int, split: bool) -> Levels:
-    """Levels [S] that the closed form likes best for `count` branch passes."""
-    if split:
-        return planner.best_levels(count)[0]
-    fresh: Levels = WHOLE * planner.best(count // WHOLE)[0].astype(np.int8)
-    return fresh
+    nearer = gain.copy()
+    nearer[alive] = typical * (gain[alive] / typical) ** exponent
+    return nearer
 
 
 def moves(planner: Planner, levels: Levels | None, by: int) -> list[Levels]:
@@ -141,5 +134,5 @@ def moves(planner: Planner, levels: Levels | None, by: int) -> list[Levels]:
     if levels is None:
         return []
     places = [s for s in range(1, len(levels)) if 0 <= levels[s] + by <= WHOLE]
-    found = [plan for plan in (raised(levels, s, by) for s in places) if planner.is_late(plan)]
-    return sorted(found, key=planner.levels_error)[:MOVES]
+    plans = [plan for plan in (raised(levels, s, by) for s in places) if planner.is_late(plan)]
+    return sorted(plans, key=planner.error)[:MOVES]

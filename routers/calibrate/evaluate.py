@@ -24,10 +24,6 @@ from .workload import Workload, require_finite
 RECOMMENDED_DB = 30.0
 """Latent SNR from which a budget is recommended: a thousandth of the signal's energy, below what the eye
 finds in pictures of the packaged models (docs/quality.md)."""
-BENT = (0.5, 0.7)
-"""Budgets at which plans are tried with and without the routers."""
-MARGIN = 0.1
-"""dB that the routers must gain on average to be used."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ def evaluate(
     """Measure `budgets` on a workload, interleaved batch by batch with the dense model."""
     budgets = list(budgets)
     seconds: dict[float, list[float]] = {b: [] for b in [*budgets, 1.0]}
-    found: dict[float, list[tuple[float, float]]] = {b: [] for b in budgets}
+    samples: dict[float, list[tuple[float, float]]] = {b: [] for b in budgets}
     predicted: dict[float, float | None] = {}
     workload.run(0)  # warm
     for batch in range(workload.num_batches):
@@ -70,13 +66,13 @@ def evaluate(
             predicted[budget] = predicted_snr(bundle, plan)
             if budget != 1.0:
                 seconds[budget].append(taken)
-            found[budget] += list(zip(trace.spent, latent_snr(latents, dense), strict=True))
+            samples[budget] += list(zip(trace.spent, latent_snr(latents, dense), strict=True))
         report(batch + 1, workload.num_batches)
     reference = statistics.median(seconds[1.0])
     rows = []
     for budget in budgets:
-        spent = [s for s, _ in found[budget]]
-        snr = statistics.median(db for _, db in found[budget])
+        spent = [s for s, _ in samples[budget]]
+        snr = statistics.median(db for _, db in samples[budget])
         ratio = statistics.median(seconds[budget]) / reference
         rows.append(
             Quality(budget, float(np.mean(spent)), min(spent), max(spent), snr, ratio, predicted[budget])
@@ -100,31 +96,6 @@ def recommend(rows: Sequence[Quality], threshold: float = RECOMMENDED_DB) -> flo
             break
         best = row.budget
     return best
-
-
-def prefers_routers(
-    transformer: torch.nn.Module,
-    bundle: Bundle,
-    workload: Workload,
-    report: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Decide by measuring whether the bundle's routers may bend its plans per sample; noted in its metadata.
-
-    They may if samples come nearer to the dense ones with them than without, by MARGIN dB on average over
-    BENT budgets.
-    """
-    settings = [(budget, routed) for budget in BENT for routed in (False, True)]
-    means: dict[tuple[float, bool], list[float]] = {setting: [] for setting in settings}
-    for batch in range(workload.num_batches):
-        dense, _ = _timed(workload, batch)
-        for budget, routed in settings:
-            bundle.per_sample = routed
-            latents, _, _, _ = _elastic(transformer, bundle, workload, batch, budget)
-            means[budget, routed] += latent_snr(latents, dense)
-        report(batch + 1, workload.num_batches)
-    gains = [float(np.mean(means[b, True]) - np.mean(means[b, False])) for b in BENT]
-    bundle.per_sample = float(np.mean(gains)) > MARGIN
-    bundle.metadata["router_gain_db"] = {f"{b:g}": round(g, 3) for b, g in zip(BENT, gains, strict=True)}
 
 
 def as_metadata(rows: Sequence[Quality]) -> list[dict[str, Any]]:

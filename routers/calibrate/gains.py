@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..elastic import Elastic
-from ..planned.plan import DEAD, Moments, Planner
+from ..planned.moments import DEAD, Moments
 from ..planned.policy import row_branches
+from ..planned.prediction import Predictor
 from ..policy import CallInfo, OpenPolicy, RunInfo
 from ..trace import REUSE, Actions
 from .record import Record
@@ -33,9 +34,9 @@ class ProbePolicy(OpenPolicy):
     Where CFG branches share a batch, all rows of a sample do the same.
     """
 
-    def __init__(self, steps: Sequence[int], planner: Planner) -> None:
-        self.steps, self.planner = list(steps), planner
-        self.cache_depth = planner.depth
+    def __init__(self, steps: Sequence[int], predictor: Predictor) -> None:
+        self.steps, self.predictor = list(steps), predictor
+        self.cache_depth = predictor.depth
 
     def start(self, run: RunInfo) -> None:
         """Each segment is cached as one unit."""
@@ -45,12 +46,12 @@ class ProbePolicy(OpenPolicy):
         """Full everywhere but in the rows whose step this is."""
         codes = super().decide(call, logits)
         assert self.units is not None
-        passes = tuple(range(call.step - 1, max(call.step - 1 - self.planner.depth, -1), -1))
-        self.weights = np.zeros((call.rows, len(self.units), self.planner.depth), np.float32)
-        for row, branch in enumerate(row_branches(call, self.planner.moments)):
+        predictor, passes = self.predictor, before(call.step, self.predictor.depth)
+        self.weights = np.zeros((call.rows, len(self.units), predictor.depth), np.float32)
+        for row, branch in enumerate(row_branches(call, predictor.moments)):
             if self.steps[row % len(self.steps)] == call.step and passes:
                 codes[row] = REUSE
-                self.weights[row, :, : len(passes)] = self.planner.weights(branch, call.step, passes)
+                self.weights[row, :, : len(passes)] = predictor.weights(branch, call.step, passes)
         return codes
 
 
@@ -69,70 +70,77 @@ def measure_gains(
     NotFiniteError.
     """
     steps, rows = workload.num_steps, workload.rows
-    planner = Planner(moments)
+    predictor = Predictor(moments)
     count = -(-probes // rows) * rows
     picked = [1 + i % (steps - 1) for i in range(count)] if steps > 1 else []
-    found: Probes = []
+    probed: Probes = []
     for number, start in enumerate(range(0, len(picked), rows)):
         done = None if state is None else state.probes(number)
         if done is None:
-            policy = ProbePolicy(picked[start : start + rows], planner)
+            policy = ProbePolicy(picked[start : start + rows], predictor)
             done = _probe(elastic, workload, recorded, policy, number % workload.num_batches)
             if state is not None:
                 state.keep_probes(done)
-        found += done
+        probed += done
         report(start + rows, len(picked))
-    return from_probes(found, steps)
+    return from_probes(probed, steps)
 
 
 def _probe(elastic: Elastic, workload: Workload, recorded: Record, policy: ProbePolicy, batch: int) -> Probes:
     """One batch, another step predicted in each sample; log gains are -inf where latents stayed equal."""
-    asked = f"gains, predicting steps {', '.join(str(step + 1) for step in policy.steps)}"
-    latents = run_patched(elastic, workload, batch, policy, asked)
+    phase = f"gains, predicting steps {', '.join(str(step + 1) for step in policy.steps)}"
+    latents = run_patched(elastic, workload, batch, policy, phase)
     first = batch * workload.rows
     dense = recorded.latents[first : first + workload.rows]
     final = (latents - dense).float().square().flatten(1).mean(dim=1).numpy()
-    found = []
+    probes = []
     for row, step in enumerate(policy.steps):
-        local = prediction_error(policy.planner, step, recorded.gram[(first + row) % len(recorded.gram)])
+        local = prediction_error(policy.predictor, step, recorded.gram[(first + row) % len(recorded.gram)])
         if local > 0:
-            found.append((step, float(np.log(final[row] / local)) if final[row] > 0 else float("-inf")))
-    return found
+            probes.append((step, float(np.log(final[row] / local)) if final[row] > 0 else float("-inf")))
+    return probes
 
 
-def from_probes(found: Sequence[tuple[int, float]], steps: int) -> NDArray[np.float64]:
+def from_probes(probes: Probes, steps: int) -> NDArray[np.float64]:
     """Gains [S]. Steps without any effect (a sampler's last one, of size 0) are kept apart.
 
     A gain so far below the typical one is rounding. They get DEAD times the smallest other gain, and leave
     their neighbours alone.
     """
-    typical = np.median([gain for _, gain in found]) if found else 0.0
-    reach = {step: max(gain for s, gain in found if s == step) for step, _ in found}
+    typical = np.median([gain for _, gain in probes]) if probes else 0.0
+    reach = {step: max(gain for s, gain in probes if s == step) for step, _ in probes}
     dead = sorted(step for step, most in reach.items() if most < typical + np.log(DEAD))
-    alive = [(step, gain) for step, gain in found if step not in dead and np.isfinite(gain)]
+    alive = [(step, gain) for step, gain in probes if step not in dead and np.isfinite(gain)]
     gain = np.exp(smooth(alive, steps))
     gain[dead] = DEAD * np.delete(gain, dead).min()
     return gain
 
 
-def prediction_error(planner: Planner, step: int, gram: NDArray[np.float64]) -> float:
-    """Squared error of the mixed deltas if only `step` is predicted, for a row with this Gram matrix."""
-    steps = planner.num_steps
-    passes = tuple(range(step - 1, max(step - 1 - planner.depth, -1), -1))
+def before(step: int, depth: int) -> tuple[int, ...]:
+    """The last steps before this one, newest first."""
+    return tuple(range(step - 1, max(step - 1 - depth, -1), -1))
+
+
+def prediction_error(predictor: Predictor, step: int, gram: NDArray[np.float64]) -> float:
+    """Squared error of the mixed deltas if only `step` is predicted, for a row with this Gram matrix.
+
+    r^T K r with the residual r = sum_g m_g (sum_p w_p e_gp - e_gs).
+    """
+    passes = before(step, predictor.depth)
     residual = np.zeros(len(gram))
-    for branch, mix in enumerate(planner.moments.mixing):
-        base = branch * steps
-        residual[base + np.array(passes)] += mix * planner.weights(branch, step, passes)
+    for branch, mix in enumerate(predictor.moments.mixing):
+        base = branch * predictor.num_steps
+        residual[base + np.array(passes)] += mix * predictor.weights(branch, step, passes)
         residual[base + step] -= mix
     return float(residual @ gram @ residual)
 
 
-def smooth(found: Sequence[tuple[int, float]], steps: int) -> NDArray[np.float64]:
+def smooth(probes: Probes, steps: int) -> NDArray[np.float64]:
     """Least-squares log gains [S] of (step, log gain) probes, neighbours tied to each other."""
-    rows = [np.eye(steps)[step] for step, _ in found]
-    rows += [TIE * (np.eye(steps)[s] - np.eye(steps)[s + 1]) for s in range(steps - 1)]
-    targets = [value for _, value in found] + [0.0] * (steps - 1)
-    if not found:
+    if not probes:
         return np.zeros(steps)
+    rows = [np.eye(steps)[step] for step, _ in probes]
+    rows += [TIE * (np.eye(steps)[s] - np.eye(steps)[s + 1]) for s in range(steps - 1)]
+    targets = [value for _, value in probes] + [0.0] * (steps - 1)
     solution: NDArray[np.float64] = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)[0]
     return solution

@@ -1,11 +1,11 @@
-"""Watch the dense model: what its blocks add together at every step, and what the routers see.
+"""Watch the dense model: what its blocks add together at every step.
 
-Shapes: R rows, L tokens (a fixed sample of them), D dim, E time embedding dim, N blocks, S steps, G branches.
+Shapes: R rows, L tokens (a fixed sample of them), D dim, S steps, G branches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,19 +24,22 @@ TOKENS = 256
 
 @dataclass
 class Record:
-    """Second moments of one workload, and the routers' inputs.
+    """Second moments of one workload.
 
     gram [R, G * S, G * S]: per row, mean product of the residual deltas that all blocks together add to the
-    first stream at two (branch, step)s, branch-major. pooled [G, S, N]: per entry `[R, D]` float16.
-    modulation [G, S]: per entry `[R, E]` float16. latents: `[R, ...]` final latents of the dense runs.
+    first stream at two (branch, step)s, branch-major. latents: `[R, ...]` final latents of the dense runs.
     times [S]: the sampler's times.
     """
 
     gram: NDArray[np.float64]
-    pooled: list[list[list[Tensor]]]
-    modulation: list[list[Tensor | None]]
     latents: Tensor
     times: list[float]
+
+    @classmethod
+    def join(cls, batches: Sequence[Mapping[str, Tensor]]) -> Record:
+        """All batches together, each as `Recorder.tensors` gave it."""
+        gram, latents = (torch.cat([batch[name] for batch in batches]) for name in ("gram", "latents"))
+        return cls(gram.numpy(), latents, batches[0]["times"].tolist())
 
 
 class Recorder:
@@ -47,8 +50,6 @@ class Recorder:
 
     def __init__(self, workload: Workload, segments: tuple[tuple[int, int], ...], batch: int = 0) -> None:
         self.branches, self._workload, self._batch = workload.branches, workload, batch
-        self.pooled: dict[tuple[int, int, int], Tensor] = {}
-        self.modulation: dict[tuple[int, int], Tensor] = {}
         self.times = [0.0] * workload.num_steps
         self._starts = {first for first, _ in segments}
         self._ends = {last for _, last in segments}
@@ -59,7 +60,6 @@ class Recorder:
         """A block was computed for every row of the batch."""
         info, n = seen.call.info, seen.block.index
         s, before, after = info.step, seen.before[0], seen.after[0]
-        parts = self._parts(info.branch, info.rows)
         if n in self._starts:
             self._entry = _sampled(before)
         if n in self._ends:
@@ -68,19 +68,12 @@ class Recorder:
             if not bool(delta.isfinite().all()):
                 at = f"step {s + 1} of {len(self.times)}"
                 raise NotFiniteError(f"in batch {self._batch + 1} of {self._workload.num_batches}, {at}")
-            for g, rows in parts:
+            for g, rows in self.parts(info.branch, info.rows):
                 self._deltas.setdefault((g, s), []).append(delta[rows])
-        if n == 0 and parts[0][0] == 0:
+        if n == 0:
             self.times[s] = float(seen.call.time.flatten()[0])
-        pooled, name = before.mean(dim=1).half().cpu(), seen.block.spec.modulation
-        for g, rows in parts:
-            self.pooled[g, s, n] = pooled[rows]
-        if n == 0 and name:
-            modulation = seen.inputs[name][: before.shape[0]].half().cpu()
-            for g, rows in parts:
-                self.modulation[g, s] = modulation[rows]
 
-    def _parts(self, branch: str, rows: int) -> list[tuple[int, slice]]:
+    def parts(self, branch: str, rows: int) -> list[tuple[int, slice]]:
         """Which CFG branches a call holds, and which of its rows are theirs."""
         if branch in self.branches:
             return [(self.branches.index(branch), slice(None))]
@@ -93,11 +86,9 @@ class Recorder:
         return [(g, slice(g * samples, (g + 1) * samples)) for g in range(len(self.branches))]
 
     def tensors(self, latents: Tensor) -> dict[str, Tensor]:
-        """All that is kept of the batch, by names that `_join` reads; the deltas behind `gram` are freed."""
-        kept = {"gram": torch.from_numpy(self.gram()), "latents": latents}
-        kept["times"] = torch.tensor(self.times, dtype=torch.float64)
-        kept |= {f"pooled.{g}.{s}.{n}": x for (g, s, n), x in self.pooled.items()}
-        kept |= {f"modulation.{g}.{s}": x for (g, s), x in self.modulation.items()}
+        """All that is kept of the batch, for `Record.join`; the deltas behind `gram` are freed."""
+        times = torch.tensor(self.times, dtype=torch.float64)
+        kept = {"gram": torch.from_numpy(self.gram()), "latents": latents, "times": times}
         self._deltas.clear()
         self._entry = None
         return kept
@@ -135,29 +126,7 @@ def record(
                 state.keep_batch(batch, done)
         batches.append(done)
         report(batch + 1, workload.num_batches)
-    return _join(batches, len(workload.branches), workload.num_steps, len(elastic.blocks))
-
-
-def _join(batches: list[dict[str, Tensor]], branches: int, steps: int, blocks: int) -> Record:
-    """The record of all batches together."""
-
-    def all_rows(name: str) -> Tensor:
-        return torch.cat([kept[name] for kept in batches])
-
-    def modulation(g: int, s: int) -> Tensor | None:
-        name = f"modulation.{g}.{s}"
-        return all_rows(name) if name in batches[0] else None
-
-    return Record(
-        gram=all_rows("gram").numpy(),
-        pooled=[
-            [[all_rows(f"pooled.{g}.{s}.{n}") for n in range(blocks)] for s in range(steps)]
-            for g in range(branches)
-        ],
-        modulation=[[modulation(g, s) for s in range(steps)] for g in range(branches)],
-        latents=all_rows("latents"),
-        times=batches[0]["times"].tolist(),
-    )
+    return Record.join(batches)
 
 
 def _sampled(stream: Tensor) -> Tensor:

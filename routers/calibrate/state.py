@@ -1,6 +1,6 @@
-"""Progress of an unfinished calibration, kept so that it can be continued after a kill.
+"""Progress of an unfinished calibration, kept so that an interrupted run can be resumed.
 
-    asked.json                  what is being calibrated, and how; a continued run must ask for the same
+    request.json                what is being calibrated, and how; a resumed run must request the same
     record-0000.safetensors     what one dense batch gave (`record.Recorder.tensors`)
     gains.json                  one [[step, log gain], ...] per finished batch of probes
     trials.json                 one [levels of all steps, dB] per finished trial of a plan
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ..files import write_whole
 
+REQUEST, GAINS, TRIALS = "request.json", "gains.json", "trials.json"
 Probes = list[tuple[int, float]]
 """(step, log of its gain) of each probe in a batch."""
 
@@ -34,22 +36,21 @@ class State:
         self._gains: list[Probes] = []
         self._trials: list[tuple[list[int], float]] = []
 
-    def begin(self, asked: Mapping[str, Any], resume: bool) -> bool:
+    def begin(self, request: Mapping[str, Any], resume: bool) -> bool:
         """Start anew, or with resume go on where an earlier attempt stopped; True if there is one.
 
-        asked: JSON data. Raises ValueError, one line, if the attempt asked for something else or is damaged.
+        request: JSON data. Raises ValueError, one line, if the attempt had another one or is damaged.
         """
-        file = self.folder / "asked.json"
+        file = self.folder / REQUEST
         if resume and file.is_file():
-            self._check(_read_json(file), json.loads(json.dumps(asked)))
-            gains, trials = self.folder / "gains.json", self.folder / "trials.json"
+            self._check(_read_json(file), json.loads(json.dumps(request)))
+            gains, trials = self.folder / GAINS, self.folder / TRIALS
             self._gains = _read_json(gains) if gains.is_file() else []
             self._trials = _read_json(trials) if trials.is_file() else []
             return True
         self.discard()
         self.folder.mkdir(parents=True)
-        text = json.dumps(asked, indent=1)
-        write_whole({file: lambda path: Path(path).write_text(text, encoding="utf-8")})
+        self._write(REQUEST, json.dumps(request, indent=1))
         return False
 
     def discard(self) -> None:
@@ -63,15 +64,15 @@ class State:
         if not file.is_file():
             return None
         try:
-            found: dict[str, Tensor] = load_file(file)
-            return found
+            return dict(load_file(file))
         except SafetensorError as error:
             raise _damaged(file) from error
 
     def keep_batch(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Remember a finished dense batch."""
-        own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # rows may share memory
-        write_whole({self.batch_file(number): lambda path: save_file(own, path)})
+        # cloned: rows may share memory
+        apart = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+        write_whole({self.batch_file(number): partial(save_file, apart)})
 
     def probes(self, number: int) -> Probes | None:
         """What a batch of probes gave, or None if it was not finished."""
@@ -82,26 +83,27 @@ class State:
     def keep_probes(self, probes: Probes) -> None:
         """Remember the next finished batch of probes."""
         self._gains.append(probes)
-        text = json.dumps(self._gains)
-        write_whole({self.folder / "gains.json": lambda path: Path(path).write_text(text, encoding="utf-8")})
+        self._write(GAINS, json.dumps(self._gains))
 
     def trial(self, levels: list[int]) -> float | None:
         """What a plan's trial gave, in dB, or None if it was not finished."""
-        return next((float(found) for tried, found in self._trials if list(tried) == levels), None)
+        return next((float(score) for tried, score in self._trials if list(tried) == levels), None)
 
-    def keep_trial(self, levels: list[int], found: float) -> None:
+    def keep_trial(self, levels: list[int], score: float) -> None:
         """Remember a finished trial."""
-        self._trials.append((levels, found))
-        text = json.dumps(self._trials)
-        write_whole({self.folder / "trials.json": lambda path: Path(path).write_text(text, encoding="utf-8")})
+        self._trials.append((levels, score))
+        self._write(TRIALS, json.dumps(self._trials))
 
     def batch_file(self, number: int) -> Path:
         """Where a dense batch is kept."""
         return self.folder / f"record-{number:04d}.safetensors"
 
+    def _write(self, name: str, text: str) -> None:
+        write_whole({self.folder / name: lambda path: Path(path).write_text(text, encoding="utf-8")})
+
     def _check(self, before: Any, now: Mapping[str, Any]) -> None:
         if not isinstance(before, dict):
-            raise _damaged(self.folder / "asked.json")
+            raise _damaged(self.folder / REQUEST)
         for name in {**now, **before}:
             old, new = before.get(name), now.get(name)
             if old != new:

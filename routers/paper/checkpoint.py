@@ -2,36 +2,27 @@
 
 `load_release` maps the file (or a sharded set) into memory and hands its tensors to a transformer
 without a second copy. `ReleaseRouter` is the released router under its own key names; how its output
-becomes decisions is in `release_policy.py`. See docs/release.md.
+becomes decisions is in `policy.py`. See docs/release.md.
 
 Shapes: B batch, L tokens of all streams, D dim, H hidden units of the router, W number of widths.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from operator import attrgetter
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..patching import Patch, patch_forward, restore_forward
+from ..patching import Patches
 from ..spec import WIDTHS, TransformerSpec
-
-ROUTER_PREFIX = "gate_mlps."
-"""Key prefix of the routers in a released file; every other key belongs to the transformer."""
-
-MAX_HEADER_BYTES = 100_000_000
-"""Largest header the safetensors format allows."""
-
-DTYPES = ("F32", "F16", "BF16")
-"""Tensor types, as the format names them, that can be run as they are."""
+from .headers import ROUTER_PREFIX, ReleaseFile, some
+from .headers import is_release_file as is_release_file
+from .headers import read_release as read_release
+from .headers import split_keys as split_keys
 
 
 class ReleaseRouter(nn.Module):
@@ -86,78 +77,6 @@ def _token_mean(x_BLC: Tensor, mask_BL: Tensor | None) -> Tensor:
     return ((x_BLC * weight_BL1).sum(dim=1) / weight_BL1.sum(dim=1)).to(x_BLC.dtype)
 
 
-@dataclass(frozen=True)
-class ReleaseFile:
-    """What a released checkpoint contains, from headers alone.
-
-    shards: file -> names in it. shapes: tensor name -> shape.
-    """
-
-    shards: dict[Path, tuple[str, ...]]
-    shapes: dict[str, tuple[int, ...]]
-
-
-def is_release_file(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a checkpoint in the paper's released layout; reads headers only.
-
-    path: a safetensors file, an index json of a sharded one, or the folder of either. A bundle of
-    `edit` or a pipeline folder is False. Raises ValueError for a damaged safetensors file.
-    """
-    located = _locate(Path(path))
-    if located is None:
-        return False
-    if located.suffix == ".json":
-        return any(name.startswith(ROUTER_PREFIX) for name in _weight_map(located))
-    return any(name.startswith(ROUTER_PREFIX) for name in _read_header(located))
-
-
-def read_release(path: str | os.PathLike[str]) -> ReleaseFile:
-    """Names, shapes and dtypes of a released checkpoint, without reading a tensor.
-
-    Raises ValueError naming the file if it is missing, damaged, or has no routers.
-    """
-    path = Path(path)
-    located = _locate(path)
-    if located is None:
-        raise ValueError(
-            f"{path} is no router checkpoint: give a .safetensors file, its index .json or a folder"
-        )
-    if located.suffix == ".json":
-        names_by_shard: dict[Path, list[str]] = {}
-        for name, file in _weight_map(located).items():
-            names_by_shard.setdefault(located.parent / file, []).append(name)
-    else:
-        names_by_shard = {located: []}
-    shapes: dict[str, tuple[int, ...]] = {}
-    shards: dict[Path, tuple[str, ...]] = {}
-    for shard, promised in names_by_shard.items():
-        header = _read_header(shard)
-        absent = sorted(set(promised) - set(header))
-        if absent:
-            raise ValueError(
-                f"{shard} lacks {_some(absent)}, which {located.name} promises; fetch both again"
-            )
-        shards[shard] = tuple(promised or header)
-        for name in shards[shard]:
-            if header[name]["dtype"] not in DTYPES:
-                raise ValueError(
-                    f"{name} in {shard} is {header[name]['dtype']}; weights are {', '.join(DTYPES)}"
-                )
-            shapes[name] = tuple(header[name]["shape"])
-    if not any(name.startswith(ROUTER_PREFIX) for name in shapes):
-        raise ValueError(f"{path} has no {ROUTER_PREFIX}* keys: it holds weights, but no released routers")
-    return ReleaseFile(shards, shapes)
-
-
-def split_keys(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(transformer keys, router keys) of a released checkpoint, each in the given order."""
-    transformer: list[str] = []
-    routers: list[str] = []
-    for name in names:
-        (routers if name.startswith(ROUTER_PREFIX) else transformer).append(name)
-    return transformer, routers
-
-
 def build_routers(path: object, shapes: Mapping[str, tuple[int, ...]]) -> nn.ModuleList:
     """The routers that a key table describes, one for each `gate_mlps.<i>`, on the meta device.
 
@@ -169,7 +88,7 @@ def build_routers(path: object, shapes: Mapping[str, tuple[int, ...]]) -> nn.Mod
     if numbers != expected:
         raise ValueError(
             f"routers in {path} are not numbered 0..{len(numbers) - 1}: "
-            f"{_some(sorted(expected - numbers))} is missing"
+            f"{some(sorted(expected - numbers))} is missing"
         )
     trunk = shapes.get(f"{ROUTER_PREFIX}0.out.0.weight")
     if trunk is None or len(trunk) != 2:
@@ -196,7 +115,7 @@ def check_keys(path: object, shapes: Mapping[str, tuple[int, ...]], *modules: tu
         if name in shapes and shapes[name] != shape
     ]
     problems = [
-        f"{len(names)} {what}: {_some(names)}"
+        f"{len(names)} {what}: {some(names)}"
         for what, names in (("missing", missing), ("left over", left_over), ("of another shape", differing))
         if names
     ]
@@ -268,100 +187,24 @@ def sigmoid_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-class SigmoidGelu:
-    """Undo handle of `use_sigmoid_gelu`: the switched activations."""
-
-    def __init__(self, patches: list[tuple[nn.Module, Patch, str]]) -> None:
-        self._patches = patches
-
-    def __len__(self) -> int:
-        return len(self._patches)
-
-    def undo(self) -> None:
-        """Put the model's own activations back."""
-        for module, patch, name in reversed(self._patches):
-            restore_forward(module, patch, name)
-        self._patches = []
-
-
-def use_sigmoid_gelu(transformer: nn.Module, spec: TransformerSpec) -> SigmoidGelu:
+def use_sigmoid_gelu(transformer: nn.Module, spec: TransformerSpec) -> Patches:
     """Switch every tanh-GELU in the transformer's blocks, text and image MLPs alike, to `sigmoid_gelu`.
 
-    Raises ValueError if a block has none. Returns the handle that undoes it.
+    Raises ValueError if a block has none. Closing what is returned puts the model's own activations back.
     """
-    patches: list[tuple[nn.Module, Patch, str]] = []
-    for block_spec in spec.blocks:
-        for i, block in enumerate(attrgetter(block_spec.path)(transformer)):
-            before = len(patches)
-            for module in block.modules():
-                if getattr(module, "approximate", None) == "tanh":
+    with Patches() as patches:  # undone where one is refused
+        for block_spec in spec.blocks:
+            for i, block in enumerate(attrgetter(block_spec.path)(transformer)):
+                tanh = [module for module in block.modules() if getattr(module, "approximate", "") == "tanh"]
+                if not tanh:
+                    raise ValueError(
+                        f"{block_spec.path}.{i} ({type(block).__name__}) has no tanh-GELU to switch"
+                    )
+                for module in tanh:
                     # diffusers' GELU holds its input projection too; torch's nn.GELU is the activation alone.
-                    name = "gelu" if hasattr(module, "gelu") else "forward"
-                    patches.append((module, patch_forward(module, _replace, name), name))
-            if len(patches) == before:
-                SigmoidGelu(patches).undo()
-                raise ValueError(f"{block_spec.path}.{i} ({type(block).__name__}) has no tanh-GELU to switch")
-    return SigmoidGelu(patches)
+                    patches.add(module, _replace, "gelu" if hasattr(module, "gelu") else "forward")
+        return patches.pop_all()
 
 
 def _replace(original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return sigmoid_gelu(x)
-
-
-def _locate(path: Path) -> Path | None:
-    """The safetensors file or index json that `path` means, or None if it means neither."""
-    if path.is_dir():
-        if (path / "bundle.json").exists() or (path / "model_index.json").exists():
-            return None
-        found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
-        return found[0] if len(found) == 1 else None
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    return path if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json") else None
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> shard file name, from an index json. Raises ValueError unless it is one."""
-    try:
-        shards = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is no index of sharded safetensors: it has no weight_map") from error
-    for shard in set(shards.values()):
-        if Path(shard).name != shard or not (index.parent / shard).is_file():
-            raise ValueError(f"{index} refers to {shard!r}, which is not beside it; fetch every shard")
-    return dict(shards)
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    """Header of a safetensors file: tensor name -> {dtype, shape, data_offsets}.
-
-    Raises ValueError if the file is something else or shorter than its header promises.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= MAX_HEADER_BYTES:
-            raise ValueError(
-                f"{path} ({size} bytes) is no safetensors file; pickled checkpoints are not loaded"
-            )
-        if 8 + length > size:
-            raise ValueError(
-                f"{path} is truncated: it has {size} bytes, its header alone {8 + length}; fetch it again"
-            )
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} ({size} bytes) is no safetensors file: its header is no table"
-            ) from error
-    if 8 + length + end > size:
-        raise ValueError(f"{path} is truncated: it has {size} bytes of {8 + length + end}; fetch it again")
-    return dict(header)
-
-
-def _some(names: list[str]) -> str:
-    """Up to three names, and how many more there are."""
-    more = len(names) - 3
-    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")

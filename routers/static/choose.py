@@ -10,22 +10,23 @@ Shapes: B rows, L tokens, F hidden units.
 from __future__ import annotations
 
 import heapq
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..block import Block, find_blocks
-from ..cost import BlockCost, block_cost, transformer_flops
-from ..patching import patch_forward, restore_forward
+from ..block import find_blocks
+from ..calls import argument_names, by_name, first_tensor
+from ..elastic import Computed, Elastic
+from ..patching import Patches
+from ..policy import CallInfo, FixedPolicy
 from ..spec import WIDTHS, TransformerSpec
-from ..watch.redundancy import first_tensor
+from ..trace import SKIP
 from ..width import importance_order, reorder_units
 from .frozen import StaticShape, drop_groups, shape_of
 
@@ -67,21 +68,19 @@ class Choice:
 def record_calls(transformer: nn.Module, keep: Sequence[int]) -> Iterator[list[Inputs]]:
     """Collect the arguments, by name, of the calls inside the context whose numbers are in `keep`."""
     calls: list[Inputs] = []
-    names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
+    names = argument_names(transformer)
     wanted, made = set(keep), 0
 
     def record(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal made
         if made in wanted:
-            calls.append(tree_map(_copied, {**dict(zip(names, args, strict=False)), **kwargs}))
+            calls.append(tree_map(_copied, by_name(names, args, kwargs)))
         made += 1
         return original(*args, **kwargs)
 
-    patch = patch_forward(transformer, record)
-    try:
+    with Patches() as patches:
+        patches.add(transformer, record)
         yield calls
-    finally:
-        restore_forward(transformer, patch)
 
 
 def _copied(value: Any) -> Any:
@@ -133,94 +132,58 @@ def order_units(transformer: nn.Module, spec: TransformerSpec, calls: Sequence[I
 
 
 class Trial:
-    """A dense transformer on recorded calls, with any removal tried for the duration of a measurement.
-
-    rows: how many rows all calls have together.
-    """
+    """A transformer on recorded calls, with any removal tried by running it elastically."""
 
     def __init__(self, transformer: nn.Module, spec: TransformerSpec, calls: Sequence[Inputs]) -> None:
         self.transformer, self.spec, self.calls = transformer, spec, calls
         self.blocks = find_blocks(transformer, spec, None)
-        self.costs: list[BlockCost] = []
-        self._removal = Removal()
+        self._elastic: Elastic | None = None
         self._dense: list[Tensor] = []
-        self._total = 0.0
+        self._info: CallInfo | None = None
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Patch the blocks, count their costs, and run the calls once for reference."""
-        patches = []
-        for block in self.blocks:
-            patches.append((block.module, patch_forward(block.module, partial(self._forward, block))))
-            for slicer in block.slicers:
-                slicer.attach()
+        """Run the calls densely for reference, and any removal inside the context."""
+        self._elastic = Elastic(self.transformer, self.spec)
         try:
-            self._count()
-            self._dense = [self._run(call) for call in self.calls]
+            self._elastic.observer = self._observe
+            self._dense = self.outputs(Removal())
+            self._elastic.observer = None
             yield
         finally:
-            for block in self.blocks:
-                for slicer in block.slicers:
-                    slicer.detach()
-            for module, patch in reversed(patches):
-                restore_forward(module, patch)
+            self._elastic.detach()
+
+    def _observe(self, seen: Computed) -> None:
+        self._info = seen.call.info
+
+    @torch.no_grad()
+    def outputs(self, removal: Removal) -> list[Tensor]:
+        """Outputs `[B, L, C]` of all calls with a removal, float32."""
+        codes = [
+            SKIP if block.index in removal.dropped else WIDTHS.index(removal.widths.get(block.index, 1.0))
+            for block in self.blocks
+        ]
+        policy = FixedPolicy(np.array(codes, np.int8))
+        policy.cache_depth = 0  # nothing is reused
+        assert self._elastic is not None, "only inside of `attached`"
+        with self._elastic.scope(policy=policy, num_steps=len(self.calls)):
+            return [first_tensor(self.transformer(**call)).float() for call in self.calls]
 
     def error(self, removal: Removal) -> float:
         """Mean over calls of the output's squared error over its squared size."""
-        self._removal = removal
-        try:
-            parts = [
-                float((self._run(call) - dense).square().sum() / dense.square().sum().clamp_min(1e-20))
-                for call, dense in zip(self.calls, self._dense, strict=True)
-            ]
-        finally:
-            self._removal = Removal()
+        parts = [
+            float((output - dense).square().sum() / dense.square().sum().clamp_min(1e-20))
+            for output, dense in zip(self.outputs(removal), self._dense, strict=True)
+        ]
         return sum(parts) / len(parts)
 
     def flops(self, removal: Removal) -> float:
-        """Share of a dense call's FLOPs, from the blocks' costs."""
-        saved = 0.0
-        for block, cost in zip(self.blocks, self.costs, strict=True):
-            if block.index in removal.dropped:
-                saved += cost.dense
-            else:
-                saved += cost.dense - cost.at(removal.widths.get(block.index, 1.0))
-        return 1.0 - saved / self._total
-
-    def _count(self) -> None:
-        seen: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self._seen: Any = seen
-        try:
-            self._run(self.calls[0])
-        finally:
-            self._seen = None
-        rows = self.calls[0][self.spec.sample].shape[0]
-        known: dict[Any, BlockCost] = {}
-        for block in self.blocks:
-            args, kwargs = seen[block.index]
-            inputs = block.bind(args, kwargs)
-            key = block.signature()
-            if key not in known:
-                tokens = block.streams(inputs)[0].shape[1]
-                known[key] = block_cost(block.module, block.slicers, args, kwargs, rows, tokens)
-            self.costs.append(known[key])
-        self._total = transformer_flops(self.transformer, self.calls[0]) / rows
-
-    _seen: Any = None
-
-    @torch.no_grad()
-    def _run(self, call: Inputs) -> Tensor:
-        return first_tensor(self.transformer(**call)).float()
-
-    def _forward(self, block: Block, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._seen is not None:
-            self._seen[block.index] = (args, kwargs)
-        if block.index in self._removal.dropped:
-            return block.pack(block.streams(block.bind(args, kwargs)))
-        with ExitStack() as stack:
-            for slicer in block.slicers:
-                stack.enter_context(slicer.narrowed(self._removal.widths.get(block.index, 1.0)))
-            return original(*args, **kwargs)
+        """Share of a dense call's FLOPs."""
+        assert self._info is not None, "only inside of `attached`"
+        costs, outside = self._info.costs, self._info.outside
+        kept = [(i, cost) for i, cost in enumerate(costs) if i not in removal.dropped]
+        spent = outside + sum(cost.at(removal.widths.get(i, 1.0)) for i, cost in kept)
+        return spent / (outside + sum(cost.dense for cost in costs))
 
 
 def narrow_error(

@@ -9,6 +9,7 @@ Shapes: D dim, F hidden units of an MLP.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -48,24 +49,21 @@ class StaticShape:
             units = {path: tuple(tuple(map(_count, u)) for u in p["units"]) for path, p in data.items()}
             extra = {key for part in data.values() for key in part} - {"kept", "units"}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"no static shape: {type(error).__name__}: {error}") from error
+            raise ValueError(f"not a static shape: {type(error).__name__}: {error}") from error
         if extra:
-            raise ValueError(f"no static shape: unknown keys {sorted(extra)}")
+            raise ValueError(f"not a static shape: unknown keys {sorted(extra)}")
         for path, numbers in kept.items():
             if len(numbers) != len(units[path]) or list(numbers) != sorted(set(numbers)):
-                raise ValueError(f"no static shape: {path} keeps {len(numbers)} blocks and describes others")
+                raise ValueError(
+                    f"not a static shape: {path} keeps {len(numbers)} blocks and describes others"
+                )
         return cls(kept, units)
 
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a count")
     return value
-
-
-def full_shape(transformer: nn.Module, spec: TransformerSpec) -> StaticShape:
-    """The shape of a transformer as it is."""
-    return shape_of(transformer, spec, set(), {})
 
 
 def shape_of(
@@ -84,13 +82,12 @@ def shape_of(
 
 def places(transformer: nn.Module, spec: TransformerSpec) -> list[tuple[Block, int]]:
     """Every block in execution order, with its place in its own list."""
-    counts: dict[str, int] = {}
-    found = []
+    counts: Counter[str] = Counter()
+    placed = []
     for block in find_blocks(transformer, spec, None):
-        place = counts.setdefault(block.spec.path, 0)
+        placed.append((block, counts[block.spec.path]))
         counts[block.spec.path] += 1
-        found.append((block, place))
-    return found
+    return placed
 
 
 def drop_groups(transformer: nn.Module, spec: TransformerSpec) -> list[tuple[int, ...]]:
@@ -134,14 +131,14 @@ def narrow(transformer: nn.Module, spec: TransformerSpec, shape: StaticShape) ->
     The transformer has as many blocks as the shape keeps; it may lie on the meta device. Raises ValueError if
     the shape does not fit.
     """
-    found = places(transformer, spec)
-    counts = {path: sum(block.spec.path == path for block, _ in found) for path in shape.units}
+    placed = places(transformer, spec)
+    counts = Counter(block.spec.path for block, _ in placed)
     for path, sizes in shape.units.items():
         if counts[path] != len(sizes):
             raise ValueError(
                 f"the static shape describes {len(sizes)} blocks of {path}, the model has {counts[path]}"
             )
-    for block, place in found:
+    for block, place in placed:
         mlps = shape.units[block.spec.path][place] if block.spec.path in shape.units else ()
         if len(mlps) != len(block.slicers):
             raise ValueError(

@@ -20,22 +20,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..bundle import Bundle, Trained
+from ..bundle import Bundle
 from ..calibrate.fit import first_moments
 from ..calibrate.gains import measure_gains
 from ..calibrate.state import State
 from ..calibrate.workload import Workload
 from ..elastic import Elastic
 from ..identity import architecture, fingerprint
-from ..planned.plan import Moments
+from ..planned.moments import Moments
 from ..spec import TransformerSpec
-from ..trained.backbone import BackboneWeights, add_lora, lora_targets
+from ..trained.bundle import Trained
 from ..trained.policy import Profile
 from . import progress
 from .objective import Draw, Draws, Routers, decide, expected_spend, relative_error
 from .settings import TrainSettings
 from .student import Student
 from .trajectory import RecordedCall, Trajectories, record_batch
+from .tuned import tuned, tuned_weights
 
 Report = Callable[[str, int, int, str], None]
 """(phase, done, of, what to say beside it)."""
@@ -78,31 +79,29 @@ class Training:
         prints = architecture(self.transformer), fingerprint(self.transformer)
         recorded, moments = self._record(guidance)
         student = Student(self.transformer, self.spec, self.settings.save_memory)
-        undo, backbone = self._open_backbone()
-        torch.manual_seed(self.settings.seed)
         pooled, modulation = recorded.features(0, 0, self.device)
         time_dim = 0 if modulation is None else modulation.shape[-1]
-        routers = Routers(len(pooled), pooled.shape[-1], time_dim, self.settings.hidden).to(self.device)
-        student.attach()
-        try:
-            last = self._optimise(student, routers, backbone, recorded, moments)
-        finally:
-            student.detach()
-            kept = {name: p.detach().cpu().clone() for name, p in backbone.items()}
-            undo()
+        with tuned(self.transformer, self.spec, self.settings) as backbone:
+            torch.manual_seed(self.settings.seed)
+            routers = Routers(len(pooled), pooled.shape[-1], time_dim, self.settings.hidden).to(self.device)
+            with student.attached():
+                last = self._optimise(student, routers, backbone, recorded, moments)
+            weights = {name: p.detach().cpu().clone() for name, p in backbone.items()}
         return Bundle(
             spec=self.spec,
             moments=moments,
-            routers=[{k: v.cpu() for k, v in router.state_dict().items()} for router in routers.blocks],
             base_model=base_model,
             architecture=prints[0],
             fingerprint=prints[1],
             num_steps=self.workload.num_steps,
             guidance=guidance,
             times=recorded.tensor(0, "times").tolist(),
-            per_sample=True,
             min_budget=self.settings.low,
-            trained=Trained(self._profile(routers, recorded), self._weights(kept)),
+            trained=Trained(
+                [{k: v.cpu() for k, v in router.state_dict().items()} for router in routers.blocks],
+                self._profile(routers, recorded),
+                tuned_weights(self.transformer, self.spec, self.settings, weights),
+            ),
             metadata={
                 "method": "train",
                 "training": asdict(self.settings),
@@ -153,37 +152,6 @@ class Training:
             elastic.detach()
         return recorded, replace(moments, gain=gain)
 
-    def _open_backbone(self) -> tuple[Callable[[], None], dict[str, nn.Parameter]]:
-        """Make the backbone's part trainable: how to undo it, and its parameters by name."""
-        transformer, flags = self.transformer, [p.requires_grad for p in self.transformer.parameters()]
-        transformer.requires_grad_(False)
-
-        def close() -> None:
-            for parameter, flag in zip(transformer.parameters(), flags, strict=True):
-                parameter.requires_grad_(flag)
-
-        if self.settings.train == "routers":
-            return close, {}
-        torch.manual_seed(self.settings.seed)
-        if self.settings.train == "lora":
-            remove = add_lora(transformer, lora_targets(transformer, self.spec), self.settings.rank)
-            adapters = {n: p for n, p in transformer.named_parameters() if ".lora_" in n}
-            for parameter in adapters.values():
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
-            return lambda: _both(remove, close), adapters
-        before = {name: p.data for name, p in transformer.named_parameters()}
-        for parameter in transformer.parameters():
-            parameter.data = parameter.data.float().clone()
-            parameter.requires_grad_(True)
-
-        def put_back() -> None:
-            for name, parameter in transformer.named_parameters():
-                parameter.data = before[name]
-            close()
-
-        return put_back, dict(transformer.named_parameters())
-
     # -- training ------------------------------------------------------------------------------
 
     def _optimise(
@@ -195,21 +163,20 @@ class Training:
         moments: Moments,
     ) -> dict[str, float]:
         """Train; the last step's loss terms."""
-        own, settings = self.settings, self.settings
+        settings = self.settings
         named = {f"router.{n}": p for n, p in routers.named_parameters()}
         named |= {f"backbone.{n}": p for n, p in backbone.items()}
-        groups = [{"params": list(routers.parameters()), "lr": own.rate}]
-        if backbone:
-            groups.append({"params": list(backbone.values()), "lr": own.backbone_rate})
-        optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+        rates = settings.rate, settings.backbone_rate
+        groups = [p for p in (list(routers.parameters()), list(backbone.values())) if p]
+        optimiser = torch.optim.AdamW([{"params": p} for p in groups], weight_decay=0.0)
         start = 0 if self.state is None else progress.restore(self.state.folder, named, optimiser)
-        draws = Draws(recorded, self.workload, moments, own.low, own.seed)
+        draws = Draws(recorded, self.workload, moments, settings.low, settings.seed)
         mixing = torch.from_numpy(moments.mixing.copy()).float().to(self.device)
         terms: dict[str, float] = {}
         kept = start
         for step in range(start, settings.steps):
-            for group, rate in zip(optimiser.param_groups, (own.rate, own.backbone_rate), strict=False):
-                group["lr"] = rate * rate_at(step, own.steps)
+            for group, rate in zip(optimiser.param_groups, rates, strict=False):
+                group["lr"] = rate * rate_at(step, settings.steps)
             optimiser.zero_grad(set_to_none=True)
             drawn = draws.draw(step, self.processes.process_index, self.processes.num_processes)
             terms = self._backward(student, routers, recorded, mixing, *drawn, step)
@@ -217,16 +184,16 @@ class Training:
             for term, value in terms.items():
                 if not math.isfinite(value):
                     what = term if term == "gradient" else f"the {term} loss"
-                    raise LossNotFiniteError(what, value, step + 1, own.steps, kept)
+                    raise LossNotFiniteError(what, value, step + 1, settings.steps, kept)
             optimiser.step()
             done = step + 1
-            if self.state is not None and (done % own.every == 0 or done == own.steps):
+            if self.state is not None and (done % settings.every == 0 or done == settings.steps):
                 if self.processes.is_main_process:
                     progress.keep(self.state.folder, done, named, optimiser)
                 self.processes.wait_for_everyone()
                 kept = done
             self.log(done, {**terms, "rate": optimiser.param_groups[0]["lr"]})
-            self.report("train", done, own.steps, f"loss {terms['total']:.4f}")
+            self.report("train", done, settings.steps, f"loss {terms['total']:.4f}")
         return terms
 
     def _backward(
@@ -240,33 +207,31 @@ class Training:
         step: int,
     ) -> dict[str, float]:
         """Gradients of one draw; its loss terms, averaged over the processes."""
-        device, own = self.device, self.settings
+        device, settings = self.device, self.settings
         names, samples = recorded.calls(draw.batch), self.workload.rows
         calls = [recorded.call(draw.batch, name, draw.step, device) for name in names]
         budget = draw.budget.to(device)
-        if own.train == "routers":
+        if settings.train == "routers":
             seen = recorded.features(draw.batch, draw.step - 1, device)
         else:  # the backbone has moved on from what was recorded
             seen = student.features(recorded.call(draw.batch, names[0], draw.step - 1, device), samples)
         gate, width = routers(*seen, budget)
-        decision = decide(gate, width, noise_at(step, own), generator)
+        decision = decide(gate, width, noise_at(step, settings), generator)
         with student.deciding(decision):
             with self.processes.autocast():
                 answered = torch.cat([student(call).float() for call in calls])
             target = torch.cat([call.output.float() for call in calls])
             error = relative_error(guided(answered, mixing), guided(target, mixing))
             parts = {"distillation": draw.weight * error}
-            if self.data is not None and own.denoise:
-                parts["denoising"] = own.denoise * self._denoise(student, calls[0], draw, generator)
+            if self.data is not None and settings.denoise:
+                parts["denoising"] = settings.denoise * self._denoise(student, calls[0], draw, generator)
             spend = expected_spend(routers, recorded, draw.batch, budget).mean(dim=0)
-            parts["cost"] = own.cost * (spend - budget).square().mean()
+            parts["cost"] = settings.cost * (spend - budget).square().mean()
             total = torch.stack(list(parts.values())).sum()
             self.processes.backward(total)
-        found = torch.stack([total.detach(), *(x.detach() for x in parts.values())])
-        found = self.processes.reduce(found, "mean")
-        values = dict(zip(("total", *parts), found.tolist(), strict=True))
-        # what broke is named before the sum that it broke
-        return {**{n: v for n, v in values.items() if n != "total"}, "total": values["total"]}
+        parts["total"] = total  # last: what broke is named before the sum that it broke
+        means = self.processes.reduce(torch.stack([x.detach() for x in parts.values()]), "mean")
+        return dict(zip(parts, means.tolist(), strict=True))
 
     def _denoise(
         self, student: Student, call: RecordedCall, draw: Draw, generator: torch.Generator
@@ -305,31 +270,16 @@ class Training:
         budgets = np.linspace(self.settings.low, 1.0, PROFILE_BUDGETS)
         spend = []
         for budget in budgets:
-            found = []
-            for batch in range(recorded.num_batches):
-                asked = torch.full((self.workload.rows,), float(budget), device=self.device)
-                found.append(expected_spend(routers, recorded, batch, asked).mean(1))
-            spend.append(torch.stack(found).mean(0).cpu().double().numpy())
+            rows = torch.full((self.workload.rows,), float(budget), device=self.device)
+            batches = range(recorded.num_batches)
+            steps = [expected_spend(routers, recorded, batch, rows).mean(1) for batch in batches]
+            spend.append(torch.stack(steps).mean(0).cpu().double().numpy())
         return Profile(budgets, np.stack(spend))
-
-    def _weights(self, tensors: dict[str, Tensor]) -> BackboneWeights | None:
-        if self.settings.train == "routers":
-            return None
-        if self.settings.train == "full":
-            dtype = next(self.transformer.parameters()).dtype
-            return BackboneWeights("full", {name: t.to(dtype) for name, t in tensors.items()})
-        targets = lora_targets(self.transformer, self.spec)
-        return BackboneWeights("lora", tensors, self.settings.rank, targets)
 
 
 def guided(answers: Tensor, mixing: Tensor) -> Tensor:
     """Answers [G * R, L, C] of all CFG branches, one after the other -> [R, L, C], mixed as guidance does."""
     return torch.einsum("g,gr...->r...", mixing, answers.unflatten(0, (len(mixing), -1)))
-
-
-def _both(first: Callable[[], None], second: Callable[[], None]) -> None:
-    first()
-    second()
 
 
 def rate_at(step: int, steps: int) -> float:

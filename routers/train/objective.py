@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate.workload import Workload
-from ..planned.plan import Moments
+from ..planned.moments import Moments
 from ..spec import WIDTHS
 from ..trained.router import BudgetRouter
 from .student import Decision
@@ -37,11 +37,11 @@ class Routers(nn.Module):
 
     def forward(self, pooled: Tensor, modulation: Tensor | None, budget: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled [N, R, D], modulation [R, E], budgets [R] -> gate logits [R, N], width logits [R, N, W]."""
-        found = [
+        logits = [
             router.at_budgets(x, modulation, budget)  # type: ignore[operator]
             for router, x in zip(self.blocks, pooled, strict=True)
         ]
-        return torch.stack([gate for gate, _ in found], 1), torch.stack([width for _, width in found], 1)
+        return torch.stack([gate for gate, _ in logits], 1), torch.stack([width for _, width in logits], 1)
 
 
 def decide(gate: Tensor, width: Tensor, noise: float, generator: torch.Generator) -> Decision:

@@ -9,10 +9,10 @@ Shapes: R rows, L tokens, D dim, F hidden units, N blocks, W widths.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..block import Block, find_blocks
-from ..patching import Patch, patch_forward, restore_forward
+from ..calls import first_tensor
+from ..patching import Patches
 from ..spec import WIDTHS, TransformerSpec
 from ..width import MlpSlicer
-from .trajectory import RecordedCall, answer
+from .trajectory import RecordedCall
 
 
 @dataclass(frozen=True)
@@ -39,33 +40,25 @@ class Decision:
 
 
 class Student:
-    """Patches a transformer's blocks. save_memory: recompute each block in the backward pass."""
+    """A transformer under soft decisions. save_memory: recompute each block in the backward pass."""
 
     def __init__(self, transformer: nn.Module, spec: TransformerSpec, save_memory: bool = False) -> None:
         self.transformer, self.save_memory = transformer, save_memory
         self.blocks = find_blocks(transformer, spec, None)
         self._decision: Decision | None = None
         self._inputs: list[tuple[Tensor, Tensor | None]] | None = None
-        self._patches: list[tuple[nn.Module, Patch]] = []
-        self._hooks: list[Any] = []
 
-    def attach(self) -> None:
-        """Patch every block, and hook its MLPs as they are now (adapters included)."""
-        for block in self.blocks:
-            forward = functools.partial(self._forward, block)
-            self._patches.append((block.module, patch_forward(block.module, forward)))
-            for slicer in block.slicers:
-                hook = functools.partial(self._mask, block.index, slicer)
-                linear = block.module.get_submodule(slicer.spec.out_linear)
-                self._hooks.append(linear.register_forward_pre_hook(hook))
-
-    def detach(self) -> None:
-        """Leave a clean transformer."""
-        for hook in self._hooks:
-            hook.remove()
-        for module, patch in reversed(self._patches):
-            restore_forward(module, patch)
-        self._hooks, self._patches, self._decision = [], [], None
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Patch every block, and hook its MLPs as they are when the context begins (adapters included)."""
+        with Patches() as patches:
+            for block in self.blocks:
+                patches.add(block.module, partial(self._forward, block))
+                for slicer in block.slicers:
+                    linear = block.module.get_submodule(slicer.spec.out_linear)
+                    hook = linear.register_forward_pre_hook(partial(self._mask, block.index, slicer))
+                    patches.callback(hook.remove)
+            yield
 
     @contextmanager
     def deciding(self, decision: Decision) -> Iterator[None]:
@@ -78,7 +71,7 @@ class Student:
 
     def __call__(self, call: RecordedCall) -> Tensor:
         """The prediction [R, L, C] for a recorded call's arguments."""
-        return answer(self.transformer(**call.inputs))
+        return first_tensor(self.transformer(**call.inputs))
 
     @torch.no_grad()
     def features(self, call: RecordedCall, samples: int) -> tuple[Tensor, Tensor | None]:
@@ -123,8 +116,8 @@ class Student:
         mask_RF = per_row(unit_mask(self._decision.width[:, index], slicer), len(x))
         mask = mask_RF.view(len(mask_RF), *([1] * (x.dim() - 2)), -1).to(x.dtype)
         if slicer.column_offset:
-            own = x[..., slicer.column_offset :] * mask
-            return (torch.cat([x[..., : slicer.column_offset], own], dim=-1), *args[1:])
+            masked = x[..., slicer.column_offset :] * mask
+            return (torch.cat([x[..., : slicer.column_offset], masked], dim=-1), *args[1:])
         return (x * mask, *args[1:])
 
 

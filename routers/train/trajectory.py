@@ -1,7 +1,7 @@
 """Recorded runs of the dense model: what training distils from.
 
-Beside what `calibrate.record` keeps of a batch (moments, the routers' inputs, final latents), every
-transformer call is kept: its arguments, so that it can be made again, and what the dense model answered.
+Beside what `calibrate.record` keeps of a batch (moments, final latents), the routers' inputs are kept, and
+every transformer call: its arguments, so that it can be made again, and what the dense model answered.
 
 Shapes: R rows, L tokens, C channels, D dim, E time embedding dim, N blocks, S steps, G CFG branches.
 """
@@ -11,17 +11,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..calibrate.record import Record, Recorder, _join
+from ..calibrate.record import Record, Recorder
 from ..calibrate.state import State
 from ..calibrate.workload import Workload, run_patched
+from ..calls import by_name, first_tensor
 from ..elastic import Computed, Elastic
-from ..patching import patch_forward, restore_forward
+from ..patching import Patches
 from ..policy import OpenPolicy
 from ..spec import TransformerSpec
 
@@ -64,8 +66,15 @@ class CallRecorder:
 
     def observe(self, seen: Computed) -> None:
         """A block was computed."""
-        self._seen = seen
+        self._seen, info, block = seen, seen.call.info, seen.block
         self.recorder(seen)
+        (branch, rows), *_ = self.recorder.parts(info.branch, info.rows)
+        if branch == 0:  # decides for all
+            pooled = seen.before[0].mean(dim=1)[rows]
+            self.tensors[f"pooled.{info.step}.{block.index}"] = pooled.half().cpu()
+            if block.index == 0 and block.spec.modulation:
+                modulation = seen.inputs[block.spec.modulation][: info.rows][rows]
+                self.tensors[f"modulation.{info.step}"] = modulation.half().cpu()
 
     def forward(self, names: Sequence[str], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Replaces the transformer's forward."""
@@ -73,7 +82,7 @@ class CallRecorder:
         assert self._seen is not None
         info = self._seen.call.info
         key = f"{info.branch}.{info.step}"
-        tensors, plain = flatten({**dict(zip(names, args, strict=False)), **kwargs})
+        tensors, plain = flatten(by_name(names, args, kwargs))
         if info.branch not in self._first:
             self._first[info.branch] = {}
             self.plain[info.branch] = {
@@ -83,14 +92,14 @@ class CallRecorder:
                 "outside": info.outside,
                 "rows": info.rows,
             }
-        known = self._first[info.branch]
+        first = self._first[info.branch]
         for name, tensor in tensors.items():
             # what is the same in all steps, embeddings of prompts above all, is kept once
-            if name in known and _same(known[name], tensor):
+            if name in first and _same(first[name], tensor):
                 continue
-            known.setdefault(name, tensor)
+            first.setdefault(name, tensor)
             self.tensors[f"in.{key}.{name}"] = tensor.detach().cpu().clone()
-        self.tensors[f"out.{key}"] = answer(output).detach().cpu()
+        self.tensors[f"out.{key}"] = first_tensor(output).detach().cpu()
         return output
 
     def kept(self, latents: Tensor) -> dict[str, Tensor]:
@@ -103,17 +112,13 @@ class CallRecorder:
 def record_batch(elastic: Elastic, workload: Workload, batch: int) -> dict[str, Tensor]:
     """Run one batch densely; what `Trajectories` reads. Raises NotFiniteError, ValueError."""
     watcher = CallRecorder(Recorder(workload, elastic.segments, batch))
-
-    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return watcher.forward(elastic.names, original, *args, **kwargs)
-
-    patch = patch_forward(elastic.transformer, forward)
     elastic.observer = watcher.observe
     try:
-        latents = run_patched(elastic, workload, batch, OpenPolicy(), "record")
+        with Patches() as patches:
+            patches.add(elastic.transformer, partial(watcher.forward, elastic.names))
+            latents = run_patched(elastic, workload, batch, OpenPolicy(), "record")
     finally:
         elastic.observer = None
-        restore_forward(elastic.transformer, patch)
     return watcher.kept(latents)
 
 
@@ -138,15 +143,15 @@ class Trajectories:
     def tensor(self, batch: int, name: str) -> Tensor:
         """One tensor of a batch."""
         held = self._held[batch]
-        found: Tensor = held[name] if isinstance(held, Mapping) else held.get_tensor(name)
-        return found
+        tensor: Tensor = held[name] if isinstance(held, Mapping) else held.get_tensor(name)
+        return tensor
 
     def has(self, batch: int, name: str) -> bool:
         """Whether a batch has a tensor."""
-        return name in self._held[batch].keys()  # noqa: SIM118 - a file is no mapping
+        return name in self._held[batch].keys()  # noqa: SIM118 - a file is not a mapping
 
     def plain(self, batch: int) -> Any:
-        """Arguments that are no tensors, and costs, by the name of the call's branch."""
+        """Arguments that are not tensors, and costs, by the name of the call's branch."""
         if batch not in self._plain:
             self._plain[batch] = json.loads(bytes(self.tensor(batch, "plain").tolist()))
         return self._plain[batch]
@@ -179,33 +184,21 @@ class Trajectories:
 
     def features(self, batch: int, step: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """The routers' inputs in the first branch of a step: pooled [N, R, D], modulation [R, E] or None."""
-        pooled = torch.stack([self.tensor(batch, f"pooled.0.{step}.{n}") for n in range(self.blocks)])
-        if not self.has(batch, f"modulation.0.{step}"):
+        pooled = torch.stack([self.tensor(batch, f"pooled.{step}.{n}") for n in range(self.blocks)])
+        if not self.has(batch, f"modulation.{step}"):
             return pooled.float().to(device), None
-        modulation = self.tensor(batch, f"modulation.0.{step}")
+        modulation = self.tensor(batch, f"modulation.{step}")
         return pooled.float().to(device), modulation.float().to(device)
 
     def record(self) -> Record:
         """What `calibrate.fit` works with."""
-        names = ("gram", "latents", "times", "pooled", "modulation")
-        batches = [
-            {k: self.tensor(b, k) for k in self._held[b].keys() if k.split(".")[0] in names}  # noqa: SIM118
-            for b in range(self.num_batches)
-        ]
-        return _join(batches, len(self.branches), self.num_steps, self.blocks)
+        names = ("gram", "latents", "times")
+        return Record.join([{name: self.tensor(b, name) for name in names} for b in range(self.num_batches)])
 
     def _numbers(self, branch: str, rows: int) -> list[int]:
         if branch in self.branches:
             return [self.branches.index(branch)]
         return list(range(len(self.branches)))
-
-
-def answer(output: Any) -> Tensor:
-    """The prediction in what a transformer returns."""
-    if isinstance(output, Tensor):
-        return output
-    found: Tensor = output[0] if isinstance(output, tuple) else output.sample
-    return found
 
 
 def flatten(arguments: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -18,8 +18,6 @@ from ..spec import TransformerSpec
 
 FILE = "backbone.safetensors"
 """Beside `bundle.json`."""
-KINDS = ("routers", "lora", "full")
-"""What may be trained. The routers always are."""
 
 
 @dataclass
@@ -58,10 +56,10 @@ class BackboneWeights:
             tensors = load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{file.name} is damaged: {error}") from error
-        found = cls(description["kind"], tensors, description["rank"], tuple(description["targets"]))
-        if found.digest() != description["sha256"]:
+        weights = cls(description["kind"], tensors, description["rank"], tuple(description["targets"]))
+        if weights.digest() != description["sha256"]:
             raise ValueError(f"{file.name} is not the file that this bundle was written with")
-        return found
+        return weights
 
     def apply(self, transformer: nn.Module) -> Callable[[], None]:
         """Put the weights into a transformer; the returned function takes them out again.
@@ -108,8 +106,8 @@ class BackboneWeights:
             )
         before = {name: parameter.data for name, parameter in parameters.items()}
         for name, tensor in self.tensors.items():
-            own = parameters[name]
-            own.data = tensor.to(own.device, own.dtype, copy=True)
+            parameter = parameters[name]
+            parameter.data = tensor.to(parameter.device, parameter.dtype, copy=True)
 
         def undo() -> None:
             for name, data in before.items():
@@ -120,12 +118,13 @@ class BackboneWeights:
 
 def lora_targets(transformer: nn.Module, spec: TransformerSpec) -> tuple[str, ...]:
     """Full names of every linear inside the blocks, in order. A fused linear is one of them."""
-    found = []
-    for path in dict.fromkeys(block.path for block in spec.blocks):
-        for i, block in enumerate(attrgetter(path)(transformer)):
-            names = [name for name, module in block.named_modules() if type(module) is nn.Linear]
-            found += [f"{path}.{i}.{name}" for name in names]
-    return tuple(found)
+    return tuple(
+        f"{path}.{i}.{name}"
+        for path in dict.fromkeys(block.path for block in spec.blocks)
+        for i, block in enumerate(attrgetter(path)(transformer))
+        for name, module in block.named_modules()
+        if type(module) is nn.Linear
+    )
 
 
 def add_lora(transformer: nn.Module, targets: tuple[str, ...], rank: int) -> Callable[[], None]:
@@ -134,7 +133,7 @@ def add_lora(transformer: nn.Module, targets: tuple[str, ...], rank: int) -> Cal
 
     missing = [name for name in targets if not _has(transformer, name)]
     if missing:
-        raise ValueError(f"the bundle's LoRA is for {missing[0]}, which this transformer has not")
+        raise ValueError(f"the bundle's LoRA is for {missing[0]}, which this transformer does not have")
     flags = {name: p.requires_grad for name, p in transformer.named_parameters()}
     originals = {name: transformer.get_submodule(name) for name in targets}
     attributes = set(transformer.__dict__)

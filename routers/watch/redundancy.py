@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..block import Block
+from ..calls import first_tensor
 from ..elastic import Computed, Elastic
-from ..patching import Patch, patch_forward, restore_forward
+from ..patching import Patches
 
 TOKENS, CHANNELS = 32, 256
 """Of each row's stream: at most so many tokens and channels, evenly spread, are compared."""
@@ -94,18 +95,14 @@ class Redundancy:
         if elastic.observer is not None:
             raise RuntimeError("the transformer is being observed already")
         self.maps, self._before = {}, {}
-        patches: list[tuple[Any, Patch]] = []
         elastic.observer = self._observe
         try:
-            patches.append((elastic.transformer, patch_forward(elastic.transformer, self._forward)))
-            for block in elastic.blocks:
-                patches.append(
-                    (block.module, patch_forward(block.module, partial(self._block_forward, block)))
-                )
-            yield
+            with Patches() as patches:
+                patches.add(elastic.transformer, self._forward)
+                for block in elastic.blocks:
+                    patches.add(block.module, partial(self._block_forward, block))
+                yield
         finally:
-            for module, patch in reversed(patches):
-                restore_forward(module, patch)
             elastic.observer, self._seen, self._before = None, None, {}
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -142,12 +139,6 @@ class Redundancy:
             cosine = torch.nn.functional.cosine_similarity(last.flatten(1), delta.flatten(1))
             maps.similarity[info.step, :, n] = cosine.cpu().numpy()
         self._before[info.branch, n] = delta
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The tensor of a transformer's output: bare, first of a tuple, or `.sample`."""
-    tensor: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-    return tensor
 
 
 def relative(changed: Tensor, exact: Tensor) -> NDArray[np.float64]:

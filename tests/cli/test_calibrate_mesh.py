@@ -154,30 +154,25 @@ def test_both_rows_of_a_sample_probe_the_same_step_with_their_own_weights(case) 
 
 def test_a_bundle_of_a_mesh_model_keeps_budgets(case, tmp_path: Path) -> None:
     spec, workload = case
-    bundle = fit(
-        workload.pipe.transformer, spec, workload, "random", 5.0, FitSettings(probes=16, hidden=4, steps=10)
-    )
+    bundle = fit(workload.pipe.transformer, spec, workload, "random", 5.0, FitSettings(probes=16))
     gain = bundle.moments.gain
     assert gain[-1] < 1e-5 * gain[:-1].min(), "the published schedule ends with a step of size 0"
     bundle.min_budget = 0.3
     bundle.save(tmp_path / "b")
     loaded = routers.load_bundle(tmp_path / "b")
     assert loaded.moments.branches == ("cond", "uncond")
-    for per_sample in (False, True):
-        loaded.per_sample = per_sample
-        rows = evaluate(workload.pipe.transformer, loaded, workload, [0.5, 0.75, 1.0])
-        # the partial step lands on a whole block: half the dearest one of one step in six
-        assert all(abs(row.spent - row.budget) < 0.06 for row in rows)
-        assert rows[0].spent_low == pytest.approx(rows[0].spent_high, abs=0.02)
-        assert rows[2].snr > 80 > rows[1].snr > rows[0].snr > 0
-        assert rows[0].predicted < rows[1].predicted and rows[2].predicted is None
+    rows = evaluate(workload.pipe.transformer, loaded, workload, [0.5, 0.75, 1.0])
+    # the partial step lands on a whole block: half the dearest one of one step in six
+    assert all(abs(row.spent - row.budget) < 0.06 for row in rows)
+    assert rows[0].spent_low == pytest.approx(rows[0].spent_high, abs=0.02)
+    assert rows[2].snr > 80 > rows[1].snr > rows[0].snr > 0
+    assert rows[0].predicted < rows[1].predicted and rows[2].predicted is None
 
 
 def test_rows_of_a_doubled_call_use_the_weights_of_their_branch(case) -> None:
     spec, workload = case
-    settings = FitSettings(probes=8, hidden=4, steps=5)
-    bundle = fit(workload.pipe.transformer, spec, workload, "random", 5.0, settings)
-    policy = bundle.policy(per_sample=False)
+    bundle = fit(workload.pipe.transformer, spec, workload, "random", 5.0, FitSettings(probes=8))
+    policy = bundle.policy()
     elastic = routers.attach(workload.pipe.transformer, bundle, budget=0.5)
     used = []
     decide = policy.decide

@@ -134,7 +134,7 @@ NEEDS_TORCH = [
     (["a cat", "--device", "cuda"], "--device cuda is not available here; this machine has cpu"),
     (["a cat", "--routers", "old.ckpt"], "is not a .safetensors file, and other formats are not loaded"),
     (["a cat", "--routers", "cut.safetensors"], "cut.safetensors is truncated"),
-    (["a cat", "--routers", "garbage.safetensors"], "is no safetensors file"),
+    (["a cat", "--routers", "garbage.safetensors"], "is not a safetensors file"),
     (["a cat", "--routers", "no-pipeline"], "is not a bundle folder: bundle.json is missing"),
     (["a cat", "-b", "0.1"], "budget 0.1 is outside what this bundle serves: 0.4 to 1"),
     (["a cat", "--offload", "model"], "--offload model needs a GPU"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import routers
 from routers.bundle import Bundle
@@ -20,11 +21,9 @@ QWEN = CASES[0]
 
 
 def make_bundle(model: torch.nn.Module) -> Bundle:
-    torch.manual_seed(0)
     return Bundle(
         spec=QWEN.spec,
         moments=make_moments(("cond", "uncond"), 20),
-        routers=[Router(48, 48, 8).state_dict() for _ in range(4)],
         base_model="qwen-test",
         architecture=architecture(model),
         fingerprint=fingerprint(model),
@@ -45,14 +44,30 @@ def test_round_trip(model: torch.nn.Module, tmp_path: Path) -> None:
     bundle.save(tmp_path / "b")
     loaded = routers.load_bundle(tmp_path / "b")
     assert loaded.spec == bundle.spec and loaded.metadata == {"rows": 8} and len(loaded.digest) == 64
-    assert all(
-        torch.equal(a[k], b[k]) for a, b in zip(loaded.routers, bundle.routers, strict=True) for k in b
-    )
     assert (loaded.moments.gram == bundle.moments.gram).all()
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["bundle.json", "routers.safetensors"]
     plain = tmp_path / "plain"
     plain.touch()
     assert all(p.stat().st_mode == plain.stat().st_mode for p in (tmp_path / "b").iterdir())
+
+
+def test_routers_of_an_older_plan_are_left_unread(model: torch.nn.Module, tmp_path: Path) -> None:
+    """Format 2 held routers beside its plans, with a say or without."""
+    make_bundle(model).save(tmp_path / "b")
+    description, weights = tmp_path / "b" / "bundle.json", tmp_path / "b" / "routers.safetensors"
+    description.write_text(
+        json.dumps({**json.loads(description.read_text()), "format": 2, "per_sample": True})
+    )
+    routers_of = {f"routers.{i}.{k}": v for i in range(4) for k, v in Router(48, 48, 8).state_dict().items()}
+    save_file({**load_file(weights), **routers_of}, weights)
+    loaded = routers.load_bundle(tmp_path / "b")
+    assert loaded.trained is None
+    elastic = routers.attach(model, loaded, budget=0.6)
+    assert all(block.router is None for block in elastic.blocks)
+    elastic.detach()
+    loaded.save(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "bundle.json").read_text())["format"] == 4
+    assert not [name for name in load_file(tmp_path / "again" / weights.name) if name.startswith("routers")]
 
 
 def test_the_three_line_api(model: torch.nn.Module, tmp_path: Path) -> None:
@@ -95,11 +110,14 @@ def test_half_precision_is_the_same_model(model: torch.nn.Module) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "routers.safetensors").write_bytes(b"\x10"), "no readable bundle: SafetensorError"),
+        (
+            lambda f: (f / "routers.safetensors").write_bytes(b"\x10"),
+            "not a readable bundle: Safetensor",
+        ),
         (lambda f: (f / "routers.safetensors").unlink(), "routers.safetensors is missing"),
-        (lambda f: (f / "bundle.json").write_text("{"), "no readable bundle: JSONDecodeError"),
+        (lambda f: (f / "bundle.json").write_text("{"), "not a readable bundle: JSONDecodeError"),
         (lambda f: (f / "bundle.json").write_text('{"format": 99}'), "format 99, this version reads 2"),
-        (lambda f: _drop(f / "bundle.json", "spec"), "no readable bundle: KeyError: 'spec'"),
+        (lambda f: _drop(f / "bundle.json", "spec"), "not a readable bundle: KeyError: 'spec'"),
     ],
 )
 def test_damaged_bundles_say_what_is_wrong(

@@ -13,11 +13,12 @@ import routers
 from backbones import qwen_image
 from backbones.hunyuan3d.family import TRANSFORMER_2
 from backbones.workloads import MeshWorkload, PipelineWorkload
-from routers.calibrate.choose import EVENED, Trials, choose_plans, evened, moves, proposal
+from routers.calibrate.choose import EVENED, Trials, choose_plans, evened, moves
 from routers.calibrate.fit import FitSettings, first_moments, fit
 from routers.calibrate.record import Record, record
 from routers.elastic import Elastic
-from routers.planned.plan import DEAD, HALF, WHOLE, Moments, Planner
+from routers.planned.moments import DEAD, HALF, WHOLE, Moments
+from routers.planned.plan import Planner
 from routers.planned.policy import PlannedPolicy
 from routers.trace import REUSE
 from tests.cli.test_calibrate_mesh import make_workload
@@ -63,7 +64,7 @@ def test_no_proposal_came_out_better_than_what_was_chosen(kind: str, pictures: P
         planners = [Planner(replace(moments, gain=evened(moments.gain, e))) for e in EVENED]
         lead = []
         for levels in plans:
-            others = [trials.score(proposal(p, int(levels.sum()), split)) for p in planners]
+            others = [trials.score(p.best(int(levels.sum()), split)[0]) for p in planners]
             lead.append(trials.score(levels) - max(others))
         assert min(lead) >= 0, "proposals are among the plans tried"
     finally:
@@ -73,7 +74,7 @@ def test_no_proposal_came_out_better_than_what_was_chosen(kind: str, pictures: P
 def test_a_run_at_a_budget_follows_the_plan_that_was_tried(
     pictures: PipelineWorkload, tmp_path: Path
 ) -> None:
-    settings = FitSettings(probes=8, hidden=4, steps=5, tried=ROWS)
+    settings = FitSettings(probes=8, tried=ROWS)
     bundle = fit(pictures.pipe.transformer, qwen_image.TRANSFORMER, pictures, "random", 4.0, settings)
     assert bundle.moments.plans is not None
     worst = np.array([WHOLE, 0, 0, 0, WHOLE, WHOLE], np.int8)  # no search proposes three predictions in a row
@@ -97,7 +98,7 @@ def test_forced_levels_are_what_is_computed(pictures: PipelineWorkload) -> None:
     levels = np.array([WHOLE, WHOLE, 0, HALF, WHOLE, HALF], np.int8)
     elastic, _, moments = recorded_of(pictures, qwen_image.TRANSFORMER)
     try:
-        policy = PlannedPolicy(moments, levels=levels, per_sample=False)
+        policy = PlannedPolicy(moments, levels=levels)
         with torch.no_grad(), elastic.scope(policy=policy, num_steps=STEPS, budget=1.0) as trace:
             pictures.run(0)
     finally:
@@ -110,17 +111,18 @@ def test_forced_levels_are_what_is_computed(pictures: PipelineWorkload) -> None:
 def test_plans_hold_for_the_calibrated_steps_alone() -> None:
     plans = np.array([[WHOLE, 0, 0, 0, 0, 0, 0, WHOLE]], np.int8)
     moments = replace(make_moments(("cond", "uncond"), 8), plans=plans)
-    assert (Planner(moments).best_levels(4)[0] == plans[0]).all()
-    assert (Planner(moments).best(2)[0] == (plans[0] > 0)).all()
+    for split in (False, True):
+        assert (Planner(moments).best(4, split)[0] == plans[0]).all()
     assert moments.at(8).plans is plans and moments.at(12).plans is None
-    assert Planner(moments.at(12)).best_levels(4)[0].sum() == 4
+    assert Planner(moments.at(12)).best(4, split=True)[0].sum() == 4
 
 
 def test_whole_step_plans_do_not_read_half_ones() -> None:
     """Where branches turn out to share a batch, a plan with half steps would spend more than its budget."""
     plans = np.array([[WHOLE, HALF, HALF, 0, 0, 0, 0, 0]], np.int8)
     moments = replace(make_moments(("cond", "uncond"), 8), plans=plans)
-    assert Planner(moments).best(2)[0].sum() == 2
+    levels, _ = Planner(moments).best(4)
+    assert levels.sum() == 4 and HALF not in levels
 
 
 def test_evened_gains_keep_steps_without_effect_apart() -> None:
@@ -137,7 +139,7 @@ def test_moves_change_one_step_and_are_ranked() -> None:
     for by in (HALF, -HALF, WHOLE, -WHOLE):
         found = moves(planner, levels, by)
         assert all(plan.sum() == levels.sum() + by and (plan != levels).sum() == 1 for plan in found)
-        errors = [planner.levels_error(plan) for plan in found]
+        errors = [planner.error(plan) for plan in found]
         assert errors == sorted(errors) and found
     assert moves(planner, None, HALF) == []
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import backbones
+from routers.bundle import load_bundle
 from routers.cost import BlockCost
-from routers.planned.plan import Moments, Planner, cubic_interpolation
+from routers.planned.moments import HALF, WHOLE, Moments, cubic_interpolation
+from routers.planned.plan import Planner
 from routers.planned.policy import SLACK, PlannedPolicy
 from routers.policy import CallInfo, RunInfo
 from routers.trace import FULL, REUSE
 from tests.tiny_pipelines import make_moments
 
+PACKAGED = Path(backbones.__file__).parent / "tiny"
 BLOCKS = 12
 COSTS = [BlockCost(dense=100.0 + n, mlp=40.0) for n in range(BLOCKS)]
 OUTSIDE = 20.0
@@ -31,7 +37,6 @@ def drive(
     policy: PlannedPolicy,
     steps: int,
     budget: float,
-    logits: np.ndarray | None = None,
     rows: int = 3,
     names: tuple[str, ...] = BRANCHES,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -46,7 +51,7 @@ def drive(
             step, name, names[: g + 1] if step == 0 else names, rows, COSTS, OUTSIDE, 0.0,
             np.minimum(passes[name], 3), spent[name].copy(), np.full(rows, step * DENSE),
         )  # fmt: skip
-        chosen = policy.decide(call, None if logits is None or step == 0 else logits[step, g])
+        chosen = policy.decide(call, None)
         codes[step, g] = chosen
         spent[name] += np.where(chosen >= 0, costs, 0.0).sum(axis=1) + OUTSIDE
         assert policy.units is None or policy.weights is not None
@@ -70,10 +75,10 @@ def test_predicted_error_is_the_error_of_predicting() -> None:
     """Carry a plan out on samples with the planner's moments: the mixed, weighted errors are what it said."""
     moments = make_moments(BRANCHES, 10)
     planner, deltas = Planner(moments), samples(moments)
-    fresh = np.array([1, 1, 0, 1, 0, 0, 1, 0, 1, 0], bool)
+    levels = WHOLE * np.array([1, 1, 0, 1, 0, 0, 1, 0, 1, 0], np.int8)
     total, computed = np.zeros(len(deltas)), [0]
     for step in range(1, 10):
-        if fresh[step]:
+        if levels[step]:
             computed.insert(0, step)
             continue
         passes = tuple(computed[:3])
@@ -82,20 +87,20 @@ def test_predicted_error_is_the_error_of_predicting() -> None:
             guess = sum(w * deltas[:, branch * 10 + p] for w, p in zip(weights, passes, strict=True))
             off = guess - deltas[:, branch * 10 + step]
             total += moments.mixing[branch] * np.sqrt(moments.gain[step]) * off
-    assert planner.error(fresh) == pytest.approx(float(np.mean(total**2)), rel=0.1)
+    assert planner.error(levels) == pytest.approx(float(np.mean(total**2)), rel=0.1)
 
 
 @pytest.mark.parametrize("count", range(2, 8))
 def test_search_finds_nearly_the_best_choice_of_steps(count: int) -> None:
     """Against every choice of `count` out of 8 steps."""
     planner = Planner(make_moments(BRANCHES, 8))
-    fresh, error = planner.best(count)
-    assert fresh[0] and fresh.sum() == count and error == pytest.approx(planner.error(fresh))
+    levels, error = planner.best(WHOLE * count)
+    assert levels[0] and levels.sum() == WHOLE * count and error == pytest.approx(planner.error(levels))
     every = []
     for rest in itertools.combinations(range(1, 8), count - 1):
-        mask = np.zeros(8, bool)
-        mask[[0, *rest]] = True
-        every.append(planner.error(mask))
+        choice = np.zeros(8, np.int8)
+        choice[[0, *rest]] = WHOLE
+        every.append(planner.error(choice))
     assert error <= 1.25 * min(every)
 
 
@@ -107,53 +112,16 @@ def test_more_steps_never_leave_more_error() -> None:
 
 @pytest.mark.parametrize("budget", [0.35, 0.4, 0.47, 0.5, 0.61, 0.7, 0.83, 0.9, 0.99])
 @pytest.mark.parametrize("steps", [10, 20, 33, 50])
-@pytest.mark.parametrize("routed", [False, True])
-def test_every_row_lands_on_its_budget(budget: float, steps: int, routed: bool) -> None:
-    random = np.random.default_rng(int(1000 * budget) + steps)
-    logits = random.normal(0, 1.5, (steps, 2, 3, 1, 5)) + np.zeros((1, 1, 1, BLOCKS, 1))
-    policy = PlannedPolicy(make_moments(BRANCHES, 20), per_sample=routed)
-    spent, _ = drive(policy, steps, budget, logits.astype(np.float32) if routed else None)
+def test_every_row_lands_on_its_budget(budget: float, steps: int) -> None:
+    spent, _ = drive(PlannedPolicy(make_moments(BRANCHES, 20)), steps, budget)
     assert np.abs(spent - budget).max() <= max(SLACK, 0.51 * (100 + BLOCKS) / (steps * DENSE)) + 1e-9
     assert np.abs(spent - budget).max() <= 0.01
 
 
-def test_rows_decide_as_they_would_alone() -> None:
-    random = np.random.default_rng(5)
-    logits = np.repeat(random.normal(0, 1.5, (20, 2, 3, 1, 5)), BLOCKS, axis=3).astype(np.float32)
-    moments = make_moments(BRANCHES, 20)
-    _, together = drive(PlannedPolicy(moments), 20, 0.5, logits)
-    assert (together[:, :, 0] != together[:, :, 1]).any(), "these rows must differ for the test to mean much"
-    for row in range(3):
-        _, alone = drive(PlannedPolicy(moments), 20, 0.5, logits[:, :, row : row + 1], rows=1)
-        assert (alone[:, :, 0] == together[:, :, row]).all()
-
-
 def test_branches_of_a_row_do_the_same() -> None:
-    logits = np.random.default_rng(2).normal(0, 1.5, (20, 2, 3, BLOCKS, 5)).astype(np.float32)
-    _, codes = drive(PlannedPolicy(make_moments(BRANCHES, 20)), 20, 0.6, 3 * logits)
+    _, codes = drive(PlannedPolicy(make_moments(BRANCHES, 20)), 20, 0.6)
     half = (codes[:, 0] == FULL).all(axis=2) & (codes[:, 1] == REUSE).all(axis=2)
     assert ((codes[:, 0] == codes[:, 1]).all(axis=2) | half).all() and half.sum() <= 3 * 3
-
-
-def test_a_row_whose_error_rises_computes_earlier() -> None:
-    """A jump of one row's gate before a predicted step: it takes the next computed step's place."""
-    moments = make_moments(BRANCHES, 20)
-    _, plain = drive(PlannedPolicy(moments), 20, 0.5)
-    fresh = (plain[:, 0, 0] >= 0).all(axis=1)
-    step = next(s for s in range(3, 19) if not fresh[s] and fresh[s + 1])
-    logits = np.zeros((20, 2, 3, BLOCKS, 5), np.float32)
-    logits[step, :, 0, :, 0] = 3.0
-    _, codes = drive(PlannedPolicy(moments), 20, 0.5, logits)
-    bent = (codes[:, 0] >= 0).all(axis=2)
-    assert bent[step, 0] and not bent[step + 1, 0]
-    assert (bent[:, 1] == fresh).all() and bent[:, 0].sum() == fresh.sum()
-
-
-def test_batch_mean_gives_every_row_the_same_decisions() -> None:
-    logits = np.random.default_rng(4).normal(0, 3, (20, 2, 3, 1, 5)) + np.zeros((1, 1, 1, BLOCKS, 1))
-    policy = PlannedPolicy(make_moments(BRANCHES, 20), batch_mean=True)
-    _, codes = drive(policy, 20, 0.5, logits.astype(np.float32))
-    assert (codes == codes[:, :, :1]).all()
 
 
 def test_a_partial_step_computes_the_first_blocks() -> None:
@@ -170,11 +138,11 @@ def test_half_steps_stay_in_runs_that_call_both_branches() -> None:
     policy = PlannedPolicy(make_moments(BRANCHES, 20))
     spent, _ = drive(policy, 20, 0.54, names=("cond",))
     assert spent == pytest.approx(0.54, abs=0.01)
-    assert policy.plan is not None and policy.plan.half is None
+    assert policy.plan is not None and not policy.plan.split
     spent, codes = drive(policy, 20, 0.54)
     assert spent == pytest.approx(0.54, abs=0.005)
-    assert policy.plan is not None and policy.plan.half is not None and policy.plan.half.any()
-    step = int(np.flatnonzero(policy.plan.half)[0])
+    assert policy.plan is not None and policy.plan.split and HALF in policy.plan.levels
+    step = int(np.flatnonzero(policy.plan.levels == HALF)[0])
     assert (codes[step, 0] == FULL).all() and (codes[step, 1] == REUSE).all()
 
 
@@ -182,7 +150,8 @@ def test_half_steps_lie_between_whole_ones() -> None:
     """Half a step's predicted error is what happens; a plan with one is worth its FLOPs."""
     moments = make_moments(BRANCHES, 10)
     planner, deltas = Planner(moments), samples(moments)
-    assert all(planner.best_levels(2 * n)[1] <= planner.best(n)[1] * (1 + 1e-6) for n in range(3, 9))
+    for passes in range(3 * WHOLE, 9 * WHOLE, WHOLE):
+        assert planner.best(passes, split=True)[1] <= planner.best(passes)[1] * (1 + 1e-6)
     levels = np.array([2, 2, 0, 2, 1, 0, 2, 0, 1, 0], np.int8)
     total, first, second = np.zeros(len(deltas)), [0], [0]
     for step in range(1, 10):
@@ -198,7 +167,7 @@ def test_half_steps_lie_between_whole_ones() -> None:
             known = deltas[:, first]
             off = known @ np.linalg.lstsq(known, deltas[:, step], rcond=None)[0] - deltas[:, step]
             total += moments.mixing[0] * np.sqrt(moments.gain[step]) * off
-    assert planner.levels_error(levels) == pytest.approx(float(np.mean(total**2)), rel=0.1)
+    assert planner.error(levels) == pytest.approx(float(np.mean(total**2)), rel=0.1)
 
 
 def test_full_budget_computes_everything_and_reads_nothing() -> None:
@@ -215,6 +184,27 @@ def test_moments_are_interpolated_to_other_step_counts() -> None:
     assert double.gram[np.ix_(range(0, 39, 2), range(0, 39, 2))] == pytest.approx(moments.gram[:20, :20])
     assert np.linalg.eigvalsh(double.gram).min() > -1e-9
     assert double.gain[0] == pytest.approx(moments.gain[0] * (20 / 39) ** 2)
+
+
+PLANS = {
+    "qwen_image": "2fa43cc1874c81a50d7ce17f2d390b582a0d983bb043cc72cce6d715565cd15d",
+    "flux": "8770daf7f6f793d986a21fc4f07a244c3988eb1917c3747f4f65a26406ebc71b",
+    "hunyuan3d": "ba02227ce43b8aaf2a65947c5ccb6fa74e13ad964ecc7c0951174fd8d3e59659",
+}
+"""sha256 over the packaged bundles' plans at every budget: a search that is rearranged must find the same."""
+
+
+@pytest.mark.parametrize("model", PLANS)
+def test_packaged_plans_stay_what_they_are(model: str) -> None:
+    folder, plans = PACKAGED / f"{model}_tiny" / "routers", hashlib.sha256()
+    moments = load_bundle(folder).moments
+    for steps in (8, 12, 20):
+        planner = Planner(moments.at(steps))
+        for computed in np.arange(1, steps + 0.001, 0.25):
+            for split in (False, True)[: len(moments.branches)]:
+                plan = planner.plan(float(computed), split)
+                plans.update(plan.levels.tobytes() + repr((plan.partial, plan.fraction)).encode())
+    assert plans.hexdigest() == PLANS[model]
 
 
 @pytest.mark.parametrize(("known", "degree"), [(3, 1), (4, 3), (9, 3)])

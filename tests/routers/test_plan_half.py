@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from routers.elastic import Elastic
-from routers.planned.plan import Moments, StepPlan
+from routers.planned.moments import HALF, WHOLE, Moments
+from routers.planned.plan import StepPlan
 from routers.planned.policy import PlannedPolicy
 from routers.policy import CallInfo, Units
 from routers.trace import FULL, REUSE
@@ -20,8 +21,9 @@ class HalfSteps(PlannedPolicy):
     """Every step but the first is a half one."""
 
     def _solve(self, call: CallInfo, split: bool) -> tuple[StepPlan, Units, slice]:
-        fresh = np.arange(len(TIMES)) == 0
-        return StepPlan(fresh, None, 0.0, 0.0, ~fresh if split else None), self._run.segments, slice(0)
+        levels = np.full(len(TIMES), HALF if split else 0, np.int8)
+        levels[0] = WHOLE
+        return StepPlan(levels, None, 0.0, 0.0, split), self._run.segments, slice(0)
 
 
 class WithoutPeer(HalfSteps):
@@ -59,7 +61,7 @@ def outputs(case: Case, policy: PlannedPolicy) -> tuple[list[torch.Tensor], list
 
 
 def test_second_branch_is_predicted_from_the_first() -> None:
-    found, actions = outputs(QWEN, HalfSteps(same_branches(), per_sample=False))
+    found, actions = outputs(QWEN, HalfSteps(same_branches()))
     for step in range(1, len(TIMES)):
         cond, uncond = found[2 * step], found[2 * step + 1]
         assert (actions[2 * step] == FULL).all() and (actions[2 * step + 1] == REUSE).all()
@@ -67,5 +69,5 @@ def test_second_branch_is_predicted_from_the_first() -> None:
 
 
 def test_prediction_needs_the_first_branch() -> None:
-    found, _ = outputs(QWEN, WithoutPeer(same_branches(), per_sample=False))
+    found, _ = outputs(QWEN, WithoutPeer(same_branches()))
     assert not torch.allclose(found[2], found[3], atol=1e-2)

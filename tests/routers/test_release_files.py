@@ -246,9 +246,9 @@ def index_of_another_kind(path: Path, weights: dict[str, Tensor]) -> Path:
     [
         (truncated, "is truncated: it has .* bytes of .*; fetch it again"),
         (truncated_header, "is truncated: it has 500 bytes, its header alone"),
-        (pickled, "is no safetensors file; pickled checkpoints are not loaded"),
-        (empty, r"\(0 bytes\) is no safetensors file"),
-        (header_of_another_kind, "its header is no table"),
+        (pickled, "is not a safetensors file; pickled checkpoints are not loaded"),
+        (empty, r"\(0 bytes\) is not a safetensors file"),
+        (header_of_another_kind, "its header is not a table"),
         (without_routers, r"has no gate_mlps\.\* keys"),
         (without_a_key, "does not fit QwenImageTransformer2DModel .1 missing: img_in.weight.; use it with"),
         (with_a_key_too_many, r"1 left over: transformer_blocks\.2\.img_mod\.1\.bias"),
@@ -259,7 +259,7 @@ def index_of_another_kind(path: Path, weights: dict[str, Tensor]) -> Path:
         (shard_missing, "refers to 'model-00002-of-00003.safetensors', which is not beside it"),
         (shard_of_another_model, "lacks .* and .* more, which model.safetensors.index.json promises"),
         (index_pointing_elsewhere, "refers to '../model.safetensors', which is not beside it"),
-        (index_of_another_kind, "is no index of sharded safetensors"),
+        (index_of_another_kind, "is not an index of sharded safetensors"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -21,6 +21,7 @@ from routers.attachment import build_router
 from routers.bundle import Bundle
 from routers.calibrate.evaluate import evaluate
 from routers.calibrate.state import State
+from routers.calls import first_tensor
 from routers.cost import count_flops
 from routers.elastic import Elastic
 from routers.policy import FixedPolicy
@@ -31,7 +32,7 @@ from routers.train.loop import LossNotFiniteError, Training, noise_at, rate_at
 from routers.train.objective import decide
 from routers.train.settings import TrainSettings
 from routers.train.student import Decision, Student
-from routers.train.trajectory import answer, flatten, unflatten
+from routers.train.trajectory import flatten, unflatten
 from routers.trained.backbone import FILE, BackboneWeights, add_lora, lora_targets
 from routers.trained.policy import Profile, TrainedPolicy, allocate
 from routers.trained.router import BudgetRouter
@@ -68,21 +69,19 @@ def test_the_student_does_what_the_elastic_model_will_do(case: Case, save_memory
     codes[codes == SKIP + 1] = SKIP
     elastic = Elastic(model, case.spec, lambda: FixedPolicy(codes[None]))
     with torch.no_grad(), elastic.scope(num_steps=1):
-        expected = answer(model(**inputs))
+        expected = first_tensor(model(**inputs))
     elastic.detach()
     gate = torch.tensor(codes >= 0).float().requires_grad_()
     width = torch.nn.functional.one_hot(torch.tensor(codes).clamp_min(0), 4).float().requires_grad_()
-    student.attach()
-    with student.deciding(Decision(gate, width)):
-        found = answer(model(**inputs))
+    with student.attached(), student.deciding(Decision(gate, width)):
+        found = first_tensor(model(**inputs))
         found.square().sum().backward()
-    student.detach()
     assert torch.allclose(found, expected, atol=1e-5)
     closed = torch.tensor(codes == SKIP)
     assert (gate.grad[closed] != 0).all(), "a closed gate learns whether it had better been open"
     assert (width.grad.flatten(0, 1)[~closed.flatten()] != 0).any()
-    dense = answer(case.transformer()(**inputs))
-    assert torch.equal(answer(model(**inputs)), dense), "detached is never attached"
+    dense = first_tensor(case.transformer()(**inputs))
+    assert torch.equal(first_tensor(model(**inputs)), dense), "detached is never attached"
 
 
 @pytest.mark.parametrize("time_dim", [0, 6])
@@ -193,7 +192,7 @@ def test_a_stopped_training_continues_exactly(workload: MeshWorkload, tmp_path: 
         workload, settings, state=started(tmp_path / "two", True), log=lambda step, terms: steps.append(step)
     )
     assert steps == [4, 5, 6], "from the state kept after step 3"
-    for a, b in zip(whole.routers, continued.routers, strict=True):
+    for a, b in zip(whole.trained.routers, continued.trained.routers, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
     assert what == "routers" or all(
         torch.equal(t, continued.trained.backbone.tensors[n])
@@ -233,17 +232,17 @@ def test_trained_weights_are_loaded_with_the_bundle_and_leave_with_it(
 def test_lora_reaches_every_linear_of_every_family_and_comes_off() -> None:
     for case in CASES:
         model, inputs = case.transformer(), case.inputs(2, 0.7, 0)
-        dense, names = answer(model(**inputs)), [name for name, _ in model.named_parameters()]
+        dense, names = first_tensor(model(**inputs)), [name for name, _ in model.named_parameters()]
         targets = lora_targets(model, case.spec)
         undo = add_lora(model, targets, 2)
         adapters = {n: torch.randn_like(p) for n, p in model.named_parameters() if ".lora_" in n}
         undo()
         assert len(adapters) == 2 * len(targets) > 0
         take_off = BackboneWeights("lora", adapters, 2, targets).apply(model)
-        assert not torch.allclose(answer(model(**inputs)), dense, atol=1e-3)
+        assert not torch.allclose(first_tensor(model(**inputs)), dense, atol=1e-3)
         take_off()
         assert [name for name, _ in model.named_parameters()] == names
-        assert torch.equal(answer(model(**inputs)), dense)
+        assert torch.equal(first_tensor(model(**inputs)), dense)
 
 
 def test_a_loss_that_is_none_stops_and_keeps_the_last_good_state(
@@ -264,7 +263,7 @@ def test_a_loss_that_is_none_stops_and_keeps_the_last_good_state(
     monkeypatch.undo()
     steps: list[int] = []
     bundle = train(workload, state=started(tmp_path / "s", True), log=lambda step, terms: steps.append(step))
-    assert steps[0] == 4 and all(v.isfinite().all() for r in bundle.routers for v in r.values())
+    assert steps[0] == 4 and all(v.isfinite().all() for r in bundle.trained.routers for v in r.values())
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
