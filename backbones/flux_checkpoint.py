@@ -42,10 +42,7 @@ DOUBLE_NORMS = {
     "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
 }
 SINGLE = {"modulation.lin": "norm.linear", "linear2": "proj_out"}
-SINGLE_NORMS = {
-    "norm.query_norm.scale": "attn.norm_q.weight",
-    "norm.key_norm.scale": "attn.norm_k.weight",
-}
+SINGLE_NORMS = {"norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight"}
 IMAGE_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 TEXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 

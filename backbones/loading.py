@@ -31,25 +31,25 @@ FINGERPRINT_BLOCKS = 16
 FINGERPRINT_BYTES = 65536
 
 
-def pick_device(asked: str) -> torch.device:
-    """Asked "auto": cuda, else mps, else cpu; anything else is checked to exist. Raises ModelError."""
-    if asked == "auto":
+def pick_device(name: str) -> torch.device:
+    """Name "auto": cuda, else mps, else cpu; anything else is checked to exist. Raises ModelError."""
+    if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(asked)
+        device = torch.device(name)
     except RuntimeError:
-        raise ModelError(f"--device {asked!r} is unknown; allowed are auto, cuda, cuda:N, mps, cpu") from None
+        raise ModelError(f"--device {name!r} is unknown; allowed are auto, cuda, cuda:N, mps, cpu") from None
     available = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
     if not available.get(device.type, False):
-        found = ", ".join(name for name, present in available.items() if present and name != device.type)
+        others = ", ".join(kind for kind, present in available.items() if present and kind != device.type)
         raise ModelError(
-            f"--device {asked} is not available here; this machine has {found}; leave --device out to pick"
+            f"--device {name} is not available here; this machine has {others}; leave --device out to pick"
         )
     return device
 
@@ -258,7 +258,7 @@ def _add_lora(pipe: Any, lora: Lora, name: str) -> None:
             f"--lora {str(lora.path)!r} does not fit {type(pipe).__name__}: {first_line(error)}"
         ) from error
     if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
-        raise ModelError(f"--lora {str(lora.path)!r} holds no weights for {type(pipe).__name__}")
+        raise ModelError(f"--lora {str(lora.path)!r} does not hold weights for {type(pipe).__name__}")
 
 
 def _place(pipe: Any, device: torch.device, offload: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from backbones import flux, qwen_image
 from backbones.hunyuan3d import family as hunyuan3d
-from backbones.hunyuan3d.folders import cached_folder, find_weights, resolve_folder
+from backbones.hunyuan3d.folders import cached_folder, find_weights, folders_inside, resolve_folder
 from backbones.model_files import (
     ROUTERS_FOLDER,
     ModelError,
@@ -154,10 +154,9 @@ def _from_folder(folder: Path) -> Backbone:
 def _read_folder(folder: Path, _stamp: Stamp) -> Backbone:
     layout = _layout(folder)
     if layout is None:
-        inside = sorted(file.parent.name for file in folder.glob(f"*/{HUNYUAN3D}"))
-        hint = f"subfolders that have one: {', '.join(inside)}" if inside else "see `edit models`"
         raise ModelError(
-            f"{str(folder)!r} is not a model folder: it has no {DIFFUSERS} and no {HUNYUAN3D}; {hint}"
+            f"{str(folder)!r} is not a model folder: it has neither {DIFFUSERS} nor {HUNYUAN3D}; "
+            + folders_inside(folder)
         )
     index = folder / layout
     family = _family(layout, read_json(index) if layout == DIFFUSERS else read_yaml(index), str(folder))
@@ -207,8 +206,8 @@ def _count_parameters(folder: Path, layout: str) -> dict[str, int]:
     counts: dict[str, int] = {}
     if layout == HUNYUAN3D:
         weights = find_weights(folder)
-        found = count_by_prefix(weights) if weights.suffix == ".safetensors" else {}
-        return {MESH_COMPONENTS[part]: count for part, count in found.items() if part in MESH_COMPONENTS}
+        parts = count_by_prefix(weights) if weights.suffix == ".safetensors" else {}
+        return {MESH_COMPONENTS[part]: count for part, count in parts.items() if part in MESH_COMPONENTS}
     for file in sorted(folder.glob("*/*.safetensors")):
         if file.parent.name != ROUTERS_FOLDER:
             counts[file.parent.name] = counts.get(file.parent.name, 0) + sum(count_by_prefix(file).values())
@@ -230,7 +229,7 @@ def _hub_configs(repository: str) -> Configs:
     for part in ("transformer", "vae"):
         file = hub_file(repository, f"{part}/config.json")
         if file is None:
-            raise ModelError(f"{repository!r} is incomplete: it has no {part}/config.json")
+            raise ModelError(f"{repository!r} is incomplete: {part}/config.json is missing")
         configs[part] = read_json(file)
     return configs
 

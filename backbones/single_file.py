@@ -29,8 +29,8 @@ def read_single_file(path: Path, families: Iterable[Family], base: str | None) -
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ModelError(
-            f"{str(path)!r} is no .safetensors file, and other formats are not loaded; "
-            "give a pipeline folder or a .safetensors file"
+            f"{str(path)!r} is not a .safetensors file, and other formats are not loaded; "
+            "give a model folder or a .safetensors file"
         )
     shapes = read_header(path)
     families = tuple(families)
@@ -39,18 +39,18 @@ def read_single_file(path: Path, families: Iterable[Family], base: str | None) -
             for prefix in PREFIXES:
                 if prefix + layout.marker in shapes:
                     return _recognised(path, layout, prefix, shapes, base)
-    known = " or ".join(family.name for family in families if family.single_files)
+    readable = " or ".join(family.name for family in families if family.single_files)
     raise ModelError(
-        f"{str(path)!r} holds no {known} transformer under the names `edit` knows; give a pipeline folder"
+        f"{str(path)!r} does not hold a {readable} transformer under names that `edit` knows;"
+        " give a model folder"
     )
 
 
 def _recognised(path: Path, layout: FileLayout, prefix: str, shapes: Shapes, base: str | None) -> SingleFile:
-    own = denoiser_shapes(shapes, prefix)
     try:
-        config = layout.config(own)
+        config = layout.config(denoiser_shapes(shapes, prefix))
     except (KeyError, IndexError, ValueError) as error:
-        raise ModelError(f"{str(path)!r} is incomplete: it has no tensor {error}") from error
+        raise ModelError(f"{str(path)!r} is incomplete: tensor {error} is missing") from error
     return SingleFile(path, layout, prefix, config, base or layout.row(config), base is not None)
 
 
@@ -63,7 +63,7 @@ def check_fits(file: SingleFile, config: Config, base: Config, family: Family) -
     """Raise ModelError unless the base's components can work with the file's denoiser."""
     if file.layout not in family.single_files:
         raise ModelError(
-            f"--base {file.base!r} is a {family.name} model and {str(file.path)!r} is none; "
+            f"--base {file.base!r} is a {family.name} model and {str(file.path)!r} is not; "
             "give the folder or hub id of a model of the file's kind"
         )
     different = [name for name in MUST_FIT if name in file.config and config[name] != base.get(name)]
@@ -71,12 +71,11 @@ def check_fits(file: SingleFile, config: Config, base: Config, family: Family) -
         name = different[0]
         raise ModelError(
             f"{str(file.path)!r} has {name} {config[name]} and the base {file.base!r} has {base.get(name)}: "
-            f"it is no plain text-to-image {family.name} model of that kind; give another --base"
+            f"it is not a plain text-to-image {family.name} model of that kind; give another --base"
         )
     if file.layout.parts is not None:
         parts = {part.key for part in file.layout.parts(config).values()}
-        found = set(denoiser_shapes(read_header(file.path), file.prefix))
-        _same_names(file.path, parts, found)
+        _check_names(file, parts)
 
 
 def load_denoiser(backbone: Backbone, dtype: Any) -> Any:
@@ -86,7 +85,7 @@ def load_denoiser(backbone: Backbone, dtype: Any) -> Any:
     from safetensors import SafetensorError
 
     file = backbone.file
-    assert file is not None, "the backbone has no single file"
+    assert file is not None, "the backbone is not a single file"
     transformer_class = getattr(diffusers, backbone.family.transformer.transformer_class)
     # parameters only: tables that a constructor computes and no file holds stay real
     with init_empty_weights(include_buffers=False):
@@ -94,8 +93,7 @@ def load_denoiser(backbone: Backbone, dtype: Any) -> Any:
     expected = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
     find_parts = file.layout.parts
     parts = {name: Part(name) for name in expected} if find_parts is None else find_parts(file.config)
-    found = denoiser_shapes(read_header(file.path), file.prefix)
-    _same_names(file.path, {part.key for part in parts.values()}, set(found))
+    _check_names(file, {part.key for part in parts.values()})
     try:
         weights = _read(file, parts, dtype)
     except (SafetensorError, OSError) as error:
@@ -125,12 +123,13 @@ def _read(file: SingleFile, parts: Mapping[str, Part], dtype: Any) -> dict[str, 
     return weights
 
 
-def _same_names(path: Path, expected: set[str], found: set[str]) -> None:
+def _check_names(file: SingleFile, expected: set[str]) -> None:
     """Neither missing nor left over: quantised files carry scales that would be dropped silently."""
-    missing, unknown = sorted(expected - found), sorted(found - expected)
+    stored = set(denoiser_shapes(read_header(file.path), file.prefix))
+    missing, unknown = sorted(expected - stored), sorted(stored - expected)
     if missing or unknown:
         what = f"{len(missing)} tensors are missing" if missing else f"{len(unknown)} tensors are unknown"
         raise ModelError(
-            f"{str(path)!r} cannot be loaded: {what}, for example {(missing or unknown)[0]!r}; "
+            f"{str(file.path)!r} cannot be loaded: {what}, for example {(missing or unknown)[0]!r}; "
             "quantised files are not read, give one in fp32, fp16, bf16 or plain fp8"
         )

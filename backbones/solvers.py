@@ -58,7 +58,7 @@ class DpmSolver2M(Multistep):
         """Exact for x_0 linear in half log-SNR; equal to Euler's step where there is no earlier output."""
         clean = estimate = x - now * v
         earlier, self._earlier = self._earlier, (now, clean)
-        # at s = 1 the half log-SNR is minus infinity: its neighbour has no weight
+        # at s = 1 the half log-SNR is minus infinity: its neighbour has weight 0
         if earlier is not None and then > 0 and earlier[0] < 1:
             before, clean_last = earlier
             ratio = (_log_snr(then) - _log_snr(now)) / (_log_snr(now) - _log_snr(before))

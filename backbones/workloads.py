@@ -105,8 +105,8 @@ def embed(pipe: Hunyuan3DPipeline, pictures: Sequence[Image.Image]) -> dict[str,
     """
     if not pictures:
         raise ValueError("a workload needs at least one picture")
-    found = [pipe.prepare(picture) for picture in pictures]
-    return {name: torch.cat([one[name].cpu() for one in found]) for name in found[0]}
+    contexts = [pipe.prepare(picture) for picture in pictures]
+    return {name: torch.cat([context[name].cpu() for context in contexts]) for name in contexts[0]}
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def encode(
     """
     from PIL import ImageOps
 
-    other, found = image_to_image(pipe, backbone), []
+    other, encoded = image_to_image(pipe, backbone), []
     device, dtype = pipe.vae.device, pipe.vae.dtype
     for i, picture in enumerate(pictures):
         fitted = ImageOps.fit(picture, size)
@@ -130,5 +130,5 @@ def encode(
         generator = torch.Generator("cpu").manual_seed(seed + i)
         latents = other._encode_vae_image(image=pixels, generator=generator)
         shape = latents.shape[1], latents.shape[-2], latents.shape[-1]
-        found.append(other._pack_latents(latents, 1, *shape).float().cpu())
-    return torch.cat(found)
+        encoded.append(other._pack_latents(latents, 1, *shape).float().cpu())
+    return torch.cat(encoded)

@@ -37,8 +37,8 @@ def default_prompts(count: int) -> list[str]:
 
     Raises ValueError if there are not `count` of them.
     """
-    from backbones.tiny.classifier import load_classifier
     from backbones.tiny.recipes.captions import strip_article, with_article
+    from benchmarks.classifier import load_classifier
 
     prompts = read_prompts(COMMON)
     names = concepts()
@@ -79,8 +79,8 @@ def accuracy(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[V
 
     None if there is no classifier, or a prompt asks for something that it does not know.
     """
-    from backbones.tiny.classifier import load_classifier
     from backbones.tiny.recipes.captions import strip_article
+    from benchmarks.classifier import load_classifier
 
     names = concepts()
     labels = [names.get(strip_article(prompt).removeprefix("ear of ")) for prompt in prompts]

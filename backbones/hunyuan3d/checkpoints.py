@@ -8,7 +8,6 @@ Pickle files are read with `weights_only=True` and nothing else.
 # mypy: no-warn-return-any
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,8 @@ from torch import Tensor, nn
 
 from backbones import static_folder as static
 from backbones.model_files import ModelError
+from backbones.spec import HUNYUAN3D
+from routers.files import write_whole
 
 from .config import COMPONENTS, SECTIONS, build, read_config
 from .family import TRANSFORMER_2, TRANSFORMER_21
@@ -32,24 +33,28 @@ State = dict[str, Tensor]
 
 
 def read_weights(path: Path) -> dict[str, State]:
-    """Memory-mapped tensors by component. A flat VAE-only file is returned under "vae"."""
+    """Memory-mapped tensors by component. Raises ModelError."""
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if isinstance(tensors.get("state_dict"), Mapping):
         tensors = {"model": _strip_training_prefixes(tensors["state_dict"], path)}
-    if tensors and all(isinstance(value, Mapping) for value in tensors.values()):
-        nested = {str(name): dict(state) for name, state in tensors.items()}
-        if not all(isinstance(value, Tensor) for state in nested.values() for value in state.values()):
-            raise ModelError(f"{path} holds something else than tensors; it is no Hunyuan3D checkpoint")
-        return nested
-    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ModelError(f"{path} holds something else than tensors; it is no Hunyuan3D checkpoint")
-    if all(key.split(".", 1)[0] in COMPONENTS for key in tensors):
-        components: dict[str, State] = {}
-        for key, tensor in tensors.items():
-            name, rest = key.split(".", 1)
-            components.setdefault(name, {})[rest] = tensor
-        return components
-    return {"vae": tensors}
+    components: dict[str, State] = {}
+    for name, value in tensors.items():
+        if isinstance(value, Mapping):
+            components[name] = dict(value)
+        else:
+            component, _, rest = name.partition(".")
+            components.setdefault(component, {})[rest] = value
+    stored = [value for state in components.values() for value in state.values()]
+    if (
+        not stored
+        or not all(isinstance(value, Tensor) for value in stored)
+        or set(components) - set(COMPONENTS)
+    ):
+        raise ModelError(
+            f"{path} holds something other than the tensors of {', '.join(COMPONENTS)}; "
+            "it is not a Hunyuan3D checkpoint"
+        )
+    return components
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -86,20 +91,20 @@ def _strip_training_prefixes(state: Mapping[str, Tensor], path: Path) -> State:
     return stripped
 
 
-def check_keys(module: nn.Module, found: Mapping[str, tuple[int, ...]], name: str) -> None:
+def check_keys(module: nn.Module, stored: Mapping[str, tuple[int, ...]], name: str) -> None:
     """Compare names and shapes with the module's own. Raises ModelError with the first offenders."""
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     problems = []
     for label, keys in (
-        ("missing", expected.keys() - found.keys()),
-        ("left over", found.keys() - expected.keys()),
+        ("missing", expected.keys() - stored.keys()),
+        ("left over", stored.keys() - expected.keys()),
     ):
         if keys:
             problems.append(f"{len(keys)} {label}, first {sorted(keys)[0]}")
-    wrong = sorted(key for key in expected.keys() & found.keys() if expected[key] != tuple(found[key]))
+    wrong = sorted(key for key in expected.keys() & stored.keys() if expected[key] != tuple(stored[key]))
     if wrong:
         problems.append(
-            f"{len(wrong)} of wrong shape, first {wrong[0]} {list(found[wrong[0]])} instead of "
+            f"{len(wrong)} of wrong shape, first {wrong[0]} {list(stored[wrong[0]])} instead of "
             f"{list(expected[wrong[0]])}"
         )
     if problems:
@@ -118,7 +123,7 @@ def build_component(
 ) -> nn.Module:
     """A module of a config section with its weights. A VAE without encoder weights becomes a decoder only.
 
-    folder: where a static transformer's shape is looked up. Raises ModelError, ModelError.
+    folder: where a static transformer's shape is looked up. Raises ModelError.
     """
     overrides = {"with_encoder": any(key.startswith("encoder.") for key in state)} if name == "vae" else {}
     with torch.device("meta"):
@@ -133,40 +138,25 @@ def build_component(
 def load_pipeline(
     model: str | Path,
     *,
-    subfolder: str | None = None,
-    variant: str | None = "fp16",
-    vae: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     offload: bool = False,
 ) -> Hunyuan3DPipeline:
-    """A pipeline from a published folder or hub id.
-
-    vae: a VAE-only folder or hub id to use instead of the checkpoint's own (the turbo decoders).
-    dtype: None keeps the file's. Raises ModelError.
-    """
-    folder = resolve_folder(model, subfolder, variant)
-    config, states = read_config(folder / "config.yaml"), read_weights(find_weights(folder, variant))
-    required = {"model", "scheduler", "image_processor"} | (set() if vae else {"vae"})
-    lacking = required - set(config)
-    extra = set(states) - set(config)
-    if lacking or extra:
-        raise ModelError(f"{folder}: config.yaml lacks the sections {sorted(lacking | extra)}")
-    absent = ({"model"} | (set() if vae else {"vae"})) - set(states)
+    """A pipeline from a published folder or hub id. dtype: None keeps the file's. Raises ModelError."""
+    folder = resolve_folder(model)
+    config, states = read_config(folder / HUNYUAN3D), read_weights(find_weights(folder))
+    lacking = {"model", "vae", "scheduler", "image_processor", *states} - set(config)
+    if lacking:
+        raise ModelError(f"{folder}: config.yaml lacks the sections {sorted(lacking)}")
+    absent = {"model", "vae"} - set(states)
     if absent:
         raise ModelError(f"{folder}: the weights lack {sorted(absent)}")
-    if vae:
-        states.pop("vae", None)
-    parts = {
-        name: build_component(name, config[name], states[name], folder)
-        for name in COMPONENTS
-        if name in states
-    }
+    parts = {name: build_component(name, config[name], state, folder) for name, state in states.items()}
     pipe: Hunyuan3DPipeline = build(
         "pipeline",
         config.get("pipeline", {"target": "Hunyuan3DDiTFlowMatchingPipeline"}),
         transformer=parts["model"],
-        vae=load_vae(vae, variant=variant) if vae else parts["vae"],
+        vae=parts["vae"],
         conditioner=parts.get("conditioner"),
         scheduler=build("scheduler", config["scheduler"]),
         image_processor=build("image_processor", config["image_processor"]),
@@ -174,17 +164,8 @@ def load_pipeline(
     return pipe.to(device, dtype, offload)
 
 
-def load_vae(model: str | Path, *, subfolder: str | None = None, variant: str | None = "fp16") -> nn.Module:
-    """A shape VAE from a VAE-only folder or from a pipeline's."""
-    folder = resolve_folder(model, subfolder, variant)
-    config, states = read_config(folder / "config.yaml"), read_weights(find_weights(folder, variant))
-    if "vae" not in config or "vae" not in states:
-        raise ModelError(f"{folder} holds no VAE")
-    return build_component("vae", config["vae"], states["vae"])
-
-
 def save_checkpoint(folder: Path, config: Mapping[str, Any], components: Mapping[str, nn.Module]) -> None:
-    """Write `config.yaml` and `model.safetensors` in the published layout; each appears whole or not at all.
+    """Write `config.yaml` and `model.safetensors` in the published layout; both appear whole or not at all.
 
     config: sections `{target, params}` as `read_config` returns them. components: e.g. `pipe.components`.
     """
@@ -197,9 +178,10 @@ def save_checkpoint(folder: Path, config: Mapping[str, Any], components: Mapping
         for name, module in components.items()
         for key, tensor in module.state_dict().items()
     }
-    partial = folder / ".model.safetensors.part"
-    save_file(tensors, partial)
-    os.replace(partial, folder / "model.safetensors")
-    partial = folder / ".config.yaml.part"
-    partial.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
-    os.replace(partial, folder / "config.yaml")
+    text = yaml.safe_dump(dict(config), sort_keys=False)
+    write_whole(
+        {
+            folder / "model.safetensors": lambda name: save_file(tensors, name),
+            folder / HUNYUAN3D: lambda name: Path(name).write_text(text, encoding="utf-8"),
+        }
+    )

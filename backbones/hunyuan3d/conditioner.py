@@ -55,7 +55,7 @@ class DinoImageEncoder(nn.Module):
             side if height == short else int(side * height / short),
             side if width == short else int(side * width / short),
         )
-        # in fp32: the antialiased kernel has no half precision on a CPU
+        # in fp32: the antialiased kernel does not exist in half precision on a CPU
         resized = F.interpolate(x.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
         x = resized.to(x.dtype)
         top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)

@@ -42,10 +42,8 @@ TARGETS: dict[str, Target] = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Parse `config.yaml`: SECTIONS as keys, or `target` and `params` alone in a VAE-only folder."""
+    """Parse `config.yaml`: SECTIONS as keys."""
     config = read_yaml(path)
-    if "target" in config:
-        config = {"vae": config}
     unknown = set(config) - set(SECTIONS)
     if unknown:
         raise ModelError(f"{path}: unknown sections {sorted(unknown)}; known are {', '.join(SECTIONS)}")
@@ -67,7 +65,7 @@ def build(section: str, spec: Mapping[str, Any], **overrides: Any) -> Any:
     unknown = set(params) - allowed - target.ignored
     if unknown:
         raise ModelError(
-            f"section {section!r}: {name} has no settings {sorted(unknown)}; "
+            f"section {section!r}: {name} does not have the settings {sorted(unknown)}; "
             f"it has {', '.join(sorted(allowed))}"
         )
     kept = {key: value for key, value in params.items() if key not in target.ignored}

@@ -1,6 +1,6 @@
 """DINOv2 vision transformer under the published key names (those of transformers 4.x).
 
-An own module, because transformers 5 renamed the layers: here a checkpoint loads as it is, memory-mapped.
+Transformers 5 renamed the layers of its module: in this one a checkpoint loads as it is, memory-mapped.
 
 Shapes: B batch, N = 1 + patches, D dim, H heads, K head dim.
 """
@@ -41,11 +41,11 @@ class Dinov2Config:
 
         Raises ValueError on a key that Dinov2Config does not have, or on another activation than GELU.
         """
-        known = {f.name for f in fields(cls)}
-        unknown = set(data) - known - _WITHOUT_EFFECT
+        names = {f.name for f in fields(cls)}
+        unknown = set(data) - names - _WITHOUT_EFFECT
         if unknown:
             raise ValueError(f"unknown Dinov2Config keys {sorted(unknown)}")
-        config = cls(**{key: value for key, value in data.items() if key in known})
+        config = cls(**{key: value for key, value in data.items() if key in names})
         if config.hidden_act != "gelu":
             raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; DINOv2 uses 'gelu'")
         return config

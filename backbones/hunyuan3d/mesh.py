@@ -15,7 +15,7 @@ from .surface import Volume
 
 
 class NoSurfaceError(RuntimeError):
-    """The field does not cross the level that was asked for anywhere."""
+    """The field does not cross the level anywhere."""
 
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Image to mesh: prepare -> denoise -> decode -> extract -> clean, each stage timed and callable on its own.
+"""Image to mesh: prepare -> denoise -> decode -> extract -> clean, each stage timed and callable alone.
 
 Shapes: B batch, V views, L latents, C latent channels, S condition tokens.
 """
@@ -156,7 +156,7 @@ class Hunyuan3DPipeline:
     def prepare(self, image: Pictures) -> dict[str, Tensor]:
         """Contexts `{"main": [B, S, D]}` of pictures without background, or of views `{"front": picture}`."""
         if self.conditioner is None:
-            raise ValueError("this checkpoint has no conditioner: pass contexts, or load one that has")
+            raise ValueError("this checkpoint comes without a conditioner: pass contexts")
         requests: list[Picture | Mapping[str, Picture]] = (
             [image] if isinstance(image, Image.Image | Mapping) else list(image)
         )

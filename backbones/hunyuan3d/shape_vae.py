@@ -233,7 +233,9 @@ class ShapeVAE(nn.Module):
     def encode_points(self, queries: Tensor, data: Tensor) -> Posterior:
         """Posterior from chosen query points `[B, L, 3 + f]` and data points `[B, P, 3 + f]`."""
         if self.encoder is None or self.pre_kl is None:
-            raise ValueError("this VAE has no encoder; use a -withencoder or 2.1 checkpoint to encode")
+            raise ValueError(
+                "this VAE comes without an encoder; use a -withencoder or 2.1 checkpoint to encode"
+            )
         return Posterior.from_moments(self.pre_kl(self.encoder(self.features(queries), self.features(data))))
 
     def features(self, points: Tensor) -> Tensor:

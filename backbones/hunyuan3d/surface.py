@@ -186,10 +186,10 @@ class _Sampler:
 
 
 class _Grid:
-    """One level: values at all nodes (exact where `known`, else right in sign) and cells evaluated so far."""
+    """One level: values at all nodes (where `exact`, else right only in sign) and cells evaluated so far."""
 
-    def __init__(self, values: np.ndarray, known: np.ndarray, cells: np.ndarray, level: float) -> None:
-        self.values, self.known, self.cells, self.level = values, known, cells, level
+    def __init__(self, values: np.ndarray, exact: np.ndarray, cells: np.ndarray, level: float) -> None:
+        self.values, self.exact, self.cells, self.level = values, exact, cells, level
         self.side = values.shape[0]
 
     def corners(self, cells_X3: np.ndarray) -> np.ndarray:
@@ -220,9 +220,9 @@ class _Grid:
         carried[np.minimum(2 * np.arange(self.side), side - 1)] = True
         values = self.values[np.ix_(source, source, source)]
         on_coarse = carried[:, None, None] & carried[None, :, None] & carried[None, None, :]
-        known = self.known[np.ix_(source, source, source)] & on_coarse
+        exact = self.exact[np.ix_(source, source, source)] & on_coarse
         parent = np.arange(side - 1) // 2
-        return _Grid(values, known, wanted[np.ix_(parent, parent, parent)], self.level)
+        return _Grid(values, exact, wanted[np.ix_(parent, parent, parent)], self.level)
 
     def want_probes(self, chance: np.random.Generator) -> np.ndarray:
         """Add random cells to the wanted ones; returns them `[X, 3]`."""
@@ -239,7 +239,7 @@ class _Grid:
 
     def evaluate_all(self, sampler: _Sampler, stride: int) -> None:
         """Evaluate every node that is not known yet."""
-        self._evaluate(np.flatnonzero(~self.known.reshape(-1)), sampler, stride)
+        self._evaluate(np.flatnonzero(~self.exact.reshape(-1)), sampler, stride)
         self.cells[...] = True
 
     def evaluate_and_follow(self, sampler: _Sampler, stride: int) -> None:
@@ -249,13 +249,13 @@ class _Grid:
             nodes = self.corners(fresh)
             missing = np.zeros(self.values.size, bool)
             missing[nodes.reshape(-1)] = True
-            missing &= ~self.known.reshape(-1)
+            missing &= ~self.exact.reshape(-1)
             self._evaluate(np.flatnonzero(missing), sampler, stride)
             fresh = self._cells_left_open(fresh[self._crossing(nodes)])
 
     def _evaluate(self, nodes: np.ndarray, sampler: _Sampler, stride: int) -> None:
         self.values.reshape(-1)[nodes] = sampler.evaluate(nodes, self.side, stride)
-        self.known.reshape(-1)[nodes] = True
+        self.exact.reshape(-1)[nodes] = True
 
     def _crossing(self, nodes_X8: np.ndarray) -> np.ndarray:
         inside = self.values.reshape(-1)[nodes_X8] > self.level

@@ -9,11 +9,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from backbones.hunyuan3d.checkpoints import load_pipeline, load_vae, read_weights, save_checkpoint
+from backbones.hunyuan3d.checkpoints import load_pipeline, read_weights, save_checkpoint
 from backbones.hunyuan3d.config import build, read_config
 from backbones.hunyuan3d.schedulers import ConsistencyFlowMatchEulerScheduler
 from backbones.model_files import ModelError
-from tests.hunyuan3d_tiny import CONFIG, VAE_PARAMS, components
+from tests.hunyuan3d_tiny import CONFIG, components
 
 
 def write(folder: Path, name: str = "model.safetensors", with_encoder: bool = False, config=CONFIG) -> Path:
@@ -133,26 +133,6 @@ def test_training_dump(tmp_path):
         read_weights(tmp_path / "d.ckpt")
 
 
-def test_vae_only_folder_replaces_the_decoder(tmp_path):
-    from backbones.hunyuan3d.shape_vae import ShapeVAE
-
-    params = {
-        **VAE_PARAMS,
-        "geo_decoder_downsample_ratio": 2,
-        "geo_decoder_mlp_expand_ratio": 1,
-        "geo_decoder_ln_post": False,
-    }
-    turbo = tmp_path / "turbo"
-    turbo.mkdir()
-    (turbo / "config.yaml").write_text(
-        yaml.safe_dump({"target": "hy3dgen.shapegen.models.ShapeVAE", "params": params})
-    )
-    save_file(ShapeVAE(**params, with_encoder=False).state_dict(), turbo / "model.fp16.safetensors")
-    assert load_vae(turbo).geo_decoder.output_proj.in_features == 16
-    pipe = load_pipeline(write(tmp_path / "base"), vae=turbo)
-    assert pipe.vae.geo_decoder.output_proj.in_features == 16
-
-
 def test_yaml_anchors_and_both_module_paths(tmp_path):
     (tmp_path / "config.yaml").write_text(
         "model:\n  target: hy3dshape.models.denoisers.hunyuandit.HunYuanDiTPlain\n"
@@ -169,7 +149,11 @@ def test_yaml_anchors_and_both_module_paths(tmp_path):
 @pytest.mark.parametrize(
     ("section", "spec", "message"),
     [
-        ("model", {"target": "x.Hunyuan3DDiT", "params": {"hiden_size": 8}}, r"no settings \['hiden_size'\]"),
+        (
+            "model",
+            {"target": "x.Hunyuan3DDiT", "params": {"hiden_size": 8}},
+            r"the settings \['hiden_size'\]",
+        ),
         ("model", {"target": "x.AnotherDiT"}, "unknown target 'AnotherDiT'"),
         ("model", {"target": "x.Hunyuan3DDiT", "parms": {}}, "'target' and 'params'"),
         ("scheduler", None, "'target' and 'params'"),
@@ -205,9 +189,9 @@ def test_folders_without_a_checkpoint_say_what_is_there(tmp_path):
     write(tmp_path / "repo" / "dit")
     with pytest.raises(ModelError, match="subfolders that have one: dit"):
         load_pipeline(tmp_path / "repo")
-    assert load_pipeline(tmp_path / "repo", subfolder="dit").dtype == torch.float32
+    assert load_pipeline(tmp_path / "repo" / "dit").dtype == torch.float32
     (tmp_path / "repo" / "dit" / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="no weights"):
+    with pytest.raises(ModelError, match="weights are missing"):
         load_pipeline(tmp_path / "repo" / "dit")
     with pytest.raises(ModelError, match="neither a folder nor a hub id"):
         load_pipeline("no-such-thing")

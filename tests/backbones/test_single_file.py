@@ -207,7 +207,7 @@ def test_without_a_base_it_says_what_is_missing(edit_here, tmp_path):
 
 
 def test_a_base_of_another_family_is_refused(files, qwen_folder):
-    with pytest.raises(ModelError, match=r"is a Qwen-Image model and '.*original.safetensors' is none"):
+    with pytest.raises(ModelError, match=r"is a Qwen-Image model and '.*original.safetensors' is not;"):
         registry.resolve(str(files / "original.safetensors"), str(qwen_folder))
 
 

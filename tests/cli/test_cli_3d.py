@@ -293,7 +293,7 @@ BAD = [
     (["alpha.png", "-m", "hunyuan3d-3"], "did you mean hunyuan3d-"),
     (["alpha.png", "-m", "qwen-image"], "'qwen-image' makes pictures: use `edit generate"),
     (["alpha.png", "-m", "./no"], "model folder './no' does not exist"),
-    (["alpha.png", "-m", "empty"], "it has no model_index.json and no config.yaml"),
+    (["alpha.png", "-m", "empty"], "it has neither model_index.json nor config.yaml"),
     (["alpha.png", "-m", "other"], "holds OtherDiT, which `edit` cannot run"),
     (["alpha.png", "-m", "evil"], "it holds more than tensors, so loading could run code"),
     (["alpha.png", "-m", "hunyuan3d-2"], "is not in the local cache and the hub cannot be reached"),

@@ -9,9 +9,9 @@ import pytest
 import trimesh
 from PIL import Image, ImageDraw
 
-from backbones.tiny.classifier import load_classifier
 from backbones.tiny.recipes.shapes.dataset import BOX
 from backbones.tiny.recipes.shapes.silhouettes import outline_iou, wanted_silhouette, with_alpha
+from benchmarks.classifier import load_classifier
 
 PROMPTS = {"a cat": "cat", "a red car": "car", "a pizza": "pizza", "a rocket": "rocket", "a heart": "heart"}
 BOX_SIDE = 96  # px of the compared outlines

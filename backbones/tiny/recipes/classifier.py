@@ -4,7 +4,7 @@
 
 Pictures are shifted, scaled, blurred, recoloured and made noisy, so that the judge forgives the softness of a
 generated picture but not a wrong shape. One random tenth of the pictures is held out to report accuracy.
-Writes runs/classifier/last.pt (to resume), backbones/tiny/classifier/classifier.safetensors (fp16) and
+Writes runs/classifier/last.pt (to resume), benchmarks/classifier/classifier.safetensors (fp16) and
 labels.json.
 """
 
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from backbones.tiny.classifier import HERE, SIDE, Classifier
 from backbones.tiny.recipes.latents import select_rows
 from backbones.tiny.recipes.training import Loop, Step, arguments, cosine
 from backbones.tiny.recipes.vae import load_pictures, to_tensor
+from benchmarks.classifier import HERE, SIDE, Classifier
 
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, QwenImagePipeline
 
-from backbones.tiny.classifier import load_classifier
 from backbones.tiny.recipes.captions import common_prompts
 from backbones.tiny.recipes.concepts import load_concepts
 from backbones.tiny.recipes.grid import WORDS
 from backbones.tiny.recipes.sampling import NEGATIVE, contact_sheet
+from benchmarks.classifier import load_classifier
 
 PACKAGED = Path(__file__).parent.parent / "qwen_image_tiny"
 
