@@ -102,7 +102,7 @@ def test_offload_and_bad_requests():
     with pytest.raises(ValueError, match="2 generators for 1"):
         pipe(picture(), **SMALL, generator=[torch.Generator()] * 2)
     pipe.conditioner = None
-    with pytest.raises(ValueError, match="no conditioner"):
+    with pytest.raises(ValueError, match="comes without a conditioner"):
         pipe(picture(), **SMALL)
 
 
