@@ -1,4 +1,4 @@
-"""Image to mesh: prepare -> denoise -> decode -> extract -> clean, each stage timed and callable alone.
+"""Image to mesh: prepare -> denoise -> decode -> extract -> clean, each stage callable alone.
 
 Shapes: B batch, V views, L latents, C latent channels, S condition tokens.
 """
@@ -6,10 +6,9 @@ Shapes: B batch, V views, L latents, C latent channels, S condition tokens.
 # mypy: no-warn-return-any
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from .conditioner import SingleImageEncoder
     from .shape_vae import ShapeVAE
 
-STAGES = ("prepare", "denoise", "decode", "extract", "clean")
 StepCallback = Callable[[int, int, Tensor], None]
 """Called after a step with (steps done, steps in all, latents [B, L, C])."""
 Picture = Image.Image
@@ -80,16 +78,10 @@ def denoise(
 
 @dataclass
 class ShapeOutput:
-    """What a run made: one mesh per request (None where the field has no surface), latents, cost.
-
-    seconds: per stage. evaluations: decoder evaluations per mesh; evaluated_share: the same over grid points.
-    """
+    """What a run made: one mesh per request (None where the field has no surface), and latents."""
 
     meshes: list[trimesh.Trimesh | None]
     latents: Tensor
-    seconds: dict[str, float] = field(default_factory=dict)
-    evaluations: list[int] = field(default_factory=list)
-    evaluated_share: list[float] = field(default_factory=list)
 
 
 class Hunyuan3DPipeline:
@@ -260,49 +252,21 @@ class Hunyuan3DPipeline:
         method: str = "hierarchical",
         chunk: int = 8000,
         faces: int | None = None,
-        on_stage: Callable[[str, float], None] | None = None,
         on_step: StepCallback | None = None,
         on_decode: surface.Progress | None = None,
     ) -> ShapeOutput:
-        """Meshes of pictures (or of views, for multi-view models). Defaults are the published pipeline's.
+        """Meshes of pictures (or of views, for multi-view models). Defaults are the published pipeline's."""
+        contexts = self.prepare(image)
+        noise = self.noise(contexts["main"].shape[0], generator, num_latents)
+        latents = self.denoise(contexts, noise, num_steps, guidance_scale, on_step)
+        volumes = self.decode(latents, octree_resolution, bounds, level, method, chunk, on_decode)
+        return ShapeOutput([self._mesh(volume, level, faces) for volume in volumes], latents)
 
-        on_stage: called with (stage, seconds) when one of STAGES ends; the other two follow its inside.
-        """
-        seconds = dict.fromkeys(STAGES, 0.0)
-
-        @contextmanager
-        def stage(name: str) -> Iterator[None]:
-            start = self._clock()
-            yield
-            seconds[name] = self._clock() - start
-            if on_stage is not None:
-                on_stage(name, seconds[name])
-
-        with stage("prepare"):
-            contexts = self.prepare(image)
-            noise = self.noise(contexts["main"].shape[0], generator, num_latents)
-        with stage("denoise"):
-            latents = self.denoise(contexts, noise, num_steps, guidance_scale, on_step)
-        with stage("decode"):
-            volumes = self.decode(latents, octree_resolution, bounds, level, method, chunk, on_decode)
-        with stage("extract"):
-            raw = [self._extract_or_none(volume, level) for volume in volumes]
-        with stage("clean"):
-            done = [None if m is None else self.clean(m, faces) for m in raw]
-        return ShapeOutput(
-            done, latents, seconds, [v.evaluations for v in volumes], [v.evaluated_share for v in volumes]
-        )
-
-    def _extract_or_none(self, volume: surface.Volume, level: float) -> trimesh.Trimesh | None:
+    def _mesh(self, volume: surface.Volume, level: float, faces: int | None) -> trimesh.Trimesh | None:
         try:
-            return self.extract(volume, level)
+            return self.clean(self.extract(volume, level), faces)
         except meshes.NoSurfaceError:
             return None
-
-    def _clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 def _randn(shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:

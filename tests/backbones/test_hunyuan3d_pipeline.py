@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from backbones.hunyuan3d.conditioner import SingleImageEncoder, view_embedding
 from backbones.hunyuan3d.config import build
 from backbones.hunyuan3d.image_processor import ImageProcessor, MultiViewImageProcessor, resize_area
-from backbones.hunyuan3d.pipeline import STAGES, Hunyuan3DPipeline, denoise
+from backbones.hunyuan3d.pipeline import Hunyuan3DPipeline, denoise
 from backbones.hunyuan3d.schedulers import ConsistencyFlowMatchEulerScheduler, FlowMatchEulerScheduler
 from backbones.hunyuan3d.shape_vae import ShapeVAE, farthest_points
 from tests.hunyuan3d_tiny import CONFIG, ENCODER, VAE_PARAMS, components
@@ -32,20 +32,17 @@ def pipeline() -> Hunyuan3DPipeline:
 SMALL = {"num_steps": 3, "octree_resolution": 16}
 
 
-def test_stages_and_callbacks():
-    stages, steps, decoded = [], [], []
+def test_callbacks_follow_steps_and_decoding():
+    steps, decoded = [], []
     out = pipeline()(
         picture(),
         **SMALL,
         generator=torch.Generator().manual_seed(0),
-        on_stage=lambda name, seconds: stages.append((name, seconds)),
         on_step=lambda done, total, latents: steps.append((done, total, tuple(latents.shape))),
         on_decode=lambda done, needed: decoded.append((done, needed)),
     )
-    assert tuple(name for name, _ in stages) == STAGES == tuple(out.seconds)
-    assert all(s > 0 for s in out.seconds.values())
     assert steps == [(i, 3, (1, 12, 8)) for i in (1, 2, 3)]
-    assert decoded[-1][0] == decoded[-1][1] == out.evaluations[0]
+    assert decoded[-1][0] == decoded[-1][1] > 17**3 / 10
     assert out.latents.shape == (1, 12, 8)
 
 
