@@ -13,7 +13,7 @@ from itertools import chain, cycle, product
 import numpy as np
 from numpy.typing import NDArray
 
-from routers.policy import CallInfo, OpenPolicy
+from routers.policy import CallInfo, Decision, OpenPolicy
 from routers.spec import WIDTHS
 from routers.trace import FULL, REUSE, SKIP, Actions
 
@@ -33,10 +33,10 @@ class CostReader(OpenPolicy):
     def __init__(self) -> None:
         self.call: CallInfo | None = None
 
-    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
+    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Decision:
         """Remember the call's costs."""
         self.call = call
-        return np.full((call.rows, len(call.costs)), SKIP, np.int8)
+        return Decision(np.full((call.rows, len(call.costs)), SKIP, np.int8))
 
 
 def forced_mix(family: str, call: CallInfo, budget: float, steps: int) -> Actions:

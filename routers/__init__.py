@@ -1,6 +1,6 @@
 """Elastic execution of diffusion transformers: routers, feature cache, MLP widths, budgets.
 
-    elastic = routers.attach(pipe.transformer, "bundle-folder", budget=0.6)
+    elastic = routers.attach(pipe, "bundle-folder", budget=0.6)
     image = pipe("a cat").images[0]
     print(elastic.summary()); elastic.detach()
 

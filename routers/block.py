@@ -6,7 +6,6 @@ Shapes: B batch rows, L tokens, D dim, E time embedding dim.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calls import argument_names, by_name
 from .patching import Patches
 from .policy import Units
 from .spec import BlockSpec, TransformerSpec
@@ -37,7 +37,7 @@ class Block:
             )
         self.index, self.spec, self.module, self.router = index, spec, module, router
         self.slicers = [MlpSlicer(module, mlp) for mlp in spec.mlps]
-        self.names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self.names = argument_names(module)
         self.compiled: Any = None
         missing = {*spec.streams, *spec.batched, spec.modulation or self.names[0]} - set(self.names)
         if missing:
@@ -45,20 +45,11 @@ class Block:
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by name; blocks are called positionally under gradient checkpointing."""
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+        return by_name(self.names, args, kwargs)
 
     def streams(self, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The residual streams `[B, L, D]` of a call, image first."""
         return tuple(inputs[name] for name in self.spec.streams)
-
-    def tokens(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """All streams as one `[B, L, D]`, image last, and which tokens count `[B, L]` (None: all)."""
-        streams = self.streams(inputs)[::-1]
-        mask = inputs.get(self.spec.mask) if self.spec.mask else None
-        if mask is not None:
-            parts = [mask.bool(), *(mask.new_ones(s.shape[:2], dtype=torch.bool) for s in streams[1:])]
-            mask = torch.cat(parts, dim=1)
-        return torch.cat(streams, dim=1), mask
 
     def unpack(self, output: Any) -> tuple[Tensor, ...]:
         """The residual streams of an output, in the order of `streams`."""
@@ -75,12 +66,13 @@ class Block:
         """The arguments for the rows in `index`; a modulation of k*B rows is cut in each of its k parts."""
         names = (*self.spec.streams, *self.spec.batched, self.spec.modulation)
         picked = dict(inputs)
-        for name in names:
-            value = inputs.get(name) if name else None
-            if isinstance(value, Tensor) and value.dim() and value.shape[0] >= rows > 1:
+        for name, value in inputs.items():
+            if isinstance(value, Mapping):
+                picked[name] = _gather_inside(value, index, rows)
+            elif name in names and isinstance(value, Tensor) and value.dim() and value.shape[0] >= rows > 1:
                 parts = value.shape[0] // rows
                 at = index if parts == 1 else torch.cat([index + part * rows for part in range(parts)])
-                picked[name] = value.index_select(0, at)  # type: ignore[index]
+                picked[name] = value.index_select(0, at)
         return picked
 
     def adopt_compiled(self) -> None:
@@ -147,15 +139,34 @@ def patch_blocks(
             patches.callback(slicer.detach)
 
 
-def call_shapes(inputs: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Names and shapes of the tensors of a call, also of those in a mapping (conditions by name)."""
-    found: list[tuple[str, tuple[int, ...]]] = []
+def _gather_inside(value: Any, index: Tensor, rows: int) -> Any:
+    """What a mapping of keyword arguments holds, for the rows in `index`: there, a tensor whose first
+    dimension is the batch's belongs to its rows (IP-Adapter's embeddings, for one).
+    """
+    if isinstance(value, Tensor):
+        return value.index_select(0, index) if value.dim() and value.shape[0] == rows > 1 else value
+    if isinstance(value, Mapping):
+        return {name: _gather_inside(inner, index, rows) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        inside = [_gather_inside(inner, index, rows) for inner in value]
+        return tuple(inside) if isinstance(value, tuple) else inside
+    return value
+
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def call_shapes(inputs: Mapping[str, Any]) -> Shapes:
+    """Names and shapes of the tensors of a call, also of those in a mapping or list (conditions by name)."""
+    shapes: list[tuple[str, tuple[int, ...]]] = []
     for name, value in inputs.items():
         if isinstance(value, Tensor):
-            found.append((name, tuple(value.shape)))
+            shapes.append((name, tuple(value.shape)))
         elif isinstance(value, Mapping):
-            found += [(f"{name}.{inner}", shape) for inner, shape in call_shapes(value)]
-    return tuple(found)
+            shapes += [(f"{name}.{inner}", shape) for inner, shape in call_shapes(value)]
+        elif isinstance(value, list | tuple) and any(isinstance(x, Tensor) for x in value):
+            shapes += call_shapes({f"{name}.{i}": x for i, x in enumerate(value)})
+    return tuple(shapes)
 
 
 def find_blocks(

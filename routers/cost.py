@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from .width import MlpSlicer, in_features, out_features
+
+if TYPE_CHECKING:
+    from .block import Block
 
 _HOOK_ATTRIBUTES = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook", "_compiled_call_impl")
 
@@ -42,6 +45,72 @@ class BlockCost:
     def at(self, width: float) -> float:
         """FLOPs with the image MLP at `width` in (0, 1]."""
         return self.dense - (1.0 - width) * self.mlp
+
+
+@dataclass(frozen=True)
+class CallCost:
+    """FLOPs of a transformer call for one row: of its blocks, of what is around them, of one router."""
+
+    blocks: list[BlockCost]
+    outside: float
+    router: float
+
+
+class Costs:
+    """What the calls of a transformer cost, counted once for each set of shapes.
+
+    A pass with closed blocks shows what each is called with. seen: these calls, None while nothing is
+    counted. notes: for people, on how it was counted.
+    """
+
+    def __init__(self, transformer: nn.Module, blocks: Sequence[Block]) -> None:
+        self.transformer, self.blocks = transformer, blocks
+        self.seen: list[tuple[Block, tuple[Any, ...], dict[str, Any]]] | None = None
+        self.notes: list[str] = []
+        self._counted: dict[Any, CallCost] = {}
+
+    def of_call(self, shapes: Any, rows: int, call: Callable[[], Any], alone: Callable[[], Any]) -> CallCost:
+        """call: makes the call. alone: a context in which a block may run by itself, to be counted for real
+        where shapes do not tell. Raises ValueError for a transformer that does not call its blocks in turn.
+        """
+        if shapes not in self._counted:
+            seen: list[Any] = []
+            self.seen = seen
+            try:
+                inside = [block.module for block in self.blocks]
+                with torch.no_grad(), count_linears(self.transformer, inside) as outside:
+                    call()
+            finally:
+                self.seen = None
+            if [block.index for block, _, _ in seen] != list(range(len(self.blocks))):
+                raise ValueError(
+                    "the transformer must call its blocks once each, in the order of the spec; does another "
+                    "cache or a wrapped forward leave some out?"
+                )
+            with alone():
+                self._counted[shapes] = self._count(seen, rows, sum(outside) / rows)
+        return self._counted[shapes]
+
+    def show(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A closed block's answer in the pass that shows the calls."""
+        assert self.seen is not None
+        self.seen.append((block, args, kwargs))
+        return block.pack(block.streams(block.bind(args, kwargs)))
+
+    def _count(self, seen: list[Any], rows: int, outside: float) -> CallCost:
+        known: dict[Any, BlockCost] = {}
+        costs, routers = [], [0.0]
+        for block, args, kwargs in seen:
+            signature = block.signature()
+            if signature not in known:
+                tokens = [stream.shape[1] for stream in block.streams(block.bind(args, kwargs))]
+                cost = block_cost(block.module, block.slicers, args, kwargs, rows, tokens[0])
+                known[signature] = cost
+                routers.append(router_flops(block.router, sum(tokens)))
+                if cost.note and cost.note not in self.notes:
+                    self.notes.append(cost.note)
+            costs.append(known[signature])
+        return CallCost(costs, outside, max(routers))
 
 
 def meta_twin(module: nn.Module) -> nn.Module:

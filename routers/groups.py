@@ -55,7 +55,7 @@ def plan_groups(
     """Per block, the rows that act alike; chained units that every row reuses become one stretch.
 
     In ragged blocks all rows that compute are one group, ordered by width. A unit's first block adds its
-    whole delta. weights [R, U, P]: see `Policy.weights`.
+    whole delta. weights [R, U, P]: see `Decision`.
     """
     groups: list[list[Group]] = []
     for unit, (first, last) in enumerate(units):

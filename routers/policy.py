@@ -1,8 +1,8 @@
-"""From router logits, step and budget to decisions. Pure: no module, no device, no state of a model.
+"""From step, budget and costs to decisions. Pure: no module, no device, no state of a model.
 
 A policy answers once per transformer call, before its first block, for every row and block. The only
-device data it sees are the logits that the routers gave in the branch's *previous* call, so that no
-block waits for the host.
+device data it may ask for are the logits that the routers gave in the branch's *previous* call, so that no
+block waits for the host. (The paper's policy decides block by block: see routers/paper/blockwise.py.)
 
 Shapes: R rows, N blocks, U units of blocks, P cached passes.
 """
@@ -60,67 +60,52 @@ class CallInfo:
     parts: int = 1
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What a policy answers to a call.
+
+    actions: codes int8 [R, N]. units: blocks that are cached together, the same in every call of a run;
+    None: each alone. depth: passes per unit to keep for reuses, 0 for none. weights [R, U, P]: of the cached
+    passes, newest first, for each row's reuse of a unit; None: reuses extrapolate in time, with `order` 0
+    (repeat) or 1 (linear). peer: another CFG branch whose passes reuses add too, and their weights [R, U, P].
+    """
+
+    actions: Actions
+    units: Units | None = None
+    depth: int = 0
+    weights: NDArray[np.float32] | None = None
+    order: int = 0
+    peer: tuple[str, NDArray[np.float32]] | None = None
+
+
 class Policy(Protocol):
     """Decides which rows of a call do what in which block."""
 
-    cache_depth: int
-    """Passes per block that a reuse may need: 0 none, 1 repeat, 2 linear extrapolation."""
-    order: int
-    """Extrapolation order of a reuse, 0 or 1."""
     reads_routers: bool
-    """Whether `decide` wants the previous call's logits (one host read per call)."""
-    immediate: bool
-    """Whether every block asks `decide_block` with its own logits (one host read per block)."""
-    stores: NDArray[np.int8] | None
-    """For immediate policies: number of the store that keeps each row's passes [R] after `decide_block`, if
-    not its own CFG branch's cache (None). A store never mixes calls of different shapes."""
-
-    units: Units | None
-    """Blocks that are cached together, fixed once `decide` has answered the first call; None: each alone."""
-    weights: NDArray[np.float32] | None
-    """[R, U, P] after `decide`: weights of the cached passes, newest first, for each row's reuse of a unit.
-    None: reuses extrapolate in time with `order`."""
-    peer: tuple[str, NDArray[np.float32]] | None
-    """After `decide`: another CFG branch whose passes reuses add too, and their weights [R, U, P]."""
+    """Whether `decide` wants the previous call's logits (one host read per call); settled by `start`."""
     reads_skipped: bool
     """Whether the routers of blocks that do not compute are read as well."""
 
     def start(self, run: RunInfo) -> None:
         """A new run begins: forget everything."""
 
-    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
-        """Action codes int8 [R, N]. logits [R, N, 5] (gate, 4 widths): the branch's last call, or None."""
-        ...
-
-    def decide_block(
-        self, call: CallInfo, block: int, gate: NDArray[np.float32], widths: NDArray[np.float32]
-    ) -> Actions:
-        """For immediate policies: codes int8 [R] of one block, from gate [R] and width logits [R, 4]."""
+    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Decision:
+        """Logits [R, N, 5] (gate, 4 widths): the branch's last call; None in its first, or if not read."""
         ...
 
 
 class OpenPolicy:
     """Everything open: the dense model, run through the elastic path."""
 
-    cache_depth, order, reads_routers, immediate = 0, 0, False, False
-    stores: NDArray[np.int8] | None = None
-    units: Units | None = None
-    weights: NDArray[np.float32] | None = None
-    peer: tuple[str, NDArray[np.float32]] | None = None
-    reads_skipped = False
+    cache_depth = 0
+    reads_routers = reads_skipped = False
 
     def start(self, run: RunInfo) -> None:
         """Nothing to forget."""
 
-    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
+    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Decision:
         """Compute every block at full width."""
-        return np.full((call.rows, len(call.costs)), FULL, np.int8)
-
-    def decide_block(
-        self, call: CallInfo, block: int, gate: NDArray[np.float32], widths: NDArray[np.float32]
-    ) -> Actions:
-        """Not an immediate policy."""
-        raise AssertionError("OpenPolicy decides before the blocks run")
+        return Decision(np.full((call.rows, len(call.costs)), FULL, np.int8), depth=self.cache_depth)
 
 
 class FixedPolicy(OpenPolicy):
@@ -139,7 +124,8 @@ class FixedPolicy(OpenPolicy):
         self.order = order
         self.cache_depth = order + 1
 
-    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
+    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Decision:
         """The plan's row for this step."""
         step = self.plan[min(call.step, len(self.plan) - 1)]
-        return np.broadcast_to(step, (call.rows, len(call.costs))).copy()
+        actions = np.broadcast_to(step, (call.rows, len(call.costs))).copy()
+        return Decision(actions, depth=self.cache_depth, order=self.order)

@@ -2,7 +2,7 @@
 
 A backbone describes its transformer once with a `TransformerSpec`. `routers` reads nothing else about
 it, so a new block class is a new row of data. A bundle stores the spec beside its routers, so
-`routers.attach(pipe.transformer, "bundle")` works without the backbone registry.
+`routers.attach(pipe, "bundle")` works without the backbone registry.
 """
 
 from __future__ import annotations

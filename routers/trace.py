@@ -45,6 +45,7 @@ class Trace:
     requested: float | None = None
     """Asked budget, ratio of dense FLOPs; None when nothing was asked."""
     num_steps: int | None = None
+    """Of the last run."""
     samples: int = 0
     kinds: list[str] = field(default_factory=list)
     """Block kind per block, in execution order."""
@@ -53,7 +54,44 @@ class Trace:
     """Device-to-host reads made by the policy."""
     cache_bytes: int = 0
     """Peak of the feature cache."""
-    notes: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    """What was noted while the run was made."""
+    _first: int = 0
+    """Number of the last run's first call: a scope may hold several runs."""
+    _lengths: list[tuple[int, int]] = field(default_factory=list)
+    """Steps planned for and steps made of the runs before the last."""
+
+    def begin(self, num_steps: int) -> None:
+        """A run of so many steps begins."""
+        if self.calls:
+            self._lengths.append((self.num_steps or 0, self._made()))
+        self.num_steps, self._first = num_steps, len(self.calls)
+
+    def note(self, remark: str) -> None:
+        """Add a remark, once."""
+        if remark not in self.remarks:
+            self.remarks.append(remark)
+
+    def _made(self) -> int:
+        return 1 + max((call.step for call in self.calls[self._first :]), default=-1)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of this run, in plain words."""
+        notes = list(self.remarks)
+        if not self.calls or self.requested is None or self.requested >= 1.0:
+            return notes
+        for planned, made in [*self._lengths, (self.num_steps or 0, self._made())]:
+            if planned != made:
+                notes.append(
+                    f"{made} steps were made where {planned} were planned for, so what was spent is not what "
+                    "was asked for"
+                )
+        decisions = self.decisions
+        partial = any(count for width, count in decisions["compute"].items() if width != "1.0")  # type: ignore[attr-defined]
+        if not (decisions["skip"] or decisions["reuse"] or partial):
+            notes.append("nothing was skipped: every block ran in full")
+        return notes
 
     @property
     def num_calls(self) -> int:
@@ -93,10 +131,20 @@ class Trace:
             np.add.at(dense, sample, call.dense_flops)
         return spent, dense
 
-    def finish(self) -> None:
-        """Say in plain words what a user should know of this run."""
+    def summary(self) -> str:
+        """One paragraph: budget asked and spent, decisions, cache, notes."""
+        if not self.calls:
+            return "no run yet"
+        spent = self.spent
+        asked = "none" if self.requested is None else f"{self.requested:g}"
         decisions = self.decisions
-        partial = any(count for width, count in decisions["compute"].items() if width != "1.0")  # type: ignore[attr-defined]
-        idle = not (decisions["skip"] or decisions["reuse"] or partial)
-        if self.calls and self.requested is not None and self.requested < 1.0 and idle:
-            self.notes.append("nothing was skipped: every block ran in full")
+        widths = ", ".join(f"{w}: {n}" for w, n in decisions["compute"].items() if n)  # type: ignore[attr-defined]
+        lines = [
+            f"budget asked {asked}, spent {sum(spent) / len(spent):.3f} of dense FLOPs "
+            f"({self.flops['spent']:.3g} of {self.flops['dense']:.3g}) in {self.num_calls} calls, "
+            f"{self.seconds:.2f} s",
+            f"blocks skipped {decisions['skip']}, reused {decisions['reuse']}, computed at width "
+            f"{{{widths}}}; cache {self.cache_bytes / 2**20:.1f} MiB",
+            *self.notes,
+        ]
+        return "\n".join(lines)

@@ -18,8 +18,8 @@ from ..elastic import Elastic
 from ..planned.moments import DEAD, Moments
 from ..planned.policy import row_branches
 from ..planned.prediction import Predictor
-from ..policy import CallInfo, OpenPolicy, RunInfo
-from ..trace import REUSE, Actions
+from ..policy import CallInfo, Decision, OpenPolicy, RunInfo
+from ..trace import REUSE
 from .record import Record
 from .state import Probes, State
 from .workload import Workload, run_patched
@@ -36,23 +36,21 @@ class ProbePolicy(OpenPolicy):
 
     def __init__(self, steps: Sequence[int], predictor: Predictor) -> None:
         self.steps, self.predictor = list(steps), predictor
-        self.cache_depth = predictor.depth
 
     def start(self, run: RunInfo) -> None:
         """Each segment is cached as one unit."""
-        self.units = run.segments
+        self._units = run.segments
 
-    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
+    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Decision:
         """Full everywhere but in the rows whose step this is."""
-        codes = super().decide(call, logits)
-        assert self.units is not None
-        predictor, passes = self.predictor, before(call.step, self.predictor.depth)
-        self.weights = np.zeros((call.rows, len(self.units), predictor.depth), np.float32)
+        actions, predictor = super().decide(call, logits).actions, self.predictor
+        passes = before(call.step, predictor.depth)
+        weights = np.zeros((call.rows, len(self._units), predictor.depth), np.float32)
         for row, branch in enumerate(row_branches(call, predictor.moments)):
             if self.steps[row % len(self.steps)] == call.step and passes:
-                codes[row] = REUSE
-                self.weights[row, :, : len(passes)] = predictor.weights(branch, call.step, passes)
-        return codes
+                actions[row] = REUSE
+                weights[row, :, : len(passes)] = predictor.weights(branch, call.step, passes)
+        return Decision(actions, self._units, predictor.depth, weights)
 
 
 def measure_gains(

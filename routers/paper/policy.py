@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..policy import CallInfo, RunInfo, Units
+from ..policy import CallInfo, Decision, RunInfo
 from ..trace import REUSE, SKIP, Actions
+from .blockwise import BlockwiseRun, Stores
 
 STORES = 2
 """Feature stores of a block: one for each call of a classifier-free-guidance pair."""
@@ -100,33 +101,28 @@ class ReleasePolicy:
     and carry over into the next picture.
     """
 
-    cache_depth, order, reads_routers, immediate = 1, 0, False, True
-    units: Units | None = None
-    weights: NDArray[np.float32] | None = None
-    peer: tuple[str, NDArray[np.float32]] | None = None
-    reads_skipped = False
+    run_class = BlockwiseRun
+    cache_depth = 1
+    reads_routers, reads_skipped = True, False
 
     def __init__(self, settings: ReleaseSettings | None = None, dtype: torch.dtype = torch.float32) -> None:
         self.settings = settings or ReleaseSettings()
         self.dtype = dtype
-        self.stores: NDArray[np.int8] | None = None
         self._histories: dict[tuple[int, int], _History] = {}
 
     def start(self, run: RunInfo) -> None:
         """A new run begins: forget every block's history."""
-        self.stores = None
         self._histories.clear()
 
-    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
+    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Decision:
         """Not used: every block asks with its own logits."""
         raise AssertionError("ReleasePolicy decides while the blocks run")
 
     def decide_block(
         self, call: CallInfo, block: int, gate: NDArray[np.float32], widths: NDArray[np.float32]
-    ) -> Actions:
-        """Action codes int8 [R] of one block, from its gate logits [R] and width logits [R, 4].
-
-        Afterwards `stores` int8 [R] says which feature store, 0 or 1, each row reads or fills.
+    ) -> tuple[Actions, Stores]:
+        """Action codes int8 [R] of one block, from its gate logits [R] and width logits [R, 4]; and which
+        feature store int8 [R], 0 or 1, each row reads or fills.
         """
         gate_R, widths_RW = torch.from_numpy(gate).to(self.dtype), torch.from_numpy(widths).to(self.dtype)
         probability_R = torch.sigmoid(gate_R)
@@ -136,10 +132,8 @@ class ReleasePolicy:
             acts = [self._act(call, block, 0, float(probability_R.mean()))] * len(gate)
         else:
             acts = [self._act(call, block, row, p) for row, p in enumerate(probability_R.tolist())]
-        self.stores = np.array([store for _, store in acts], np.int8)
-        return np.array(
-            [w if code is None else code for (code, _), w in zip(acts, width_R, strict=True)], np.int8
-        )
+        codes = [w if code is None else code for (code, _), w in zip(acts, width_R, strict=True)]
+        return np.array(codes, np.int8), np.array([store for _, store in acts], np.int8)
 
     def _act(self, call: CallInfo, block: int, row: int, p: float) -> tuple[int | None, int]:
         """(SKIP, REUSE or None for compute; store) of a row, or of a whole batch, with gate probability p."""

@@ -9,19 +9,19 @@ Shapes: R rows, N blocks, U units of blocks that are computed and cached togethe
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..policy import CallInfo, RunInfo, Units
+from ..policy import CallInfo, Decision, RunInfo, Units
 from ..trace import FULL, REUSE, Actions
 from .moments import HALF, WHOLE, Levels, Moments
 from .plan import Planner, StepPlan
 from .prediction import DEPTH
 
 Mask = NDArray[np.bool_]
+Weights = NDArray[np.float32]
 SLACK = 0.004
 """How far from the budget, as a ratio of dense FLOPs, a plan of whole steps alone may land."""
 
@@ -29,13 +29,11 @@ SLACK = 0.004
 class PlannedPolicy:
     """Decisions for one budget from a bundle's moments.
 
-    planners: by number of steps, shared between runs. levels [T]: a plan to follow whatever the budget.
-    depth: passes a prediction is made from. It reads nothing from the device.
+    planners: by number of steps and depth, shared between runs. levels [T]: a plan to follow whatever the
+    budget. depth: passes a prediction is made from.
     """
 
-    immediate = reads_skipped = reads_routers = False
-    order = 1
-    stores: NDArray[np.int8] | None = None
+    reads_routers = reads_skipped = False
 
     def __init__(
         self,
@@ -47,58 +45,43 @@ class PlannedPolicy:
     ) -> None:
         self.moments, self.planners, self.depth = moments, {} if planners is None else planners, depth
         self.levels = levels
-        self.cache_depth = depth
-        self.units: Units | None = None
-        self.weights: NDArray[np.float32] | None = None
-        self.peer: tuple[str, NDArray[np.float32]] | None = None
-        self._run = RunInfo(0, 1, 1.0)
-        self._plan: StepPlan | None = None
-        self._done: dict[str, Mask] = {}
-        self._stale = slice(0)
-        self._split: tuple[StepPlan, slice] | None = None
+        self.start(RunInfo(0, 1, 1.0))
 
     def start(self, run: RunInfo) -> None:
         """Forget the last run's plan and passes."""
-        self._run, self._plan, self._done = run, None, {}
-        self.units = self.weights = self.peer = self._split = None
-        elastic = run.budget < 1.0 or self.levels is not None  # a dense run pays for no cache
-        self.cache_depth = self.depth if elastic else 0
+        self._run = run
+        self._plan: StepPlan | None = None
+        self._units: Units = ()
+        self._stale = slice(0)
+        self._split: tuple[StepPlan, slice] | None = None
+        self._first = ""
+        self._done: dict[str, Mask] = {}
 
     @property
     def plan(self) -> StepPlan | None:
         """What this run follows; None before its first decision, and in a dense run."""
         return self._plan
 
-    def set_num_steps(self, num_steps: int) -> None:
-        """The run turned out to have another number of steps: plan anew."""
-        self._run, self._plan = replace(self._run, num_steps=num_steps), None
-
-    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
-        """Action codes int8 [R, N] for a call; logits are not looked at."""
-        blocks, self.weights, self.peer = len(call.costs), None, None
+    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Decision:
+        """What the plan says for this step; see `Policy.decide`."""
+        blocks = len(call.costs)
+        actions = np.full((call.rows, blocks), FULL, np.int8)
         if self._run.budget >= 1.0 and self.levels is None:
-            return np.full((call.rows, blocks), FULL, np.int8)
+            return Decision(actions)  # a dense run pays for no cache
         if self._plan is None:
             self._start_plan(call)
         if self._split is not None and call.step > 0:  # by now it shows whether there are two branches
             if len(call.branches) == len(self.moments.branches):
                 self._plan, self._stale = self._split
             self._split = None
-        assert self.units is not None and self._plan is not None
-        codes = np.full((call.rows, blocks), FULL, np.int8)
+        assert self._plan is not None
         if call.step < self._run.num_steps:
             level = self._plan.levels[call.step]
             if level < (WHOLE if self._follows(call) else HALF):
-                codes[:, self._stale if self._plan.partial == call.step else slice(blocks)] = REUSE
-            codes[(codes == REUSE) & (call.available == 0)] = FULL
-        self.weights = self._weights(call, codes)
-        return codes
-
-    def decide_block(
-        self, call: CallInfo, block: int, gate: NDArray[np.float32], widths: NDArray[np.float32]
-    ) -> Actions:
-        """Not an immediate policy."""
-        raise AssertionError("PlannedPolicy decides before the blocks run")
+                actions[:, self._stale if self._plan.partial == call.step else slice(blocks)] = REUSE
+            actions[(actions == REUSE) & (call.available == 0)] = FULL
+        weights, peer = self._weights(call, actions)
+        return Decision(actions, self._units, self.depth, weights, peer=peer)
 
     # -- the plan ------------------------------------------------------------------------------
 
@@ -115,17 +98,18 @@ class PlannedPolicy:
         Units are fixed now, before that shows, so they are cut for both. The first step is whole in both.
         """
         self._plan, units, self._stale = self._solve(call, split=False)
-        names = self.moments.branches
-        if len(names) == 2 and call.parts == 1 and call.branch == names[0] and not self._run.skips:
+        first = branch_number(call, self.moments) == 0
+        if len(self.moments.branches) == 2 and call.parts == 1 and first and not self._run.skips:
+            self._first = call.branch
             plan, _, stale = self._solve(call, split=True)
             units = _cut(units, stale.start or 0)
             self._split = plan, stale
-        self.units = units
+        self._units = units
 
     def _follows(self, call: CallInfo) -> bool:
         """Whether a call is of the second of two CFG branches with calls of their own."""
         assert self._plan is not None
-        return self._plan.split and call.branch != self.moments.branches[0]
+        return self._plan.split and call.branch != self._first
 
     def _solve(self, call: CallInfo, split: bool) -> tuple[StepPlan, Units, slice]:
         """The plan for this run's budget at this call's costs, its units, what the partial step predicts."""
@@ -160,44 +144,48 @@ class PlannedPolicy:
 
     # -- what reuses are predicted from --------------------------------------------------------
 
-    def _weights(self, call: CallInfo, codes: Actions) -> NDArray[np.float32]:
-        """[R, U, P]: weights of the cached passes, newest first, for every unit that a row predicts."""
-        assert self.units is not None
-        steps = self._run.num_steps
-        done = self._done.get(call.branch)
-        if done is None or done.shape[0] != call.rows:
-            done = self._done[call.branch] = np.zeros((call.rows, len(self.units), max(steps, 1)), bool)
+    def _weights(self, call: CallInfo, actions: Actions) -> tuple[Weights, tuple[str, Weights] | None]:
+        """[R, U, P]: weights of the cached passes, newest first, for every unit that is predicted; and those
+        of the first branch's passes, where a half step looks at them.
+        """
+        steps, plan, units = self._run.num_steps, self._plan, len(self._units)
+        done = self._done.setdefault(call.branch, np.zeros((units, max(steps, 1)), bool))
         planner = self.planner(steps)
         branches = row_branches(call, self.moments)
-        weights = np.zeros((call.rows, len(self.units), self.depth), np.float32)
-        first_branch = self.moments.branches[0]
+        weights = np.zeros((call.rows, units, self.depth), np.float32)
         crossed = np.zeros_like(weights)
-        assert self._plan is not None
-        half = call.step < steps and self._follows(call) and self._plan.levels[call.step] == HALF
-        for unit, (first, last) in enumerate(self.units):
-            for row in range(call.rows):
-                if codes[row, first] != REUSE:
-                    continue
-                past = np.flatnonzero(done[row, unit, : call.step])[::-1]
-                passes = tuple(past[: min(self.depth, int(call.available[row, first]))].tolist())
-                peers: tuple[int, ...] = ()
-                if half:
-                    seen = np.flatnonzero(self._done[first_branch][row, unit, : call.step + 1])[::-1]
-                    peers = tuple(seen[: self.depth].tolist())
-                found = planner.weights(branches[row], call.step, passes, peers)
-                weights[row, unit, : len(passes)] = found[: len(passes)]
-                crossed[row, unit, : len(peers)] = found[len(passes) :]
+        assert plan is not None
+        half = call.step < steps and self._follows(call) and plan.levels[call.step] == HALF
+        for unit, (first, last) in enumerate(self._units):
+            if actions[0, first] == REUSE:
+                past = _newest(done[unit, : call.step], min(self.depth, int(call.available[0, first])))
+                peers = _newest(self._done[self._first][unit, : call.step + 1], self.depth) if half else ()
+                for row in range(call.rows):
+                    both = planner.weights(branches[row], call.step, past, peers)
+                    weights[row, unit, : len(past)] = both[: len(past)]
+                    crossed[row, unit, : len(peers)] = both[len(past) :]
             if call.step < steps:
-                done[:, unit, call.step] = (codes[:, first : last + 1] >= 0).all(axis=1)
-        self.peer = (first_branch, crossed) if crossed.any() else None
-        return weights
+                done[unit, call.step] = (actions[0, first : last + 1] >= 0).all()
+        return weights, (self._first, crossed) if crossed.any() else None
+
+
+def _newest(done: Mask, count: int) -> tuple[int, ...]:
+    """The last `count` steps that were computed, newest first."""
+    return tuple(np.flatnonzero(done)[::-1][:count].tolist())
 
 
 def row_branches(call: CallInfo, moments: Moments) -> list[int]:
     """Number of the moments' branch that each row of a call [R] belongs to."""
     if call.parts == len(moments.branches):
         return [row * call.parts // call.rows for row in range(call.rows)]
-    return [moments.index(call.branch)] * call.rows
+    return [branch_number(call, moments)] * call.rows
+
+
+def branch_number(call: CallInfo, moments: Moments) -> int:
+    """Which of the moments' branches a call is of: by its name, or by the order in which branches came."""
+    names = moments.branches
+    number = (names if call.branch in names else call.branches).index(call.branch)
+    return number if number < len(names) else 0
 
 
 def _cut(segments: Units, block: int) -> Units:

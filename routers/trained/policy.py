@@ -11,12 +11,12 @@ Shapes: R rows, N blocks, S steps, K known budgets, W widths.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..policy import CallInfo, RunInfo, Units
+from ..policy import CallInfo, Decision, RunInfo
 from ..spec import WIDTHS
 from ..trace import FULL, SKIP, Actions
 
@@ -46,13 +46,8 @@ class TrainedPolicy:
     Raises ValueError in `decide` where a budget cannot be reached in so few steps.
     """
 
-    cache_depth, order, reads_routers, immediate = 0, 0, True, False
-    reads_skipped = True
+    reads_routers = reads_skipped = True
     """The routers of skipped blocks are read too: what is closed now may open in the next step."""
-    stores: NDArray[np.int8] | None = None
-    units: Units | None = None
-    weights: NDArray[np.float32] | None = None
-    peer: tuple[str, NDArray[np.float32]] | None = None
     plan: None = None
     """There is no plan of whole steps (see `PlannedPolicy.plan`)."""
 
@@ -66,12 +61,11 @@ class TrainedPolicy:
         self._run, self._decided = run, None
         self.reads_routers = run.budget < 1.0
 
-    def set_num_steps(self, num_steps: int) -> None:
-        """The run turned out to have another number of steps."""
-        self._run = replace(self._run, num_steps=num_steps)
+    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Decision:
+        """Blocks and widths for every row; see `Policy.decide`."""
+        return Decision(self._actions(call, logits))
 
-    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
-        """Action codes int8 [R, N]; logits [R, N, 5] of the branch's previous call, or None."""
+    def _actions(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
         codes = np.full((call.rows, len(call.costs)), FULL, np.int8)
         if logits is None or self._run.budget >= 1.0 or call.step >= self._run.num_steps:
             return codes
@@ -97,12 +91,6 @@ class TrainedPolicy:
             codes[row::samples] = allocate(logits[row], table, share - around)
         self._decided = call.branch, call.step, codes.copy()
         return codes
-
-    def decide_block(
-        self, call: CallInfo, block: int, gate: NDArray[np.float32], widths: NDArray[np.float32]
-    ) -> Actions:
-        """Not an immediate policy."""
-        raise AssertionError("TrainedPolicy decides before the blocks run")
 
 
 def cost_table(call: CallInfo) -> Array:

@@ -135,9 +135,9 @@ def test_both_rows_of_a_sample_probe_the_same_step_with_their_own_weights(case) 
         decide = policy.decide
 
         def watched(call, logits):
-            codes = decide(call, logits)
-            weights[call.step] = policy.weights.copy()
-            return codes
+            decision = decide(call, logits)
+            weights[call.step] = decision.weights
+            return decision
 
         policy.decide = watched  # type: ignore[method-assign]
         with torch.no_grad(), elastic.scope(policy=policy, num_steps=STEPS, samples=ROWS) as trace:
@@ -178,9 +178,9 @@ def test_rows_of_a_doubled_call_use_the_weights_of_their_branch(case) -> None:
     decide = policy.decide
 
     def watched(call, logits):
-        codes = decide(call, logits)
-        used.append((call.parts, policy.weights.copy(), (codes == REUSE).all(axis=1)))
-        return codes
+        decision = decide(call, logits)
+        used.append((call.parts, decision.weights, (decision.actions == REUSE).all(axis=1)))
+        return decision
 
     policy.decide = watched  # type: ignore[method-assign]
     try:

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 import routers
 from routers.bundle import Bundle
-from routers.elastic import steps_from_time
 from routers.identity import architecture, fingerprint
 from routers.router import Router
 from tests.block_kinds import CASES
@@ -133,17 +132,3 @@ def _drop(file: Path, key: str) -> None:
     data = json.loads(file.read_text())
     del data[key]
     file.write_text(json.dumps(data))
-
-
-@pytest.mark.parametrize("steps", [4, 10, 20, 37, 50])
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("rising", [False, True])
-def test_steps_of_a_run_are_told_from_its_second_time(steps: int, shift: float, rising: bool) -> None:
-    """A scheduler's times depend on the share of the run that is over (flow matching with a shift)."""
-
-    def times(count: int) -> list[float]:
-        sigmas = [1 - i / count * (1 - 1e-3) for i in range(count)]
-        sigmas = [shift * s / (1 + (shift - 1) * s) for s in sigmas]
-        return [1 - s for s in sigmas] if rising else sigmas
-
-    assert abs(steps_from_time(times(20), times(steps)[1]) - steps) <= max(1, 0.06 * steps)

@@ -51,11 +51,11 @@ def drive(
             step, name, names[: g + 1] if step == 0 else names, rows, COSTS, OUTSIDE, 0.0,
             np.minimum(passes[name], 3), spent[name].copy(), np.full(rows, step * DENSE),
         )  # fmt: skip
-        chosen = policy.decide(call, None)
-        codes[step, g] = chosen
+        decision = policy.decide(call, None)
+        chosen = codes[step, g] = decision.actions
         spent[name] += np.where(chosen >= 0, costs, 0.0).sum(axis=1) + OUTSIDE
-        assert policy.units is None or policy.weights is not None
-        for first, last in policy.units or ():
+        assert decision.units is None or decision.weights is not None
+        for first, last in decision.units or ():
             passes[name][:, first : last + 1] += (chosen[:, first : last + 1] >= 0).all(axis=1)[:, None]
     return np.sum([*spent.values()], axis=0) / (len(names) * steps * DENSE), codes
 
@@ -128,9 +128,9 @@ def test_a_partial_step_computes_the_first_blocks() -> None:
     policy = PlannedPolicy(make_moments(BRANCHES, 20))
     _, codes = drive(policy, 20, 0.515)
     partial = [c for c in codes[:, 0, 0] if (c == REUSE).any() and (c == FULL).any()]
-    assert len(partial) == 1 and policy.units is not None and len(policy.units) in (2, 3)
+    assert len(partial) == 1 and len(policy._units) in (2, 3)
     cut = int((partial[0] == FULL).sum())
-    assert (partial[0][:cut] == FULL).all() and cut in {first for first, _ in policy.units}
+    assert (partial[0][:cut] == FULL).all() and cut in {first for first, _ in policy._units}
 
 
 def test_half_steps_stay_in_runs_that_call_both_branches() -> None:
@@ -144,6 +144,14 @@ def test_half_steps_stay_in_runs_that_call_both_branches() -> None:
     assert policy.plan is not None and policy.plan.split and HALF in policy.plan.levels
     step = int(np.flatnonzero(policy.plan.levels == HALF)[0])
     assert (codes[step, 0] == FULL).all() and (codes[step, 1] == REUSE).all()
+
+
+def test_unnamed_branches_are_known_by_their_order() -> None:
+    named, unnamed = (
+        drive(PlannedPolicy(make_moments(BRANCHES, 20)), 20, 0.54, names=names)[1]
+        for names in (BRANCHES, ("main", "main 2"))
+    )
+    assert (named == unnamed).all()
 
 
 def test_half_steps_lie_between_whole_ones() -> None:
@@ -174,7 +182,10 @@ def test_full_budget_computes_everything_and_reads_nothing() -> None:
     policy = PlannedPolicy(make_moments(BRANCHES, 20))
     spent, codes = drive(policy, 20, 1.0)
     assert (codes == FULL).all() and spent == pytest.approx(1.0)
-    assert not policy.reads_routers and policy.cache_depth == 0
+    assert not policy.reads_routers
+    nothing = np.zeros((1, BLOCKS), int)
+    call = CallInfo(0, "cond", ("cond",), 1, COSTS, OUTSIDE, 0.0, nothing, np.zeros(1), np.zeros(1))
+    assert policy.decide(call, None).depth == 0, "a dense run pays for no cache"
 
 
 def test_moments_are_interpolated_to_other_step_counts() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -9,7 +11,7 @@ from routers.elastic import Elastic
 from routers.planned.moments import HALF, WHOLE, Moments
 from routers.planned.plan import StepPlan
 from routers.planned.policy import PlannedPolicy
-from routers.policy import CallInfo, Units
+from routers.policy import CallInfo, Decision, Units
 from routers.trace import FULL, REUSE
 from tests.block_kinds import CASES, Case
 
@@ -29,10 +31,8 @@ class HalfSteps(PlannedPolicy):
 class WithoutPeer(HalfSteps):
     """The same, what the first branch adds ignored."""
 
-    def decide(self, call: CallInfo, logits: np.ndarray | None) -> np.ndarray:
-        codes = super().decide(call, logits)
-        self.peer = None
-        return codes
+    def decide(self, call: CallInfo, logits: np.ndarray | None) -> Decision:
+        return replace(super().decide(call, logits), peer=None)
 
 
 def same_branches() -> Moments:

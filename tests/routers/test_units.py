@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from routers.elastic import Elastic
-from routers.policy import CallInfo, FixedPolicy, RunInfo, Units
+from routers.policy import CallInfo, Decision, FixedPolicy, RunInfo, Units
 from routers.trace import FULL, REUSE, Actions
 from tests.block_kinds import CASES, Case
 
@@ -30,7 +31,7 @@ class UnitPolicy(FixedPolicy):
 
     def start(self, run: RunInfo) -> None:
         cut = self.cut
-        self.units = tuple(
+        self.cut_units = tuple(
             part
             for first, last in run.segments
             for part in (
@@ -40,16 +41,12 @@ class UnitPolicy(FixedPolicy):
             )
         )
 
-    def decide(self, call: CallInfo, logits: Any) -> Actions:
-        codes = super().decide(call, logits)
-        assert self.units is not None
-        self.weights = np.tile(np.array(self.shared, np.float32), (call.rows, len(self.units), 1))
-        for unit, (first, _) in enumerate(
-            self.units
-        ):  # a row with fewer passes than weights repeats the newest
+    def decide(self, call: CallInfo, logits: Any) -> Decision:
+        weights = np.tile(np.array(self.shared, np.float32), (call.rows, len(self.cut_units), 1))
+        for unit, (first, _) in enumerate(self.cut_units):
             short = call.available[:, first] < len(self.shared)
-            self.weights[short, unit] = np.eye(len(self.shared), dtype=np.float32)[0]
-        return codes
+            weights[short, unit] = np.eye(len(self.shared), dtype=np.float32)[0]  # repeat the newest
+        return replace(super().decide(call, logits), units=self.cut_units, weights=weights)
 
 
 class Watch:
@@ -98,7 +95,7 @@ def test_a_reuse_adds_the_weighted_deltas_of_the_whole_stack(case: Case) -> None
     weights = (1.75, -1.0, 0.25)
     policy = UnitPolicy(plan_of("FFFr", len(elastic.blocks)), weights)
     policy.start(RunInfo(len(elastic.blocks), 4, 0.5, elastic.segments))
-    assert policy.units == elastic.segments
+    assert policy.cut_units == elastic.segments
     watch = Watch(elastic, elastic.segments)
     with elastic.scope(policy=policy, num_steps=4):
         for t in TIMES[:4]:
