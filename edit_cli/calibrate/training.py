@@ -98,7 +98,8 @@ def request(chosen: TrainSettings, processes: Any) -> dict[str, Any]:
 
 def train(session: Calibration, output: Path, bars: Any) -> routers.Bundle:
     """Train a bundle; what TensorBoard reads goes to OUTPUT.logs. Raises RunError, EditError."""
-    from routers.train.loop import LossNotFiniteError, Training, log_to
+    from routers.train.loop import LossNotFiniteError, Training
+    from routers.train.progress import log_to
 
     chosen, processes = session.asked.training, session.processes
     assert chosen is not None

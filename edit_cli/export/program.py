@@ -26,7 +26,7 @@ from edit_cli.errors import EditError, RunError
 from edit_cli.export.settings import Settings
 from edit_cli.export.source import Source, freeze
 from edit_cli.export.write import Say
-from routers.calls import first_tensor
+from routers.calls import first_tensor, flatten, unflatten
 
 FILE = "transformer.pt2"
 TEXT_TOKENS = 64
@@ -55,25 +55,12 @@ class Call(nn.Module):
     def __init__(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> None:
         super().__init__()
         self.transformer = transformer
-        self.names: list[str] = []
-        self.constants: dict[str, Any] = {}
-        for name, value in arguments.items():
-            if isinstance(value, Tensor):
-                self.names.append(name)
-            elif isinstance(value, Mapping):
-                self.names += [f"{name}.{key}" for key in value]
-            else:
-                self.constants[name] = value
+        tensors, self.constants = flatten(arguments)
+        self.names = list(tensors)
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """The model's output `[B, L, C]`."""
-        arguments: dict[str, Any] = dict(self.constants)
-        for name, tensor in zip(self.names, tensors, strict=True):
-            outer, _, inner = name.partition(".")
-            if inner:
-                arguments.setdefault(outer, {})[inner] = tensor
-            else:
-                arguments[name] = tensor
+        arguments = unflatten(dict(zip(self.names, tensors, strict=True)), self.constants)
         return first_tensor(self.transformer(**arguments))
 
 
@@ -88,7 +75,7 @@ def fill(source: Source, settings: Settings, folder: Path, say: Say) -> dict[str
         transformer, flops = frozen.transformer, frozen.choice.flops
     arguments = call_inputs(source, settings.batch_size, settings.text_tokens)
     call = Call(transformer.eval(), arguments)
-    tensors = flat_tensors(arguments)
+    tensors = list(flatten(arguments)[0].values())
     say("tracing")
     write_program(call, tensors, folder / FILE)
     say("running it in a fresh process")
@@ -132,17 +119,6 @@ def call_inputs(source: Source, batch: int, text_tokens: int | None) -> dict[str
         return draw(value.shape, generator=generator).to(like)
 
     return {name: fill(name, value) for name, value in arguments.items()}
-
-
-def flat_tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors of a call in the order of `Call.names`."""
-    found: list[Tensor] = []
-    for value in arguments.values():
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, Mapping):
-            found += value.values()
-    return found
 
 
 def write_program(call: Call, tensors: list[Tensor], file: Path) -> None:

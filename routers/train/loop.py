@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,6 @@ from .tuned import tuned, tuned_weights
 
 Report = Callable[[str, int, int, str], None]
 """(phase, done, of, what to say beside it)."""
-Log = Callable[[int, dict[str, float]], None]
 PROFILE_BUDGETS = 9
 
 
@@ -69,7 +67,7 @@ class Training:
     state: State | None = None
     data: Tensor | None = None
     report: Report = lambda phase, done, total, beside: None
-    log: Log = lambda step, terms: None
+    log: progress.Log = lambda step, terms: None
 
     def run(self, base_model: str, guidance: float) -> Bundle:
         """Train and return the bundle, the same in every process; the transformer is left as it was.
@@ -294,22 +292,3 @@ def noise_at(step: int, settings: TrainSettings) -> float:
     """Scale of the noise on the decisions: 1, then falling to 0 over the last share `settle`."""
     fading = settings.settle * settings.steps
     return 1.0 if fading == 0 else min(1.0, (settings.steps - step) / fading)
-
-
-def log_to(folder: Path, start_anew: bool) -> tuple[Log, Callable[[], None]]:
-    """A log that TensorBoard reads, and how to close it. Raises ImportError without tensorboard."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    writers: list[Any] = []
-
-    def log(step: int, terms: dict[str, float]) -> None:
-        if not writers:  # what an attempt wrote after the state it left is overwritten
-            writers.append(SummaryWriter(str(folder), purge_step=None if start_anew else step))
-        for name, value in terms.items():
-            writers[0].add_scalar(name if name in ("rate", "gradient") else f"loss/{name}", value, step)
-
-    def close() -> None:
-        for writer in writers:
-            writer.close()
-
-    return log, close

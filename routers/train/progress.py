@@ -1,12 +1,14 @@
-"""The state of a training in one file, which appears whole or not at all: weights, moments of AdamW, step.
+"""What a training leaves while it runs: its state, and a log of its loss terms.
 
-Nothing else has a state: what is drawn at a step follows from the seed and the step.
+The state is one file, which appears whole or not at all: weights, moments of AdamW, step. Nothing else has a
+state: what is drawn at a step follows from the seed and the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 
 from ..files import write_whole
 
+Log = Callable[[int, dict[str, float]], None]
+"""Takes a step and its loss terms."""
 NAME = "train.safetensors"
 
 
@@ -47,3 +51,22 @@ def restore(folder: Path, parameters: Mapping[str, nn.Parameter], optimiser: tor
             return int(kept.metadata()["step"])
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(f"{str(file)!r} is damaged; leave out --resume to start anew") from error
+
+
+def log_to(folder: Path, start_anew: bool) -> tuple[Log, Callable[[], None]]:
+    """A log that TensorBoard reads, and how to close it. Raises ImportError without tensorboard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writers: list[Any] = []
+
+    def log(step: int, terms: dict[str, float]) -> None:
+        if not writers:  # what an attempt wrote after the state it left is overwritten
+            writers.append(SummaryWriter(str(folder), purge_step=None if start_anew else step))
+        for name, value in terms.items():
+            writers[0].add_scalar(name if name in ("rate", "gradient") else f"loss/{name}", value, step)
+
+    def close() -> None:
+        for writer in writers:
+            writer.close()
+
+    return log, close

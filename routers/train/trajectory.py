@@ -21,7 +21,7 @@ from torch import Tensor
 from ..calibrate.record import Record, Recorder
 from ..calibrate.state import State
 from ..calibrate.workload import Workload, run_patched
-from ..calls import by_name, first_tensor
+from ..calls import by_name, first_tensor, flatten, unflatten
 from ..elastic import Computed, Elastic
 from ..patching import Patches
 from ..policy import OpenPolicy
@@ -82,11 +82,12 @@ class CallRecorder:
         assert self._seen is not None
         info = self._seen.call.info
         key = f"{info.branch}.{info.step}"
-        tensors, plain = flatten(by_name(names, args, kwargs))
+        tensors, constants = flatten(by_name(names, args, kwargs))
         if info.branch not in self._first:
             self._first[info.branch] = {}
             self.plain[info.branch] = {
-                "values": plain,
+                "constants": {key: as_json(key, value) for key, value in constants.items()},
+                "tensors": list(tensors),
                 "dense": [cost.dense for cost in info.costs],
                 "mlp": [cost.mlp for cost in info.costs],
                 "outside": info.outside,
@@ -163,14 +164,14 @@ class Trajectories:
     def call(self, batch: int, branch: str, step: int, device: torch.device) -> RecordedCall:
         """A call of a step, its tensors on a device."""
         plain, tensors = self.plain(batch)[branch], {}
-        for name in plain["values"]["tensors"]:
+        for name in plain["tensors"]:
             key = f"in.{branch}.{step}.{name}"
             key = key if self.has(batch, key) else f"in.{branch}.0.{name}"
             tensors[name] = self.tensor(batch, key).to(device)
         rows = plain["rows"]
         numbers = self._numbers(branch, rows)
         return RecordedCall(
-            inputs=unflatten(tensors, plain["values"]),
+            inputs=unflatten(tensors, plain["constants"]),
             output=self.tensor(batch, f"out.{branch}.{step}").to(device),
             costs=self.costs(batch, branch, device),
             branches=torch.tensor(numbers).repeat_interleave(rows // len(numbers)),
@@ -201,40 +202,17 @@ class Trajectories:
         return list(range(len(self.branches)))
 
 
-def flatten(arguments: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Arguments as tensors by name ("contexts.main" inside a mapping), and the rest as JSON data.
+def as_json(name: str, value: Any) -> Any:
+    """An argument that is not a tensor as it comes back from a file; transformers take lists for tuples.
 
-    Raises ValueError for an argument that is neither.
+    Raises ValueError for one that cannot be kept.
     """
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    mappings = []
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            tensors[name] = value
-        elif isinstance(value, Mapping) and value and all(isinstance(v, Tensor) for v in value.values()):
-            mappings.append(name)
-            tensors |= {f"{name}.{inner}": tensor for inner, tensor in value.items()}
-        else:
-            try:
-                values[name] = json.loads(json.dumps(value))
-            except TypeError as error:
-                raise ValueError(
-                    f"the transformer's argument {name} is a {type(value).__name__}, which cannot be recorded"
-                ) from error
-    return tensors, {"plain": values, "tensors": list(tensors), "mappings": mappings}
-
-
-def unflatten(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `flatten`. Tuples come back as lists, which transformers unpack alike."""
-    arguments: dict[str, Any] = dict(values["plain"])
-    for name, tensor in tensors.items():
-        owner, _, inner = name.partition(".")
-        if owner in values["mappings"]:
-            arguments.setdefault(owner, {})[inner] = tensor
-        else:
-            arguments[name] = tensor
-    return arguments
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError as error:
+        raise ValueError(
+            f"the transformer's argument {name} is a {type(value).__name__}, which cannot be recorded"
+        ) from error
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

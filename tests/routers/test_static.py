@@ -144,7 +144,8 @@ def test_compiles_as_one_graph(case: Case) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.name != "hunyuan3d-2-guided"], ids=lambda c: c.name)
 def test_exports_as_a_program(case: Case, tmp_path) -> None:
     """Saved and loaded again; experts take a path of their own when they are traced."""
-    from edit_cli.export.program import Call, flat_tensors
+    from edit_cli.export.program import Call
+    from routers.calls import flatten
 
     model = case.transformer()
     removal = a_removal(case, model)
@@ -152,7 +153,7 @@ def test_exports_as_a_program(case: Case, tmp_path) -> None:
     arguments = case.inputs(2, 0.7, 0)
     if case.name.startswith("hunyuan"):
         arguments.pop("guidance")
-    call, tensors = Call(small, arguments), flat_tensors(arguments)
+    call, tensors = Call(small, arguments), list(flatten(arguments)[0].values())
     with torch.no_grad():
         torch.export.save(torch.export.export(call, tuple(tensors), strict=False), tmp_path / "a.pt2")
         found = torch.export.load(tmp_path / "a.pt2").module()(*tensors)

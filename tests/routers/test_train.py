@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from routers.attachment import build_router
 from routers.bundle import Bundle
 from routers.calibrate.evaluate import evaluate
 from routers.calibrate.state import State
-from routers.calls import first_tensor
+from routers.calls import first_tensor, flatten, unflatten
 from routers.cost import count_flops
 from routers.elastic import Elastic
 from routers.policy import FixedPolicy
@@ -32,7 +31,7 @@ from routers.train.loop import LossNotFiniteError, Training, noise_at, rate_at
 from routers.train.objective import decide
 from routers.train.settings import TrainSettings
 from routers.train.student import Decision, Student
-from routers.train.trajectory import flatten, unflatten
+from routers.train.trajectory import as_json
 from routers.trained.backbone import FILE, BackboneWeights, add_lora, lora_targets
 from routers.trained.policy import Profile, TrainedPolicy, allocate
 from routers.trained.router import BudgetRouter
@@ -130,12 +129,12 @@ def test_a_profile_is_interpolated_and_starts_dense() -> None:
 
 def test_arguments_survive_the_recording() -> None:
     arguments = {"x": torch.ones(2), "by": {"main": torch.zeros(1)}, "shape": [[(1, 2, 3)]], "flag": None}
-    tensors, values = flatten(arguments)
-    back = unflatten(tensors, json.loads(json.dumps(values)))
+    tensors, constants = flatten(arguments)
+    back = unflatten(tensors, {name: as_json(name, value) for name, value in constants.items()})
     assert back["by"]["main"] is tensors["by.main"] and back["x"] is tensors["x"]
     assert back["shape"] == [[[1, 2, 3]]] and back["flag"] is None
     with pytest.raises(ValueError, match="argument odd is a object, which cannot be recorded"):
-        flatten({"odd": object()})
+        as_json("odd", object())
 
 
 def test_training_learns_and_its_bundle_keeps_every_budget(workload: MeshWorkload, tmp_path: Path) -> None:
