@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,7 +22,9 @@ from .policy import Policy
 from .run import Call
 from .spec import WIDTHS
 from .trace import REUSE, SKIP
-from .watch.timing import Timeline
+
+if TYPE_CHECKING:
+    from .watch.timing import Timeline
 
 _UNTIMED = nullcontext()
 
