@@ -23,7 +23,8 @@ from scipy.spatial import cKDTree
 from backbones import loading, registry
 from backbones.spec import Placement
 from backbones.workloads import embed
-from edit_cli.calibrate.inputs import read_images
+from edit_cli.generate.cutout import read_object
+from edit_cli.generate.samples import OBJECTS, model_pictures, picture_files
 
 BOX = 1.01
 METHODS = ("dense", "hierarchical")
@@ -130,7 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     backbone = registry.resolve(args.model, makes="mesh")
     pipe = loading.load(backbone, Placement())
-    pictures = list(read_images(backbone, args.images, "auto").values())[: args.count]
+    files = picture_files("--images", args.images, OBJECTS) if args.images else model_pictures(backbone)
+    pictures = [read_object(file, "auto")[0] for file in files[: args.count]]
     contexts = embed(pipe, pictures)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(pictures))]
     noise = pipe.noise(len(pictures), generators)

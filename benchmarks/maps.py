@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from edit_cli.generate.outputs import write_whole
+from edit_cli.files import write_files
 from edit_cli.profile.heatmap import draw_heatmaps
 from edit_cli.profile.terminal import limit_line, overhead_line
 from edit_cli.profile.trace import read_trace
@@ -74,7 +74,7 @@ def main() -> None:
                     trace = profile(model, options[name], folder)
                 target = asked.target / f"maps-{model}-{name}.png"
                 data = stacked(trace, metrics)
-                write_whole(target, data)
+                write_files({target: data})
                 print(f"{target.name}: {len(data) / 1000:.0f} kB; {limit_line(trace)}")
                 print(f"  profiling: {overhead_line(trace)}")
 

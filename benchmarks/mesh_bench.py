@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,11 @@ from backbones.hunyuan3d.mesh import NoSurfaceError
 from backbones.spec import Placement
 from backbones.workloads import MeshWorkload, embed
 from benchmarks.bench import Bench
-from edit_cli.calibrate.inputs import read_images
 from edit_cli.errors import EditError
+from edit_cli.export.folder import sha256
 from edit_cli.generate.closeness import compare_meshes
+from edit_cli.generate.cutout import read_object
+from edit_cli.generate.samples import OBJECTS, model_pictures, picture_files
 
 CALIBRATION_PICTURES = 4
 """Pictures on which a rival may fit itself."""
@@ -109,7 +112,8 @@ def open_mesh_bench(args: argparse.Namespace) -> MeshBench:
     """Load what the command line names. Raises ValueError, one line, for anything that cannot be loaded."""
     backbone = registry.resolve(args.model, makes="mesh")
     try:
-        pictures = read_images(backbone, args.images or None, "auto")
+        files = picture_files("--images", args.images, OBJECTS) if args.images else model_pictures(backbone)
+        pictures = {sha256(Path(file)): read_object(file, "auto")[0] for file in files}
         pipe = loading.load(backbone, Placement())
     except EditError as error:
         raise ValueError(str(error)) from error

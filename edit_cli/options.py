@@ -365,7 +365,7 @@ EXPORT: Options = {
     "output": Option("--output -o", "FOLDER", "Where the export goes.", check=checks.text),
     "force": Option("--force", help="Replace an earlier export at --output."),
     "budget": Option(
-        "--budget", "B", _for("--budget", "share of the dense FLOPs to keep."), check=checks.text
+        "--budget", "B", _for("--budget", "share of the dense FLOPs to keep."), check=checks.budget
     ),
     "prompts_file": Option(
         "--prompts", "FILE", _for("--prompts", "prompts to measure on."), check=checks.text

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from edit_cli.console import print_result, print_warnings, progress, stderr, stdout
-from edit_cli.errors import EditError
 from edit_cli.options import LORA, MACHINE, MODEL, PICTURE, PROFILE, PROMPTS, REPORT, ROUTERS, SAMPLING
-from edit_cli.profile.plan import check_metric, make_profile_plan, report_folder
+from edit_cli.profile.plan import check_metric, make_profile_plan, refuse_beside_replay, report_folder
 from edit_cli.request import Request, command, only
 
-OPTIONS = (
+
+@command(
     only(PROFILE, "prompt"), only(PROMPTS, "prompts_file"), only(PROFILE, "images"),
     only(SAMPLING, "steps", "guidance"), only(PROFILE, "seed"), only(PICTURE, "width", "height"),
     only(PROFILE, "octree_resolution"), only(MODEL, "model"), only(ROUTERS, "routers"),
@@ -16,9 +16,6 @@ OPTIONS = (
     only(PROFILE, "metric", "samples", "repeats", "cache_limit", "output", "replay"), REPORT,
     only(MACHINE, "batch_size", "device", "dtype", "offload"),
 )  # fmt: skip
-
-
-@command(*OPTIONS)
 def profile(request: Request) -> None:
     """See which blocks ran at which step, what that cost, and what limits the gain.
 
@@ -32,16 +29,17 @@ def profile(request: Request) -> None:
     """
     metric = request.get("metric")
     if "replay" in request:
+        refuse_beside_replay(request)
+        folder = report_folder(request.get("output"))
         from edit_cli.profile import report
 
-        _refuse_besides_replay(request)
-        folder, (trace, pictures) = report_folder(request.get("output")), report.reopen(request["replay"])
+        trace, pictures = report.reopen(request["replay"])
         check_metric(metric, trace["kind"] == "dense")
     else:
         plan = make_profile_plan(request)
         from edit_cli.profile import report
 
-        print_warnings(plan.request.warnings, request)
+        print_warnings(plan.plan.warnings, request)
         folder = plan.folder
         with progress("quiet" not in request) as bars:
             trace, pictures = report.run(plan, bars)
@@ -49,13 +47,3 @@ def profile(request: Request) -> None:
     files = [] if folder is None else report.write(folder, trace, pictures, metric)
     console = stderr() if "json" in request else stdout()
     print_result(report.as_json(trace, files), report.view(trace, metric, console, files), request)
-
-
-def _refuse_besides_replay(request: Request) -> None:
-    """--from shows what was measured: nothing that would measure anew may stand beside it."""
-    for options in OPTIONS:
-        for name, option in options.items():
-            if name in request and name not in ("replay", "metric", "output", "json", "quiet"):
-                raise EditError(
-                    f"--from shows a trace as it was measured; leave {option.label} out, or leave --from out"
-                )

@@ -9,20 +9,20 @@ from typing import Any
 from backbones import registry
 from edit_cli.console import two_columns
 from edit_cli.errors import EditError, RunError
-from edit_cli.export.settings import Settings
 from edit_cli.export.write import Say
+from edit_cli.request import Request
 from routers import bundle_file
 from routers.bundle import Bundle, load_bundle
 
 FILE = "edit-routers.safetensors"
 
 
-def open_source(settings: Settings, say: Say) -> Bundle:
+def open_source(request: Request, say: Say) -> Bundle:
     """The bundle that the source is or brings along. Raises EditError, ValueError."""
-    return load_bundle(find_bundle(settings.source))
+    return load_bundle(find_bundle(request["source"]))
 
 
-def fill(bundle: Bundle, settings: Settings, folder: Path, say: Say) -> dict[str, Any]:
+def fill(bundle: Bundle, request: Request, folder: Path, say: Say) -> dict[str, Any]:
     """Write the bundle in one file. Raises RunError if it is another when loaded."""
     bundle_file.pack(bundle.path, folder / FILE)
     again = load_bundle(folder / FILE)

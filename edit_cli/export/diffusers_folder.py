@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from backbones.spec import DIFFUSERS
 from edit_cli.console import two_columns
 from edit_cli.errors import EditError, RunError
 from edit_cli.export.model import load_again, save_model
-from edit_cli.export.settings import Settings
 from edit_cli.export.source import Source, calibration_calls, largest_difference, outputs
 from edit_cli.export.write import Say
+from edit_cli.request import Request
 from routers.attachment import attach
 from routers.bundle import Bundle, load_bundle
 from routers.identity import fingerprint
@@ -30,10 +31,10 @@ HALF_WIDTH = 0.5
 ROUTERS = "routers"
 
 
-def fill(source: Source, settings: Settings, folder: Path, say: Say) -> dict[str, Any]:
+def fill(source: Source, request: Request, folder: Path, say: Say) -> dict[str, Any]:
     """Write the model, with its bundle in `routers/`. Raises EditError, ValueError, RunError."""
     if source.is_static:
-        raise EditError(f"{settings.source!r} is a static model: it is in this layout already")
+        raise EditError(f"{request['source']!r} is a static model: it is in this layout already")
     trained = _merge_trained(source)
     say("recording calls of dense runs")
     calls = calibration_calls(source)
@@ -41,9 +42,9 @@ def fill(source: Source, settings: Settings, folder: Path, say: Say) -> dict[str
     say("ordering hidden units")
     units = "as trained" if trained else _order(source, calls)
     say("writing")
-    save_model(source, source.transformer, folder, settings.shard_size)
+    save_model(source, source.transformer, folder, request.get("shard_size"))
     if source.bundle is not None:
-        moved = _bundle_for(source.bundle, source.transformer, Path(settings.output).name)
+        moved = _bundle_for(source.bundle, source.transformer, Path(request["output"]).name)
         moved.save(folder / ROUTERS)
     say("loading it again")
     again = load_stock(source, folder)
@@ -94,7 +95,7 @@ def _bundle_for(bundle: Bundle, transformer: Any, name: str) -> Bundle:
 
 def load_stock(source: Source, folder: Path) -> Any:
     """The written transformer: pictures through diffusers alone, meshes as their own reader finds it."""
-    if source.meshes:
+    if source.backbone.family.layout != DIFFUSERS:
         return load_again(source, folder)
     from diffusers import DiffusionPipeline
 
@@ -118,7 +119,7 @@ def model_card(facts: Mapping[str, Any], source: Source, name: str) -> str:
         f"`{facts['model']}` in {facts['dtype']}. Hidden units of the MLPs: {_units_line(facts['units'])}. "
         f"Dense outputs are those of the original within {facts['difference']:.1e} of the largest.\n",
     ]
-    if source.meshes:
+    if source.backbone.makes == "mesh":
         lines.append(f"    edit generate-3d PICTURE --model {name} -o mesh.glb\n")
     else:
         lines += [

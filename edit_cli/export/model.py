@@ -13,12 +13,12 @@ from torch import nn
 
 from backbones import loading, registry
 from backbones import static_folder as static
-from backbones.spec import Placement
-from edit_cli.calibrate.inputs import OWN_PICTURES
+from backbones.spec import DIFFUSERS, Placement
 from edit_cli.errors import EditError
-from edit_cli.export.source import Source
+from edit_cli.export.source import Source, put_in
+from edit_cli.generate.samples import PICTURES_FOLDER
 
-OWN_PROMPTS = "calibration.txt"
+PROMPTS_FILE = "calibration.txt"
 
 
 def save_model(
@@ -32,29 +32,24 @@ def save_model(
 
     Raises EditError for shards of a layout that has one file.
     """
-    if source.meshes:
+    if source.backbone.family.layout != DIFFUSERS:
         if shard_size is not None:
             raise EditError(
                 "--shard-size is for pipelines of diffusers; mesh models are one file: leave it out"
             )
         _save_mesh_model(source, transformer, folder)
     else:
-        dense = source.pipe.transformer
-        source.pipe.register_modules(transformer=transformer)
-        try:
-            with loading.quiet_libraries():
-                source.pipe.save_pretrained(folder, safe_serialization=True, max_shard_size=shard_size)
-        finally:
-            source.pipe.register_modules(transformer=dense)
+        with put_in(source.pipe, transformer), loading.quiet_libraries():
+            source.pipe.save_pretrained(folder, safe_serialization=True, max_shard_size=shard_size)
         _forget_origin(folder)
     defaults = {name: value for name, value in asdict(source.backbone.defaults).items() if value is not None}
     text = json.dumps({**defaults, **(entries or {})}, indent=1)
     (folder / static.DEFAULTS_FILE).write_text(text + "\n", encoding="utf-8")
-    own = source.backbone.folder
-    if own is not None and (own / OWN_PROMPTS).is_file():
-        shutil.copy(own / OWN_PROMPTS, folder)
-    if own is not None and (own / OWN_PICTURES).is_dir():
-        shutil.copytree(own / OWN_PICTURES, folder / OWN_PICTURES)
+    origin = source.backbone.folder
+    if origin is not None and (origin / PROMPTS_FILE).is_file():
+        shutil.copy(origin / PROMPTS_FILE, folder)
+    if origin is not None and (origin / PICTURES_FOLDER).is_dir():
+        shutil.copytree(origin / PICTURES_FOLDER, folder / PICTURES_FOLDER)
 
 
 def _save_mesh_model(source: Source, transformer: nn.Module, folder: Path) -> None:

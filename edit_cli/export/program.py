@@ -23,9 +23,9 @@ from backbones.loading import first_line
 from backbones.spec import CallSize
 from edit_cli.console import two_columns
 from edit_cli.errors import EditError, RunError
-from edit_cli.export.settings import Settings
 from edit_cli.export.source import Source, freeze
 from edit_cli.export.write import Say
+from edit_cli.request import Request
 from routers.calls import first_tensor, flatten, unflatten
 
 FILE = "transformer.pt2"
@@ -64,16 +64,16 @@ class Call(nn.Module):
         return first_tensor(self.transformer(**arguments))
 
 
-def fill(source: Source, settings: Settings, folder: Path, say: Say) -> dict[str, Any]:
+def fill(source: Source, request: Request, folder: Path, say: Say) -> dict[str, Any]:
     """Write the program. Raises EditError, ValueError; RunError for a model that cannot be traced or a
     program that gives something else.
     """
     transformer: nn.Module = source.transformer
     flops = 1.0
-    if settings.budget < 1:
-        frozen = freeze(source, settings.budget, say)
+    if request["budget"] < 1:
+        frozen = freeze(source, request["budget"], say)
         transformer, flops = frozen.transformer, frozen.choice.flops
-    arguments = call_inputs(source, settings.batch_size, settings.text_tokens)
+    arguments = call_inputs(source, request.get("batch_size", 1), request.get("text_tokens"))
     call = Call(transformer.eval(), arguments)
     tensors = list(flatten(arguments)[0].values())
     say("tracing")
@@ -83,7 +83,7 @@ def fill(source: Source, settings: Settings, folder: Path, say: Say) -> dict[str
     return {
         "torch": torch.__version__,
         "model": source.backbone.name,
-        "budget": settings.budget,
+        "budget": request["budget"],
         "flops": round(flops, 4),
         "inputs": [
             {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
@@ -97,7 +97,7 @@ def fill(source: Source, settings: Settings, folder: Path, say: Say) -> dict[str
 def call_inputs(source: Source, batch: int, text_tokens: int | None) -> dict[str, Any]:
     """Arguments of one call at the model's default size, tensors filled with noise from seed 0."""
     backbone = source.backbone
-    if source.meshes:
+    if source.backbone.makes == "mesh":
         if text_tokens is not None:
             raise EditError("--text-tokens is for models that read text; leave it out for this one")
         size = CallSize(batch)

@@ -21,8 +21,8 @@ from torch import Tensor
 from backbones.loading import DTYPES
 from edit_cli.console import two_columns
 from edit_cli.errors import EditError, RunError
-from edit_cli.export.settings import Settings
 from edit_cli.export.write import Say
+from edit_cli.request import Request
 from routers.paper.checkpoint import build_routers, is_release_file, read_release, split_keys
 
 FILE_PATTERN, INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
@@ -35,24 +35,24 @@ def is_reference(source: str) -> bool:
     return path.exists() and is_release_file(path)
 
 
-def open_source(settings: Settings, say: Say) -> Path:
+def open_source(request: Request, say: Say) -> Path:
     """A file, index or folder in the paper's layout. Raises EditError or ValueError for anything else."""
-    if not is_reference(settings.source):
+    if not is_reference(request["source"]):
         raise EditError(
-            f"{settings.source!r} is not a checkpoint in the paper's layout (gate_mlps.* beside a "
+            f"{request['source']!r} is not a checkpoint in the paper's layout (gate_mlps.* beside a "
             "transformer), and its routers cannot be written as one: they decide by other rules; use "
             "--format bundle or diffusers"
         )
-    path = Path(settings.source).expanduser()
+    path = Path(request["source"]).expanduser()
     build_routers(path, read_release(path).shapes)  # raises where the numbering has a gap
     return path
 
 
-def fill(path: Path, settings: Settings, folder: Path, say: Say) -> dict[str, Any]:
+def fill(path: Path, request: Request, folder: Path, say: Say) -> dict[str, Any]:
     """Write the checkpoint. dtype "auto" keeps the file's. Raises RunError if it is another when loaded."""
     say("writing")
-    tensors = _read(path, None if settings.dtype == "auto" else DTYPES[settings.dtype])
-    names = _write(tensors, folder, settings.shard_size)
+    tensors = _read(path, DTYPES.get(request.get("dtype", "auto")))
+    names = _write(tensors, folder, request.get("shard_size"))
     say("loading it again")
     difference = _difference(tensors, _read(folder, None))
     if difference != 0:

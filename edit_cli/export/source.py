@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ from torch import Tensor, nn
 
 from backbones import static_folder as static
 from backbones.spec import Backbone
-from edit_cli.calibrate.calibration import Calibration
-from edit_cli.calibrate.inputs import Asked
 from edit_cli.errors import EditError
-from edit_cli.export.settings import Settings
 from edit_cli.export.write import Say
+from edit_cli.generate.result import StageClock
+from edit_cli.generate.routers import NO_ROUTERS, RouterSource
+from edit_cli.generate.samples import OBJECTS, medium_of, picture_files, sample_plan, take
+from edit_cli.generate.session import Session
+from edit_cli.request import Request
 from routers import bundle_file
 from routers.attachment import attach
 from routers.bundle import Bundle, load_bundle
@@ -26,35 +30,37 @@ from routers.static.choose import Choice, Inputs, choose, order_units, record_ca
 from routers.static.frozen import frozen
 
 SAMPLES, STEPS = 4, 3
-"""Calibration: so many samples, seen at so many steps spread over a generation, in every branch."""
+"""So many samples are seen at so many steps spread over a generation, in every branch."""
+APART = 10_000
+"""How far the seeds of the held-out samples lie from the others."""
 
 
 @dataclass
 class Source:
-    """A loaded dense model with requests to try it on. bundle: what its dynamic runs use, or None."""
+    """A loaded dense model with samples to try it on. bundle: what its dynamic runs use, or None.
 
-    calibration: Calibration
+    train: what decisions are measured on. judge: held-out samples of the same kind.
+    """
+
+    session: Session
+    train: Any
+    judge: Any
     bundle: Bundle | None
 
     @property
     def backbone(self) -> Backbone:
         """The registry's entry."""
-        return self.calibration.backbone
+        return self.session.plan.backbone
 
     @property
     def pipe(self) -> Any:
         """The pipeline."""
-        return self.calibration.pipe
+        return self.session.pipe
 
     @property
     def transformer(self) -> Any:
         """The dense transformer."""
         return self.pipe.transformer
-
-    @property
-    def meshes(self) -> bool:
-        """Whether it makes meshes."""
-        return self.backbone.makes == "mesh"
 
     @property
     def is_static(self) -> bool:
@@ -77,26 +83,28 @@ class Frozen:
     calls: list[Inputs]
 
 
-def open_source(settings: Settings, say: Say) -> Source:
+def open_source(request: Request, say: Say) -> Source:
     """Load the model that a bundle or model names. Raises EditError, ValueError."""
-    model, bundle = find_model(settings.source)
+    model, bundle = find_model(request["source"])
     if Path(model).expanduser().exists() and is_release_file(model):
         raise EditError(
-            f"{settings.source!r} is a checkpoint in the paper's layout; only --format reference takes one"
+            f"{request['source']!r} is a checkpoint in the paper's layout; only --format reference takes one"
         )
-    say(f"loading {model}")
-    asked = Asked(
-        model=model, prompts=settings.prompts, images=settings.images, background="auto", budgets=(),
-        samples=SAMPLES, probes=0, steps=None, guidance=None, seed=0, batch_size=SAMPLES,
-        device="auto", dtype=settings.dtype, resume=False,
-    )  # fmt: skip
-    calibration = Calibration.open(asked)
-    backbone = calibration.backbone
-    if bundle is None and backbone.bundle is not None:
-        bundle = load_bundle(backbone.bundle)
+    asked = request.but(model=model, routers=NO_ROUTERS, budget=None, batch_size=None)
+    if "images" in request:
+        asked = asked.but(images=picture_files("--images", request["images"], OBJECTS))
+    plan = sample_plan(asked, medium_of(asked))
+    say(f"loading {plan.backbone.name}")
+    session = Session.open(plan, RouterSource(), StageClock(plan.medium.stages))
+    held_out = take(plan.jobs[::-1], SAMPLES, APART)
+    train, judge = (
+        plan.medium.workload(session, jobs, SAMPLES) for jobs in (take(plan.jobs, SAMPLES, 0), held_out)
+    )
+    if bundle is None and plan.backbone.bundle is not None:
+        bundle = load_bundle(plan.backbone.bundle)
     if bundle is not None:
-        attach(calibration.pipe.transformer, bundle, budget=1.0).detach()  # raises if it does not fit
-    return Source(calibration, bundle)
+        attach(session.pipe.transformer, bundle, budget=1.0).detach()  # raises if it does not fit
+    return Source(session, train, judge, bundle)
 
 
 def find_model(source: str) -> tuple[str, Bundle | None]:
@@ -138,15 +146,33 @@ def freeze(source: Source, budget: float, say: Say) -> Frozen:
     )  # fmt: skip
     small: Any = frozen(transformer, spec, choice.shape)
     counts = static.block_counts(small, spec)
-    if not source.meshes:
+    if hasattr(small, "register_to_config"):  # a class of diffusers
         small.register_to_config(**counts)
     return Frozen(small, choice, calls)
 
 
+@contextmanager
+def put_in(pipe: Any, transformer: nn.Module) -> Iterator[None]:
+    """Inside, the pipeline runs another transformer."""
+    usual = pipe.transformer
+    _put(pipe, transformer)
+    try:
+        yield
+    finally:
+        _put(pipe, usual)
+
+
+def _put(pipe: Any, transformer: nn.Module) -> None:
+    if hasattr(pipe, "register_modules"):  # diffusers keeps a list of its parts
+        pipe.register_modules(transformer=transformer)
+    else:
+        pipe.transformer = transformer
+
+
 def calibration_calls(source: Source) -> list[Inputs]:
     """Calls of a dense generation at steps spread over it, in every branch that is a call of its own."""
-    workload = source.calibration.train
-    branches = 1 if source.meshes else len(workload.branches)
+    workload = source.train
+    branches = 1 if source.backbone.makes == "mesh" else len(workload.branches)  # or one doubled call
     count = min(STEPS, workload.num_steps)
     steps = [int((i + 0.5) * workload.num_steps / count) for i in range(count)]
     keep = [step * branches + branch for step in steps for branch in range(branches)]

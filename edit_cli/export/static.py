@@ -17,10 +17,10 @@ from edit_cli.commands.models import readable_count
 from edit_cli.console import two_columns
 from edit_cli.errors import RunError
 from edit_cli.export.model import load_again, save_model
-from edit_cli.export.settings import Settings
-from edit_cli.export.source import Frozen, Source, freeze, largest_difference, outputs
+from edit_cli.export.source import Frozen, Source, freeze, largest_difference, outputs, put_in
 from edit_cli.export.write import Say
 from edit_cli.generate.closeness import psnr, side_by_side
+from edit_cli.request import Request
 from routers.attachment import attach
 from routers.calibrate.evaluate import latent_snr
 
@@ -31,12 +31,13 @@ SAME = 1e-5
 PICTURE = "comparison.png"
 
 
-def fill(source: Source, settings: Settings, folder: Path, say: Say) -> dict[str, Any]:
+def fill(source: Source, request: Request, folder: Path, say: Say) -> dict[str, Any]:
     """Write the frozen model. Raises EditError, ValueError, RunError if what was written is another."""
-    small = freeze(source, settings.budget, say)
+    budget = request["budget"]
+    small = freeze(source, budget, say)
     say("writing")
     entries = {static.ENTRY: small.choice.shape.to_dict()}
-    save_model(source, small.transformer, folder, settings.shard_size, entries)
+    save_model(source, small.transformer, folder, request.get("shard_size"), entries)
     say("loading it again")
     again, calls = load_again(source, folder), small.calls[:2]
     difference = largest_difference(outputs(again, calls), outputs(small.transformer, calls))
@@ -47,14 +48,14 @@ def fill(source: Source, settings: Settings, folder: Path, say: Say) -> dict[str
     counts = [sum(p.numel() for p in m.parameters()) for m in (source.transformer, small.transformer)]
     return {
         "model": source.backbone.name,
-        "budget": settings.budget,
+        "budget": budget,
         "flops": round(choice.flops, 4),
         "parameters": {"dense": counts[0], "static": counts[1]},
         "dropped": sorted(choice.removal.dropped),
         "widths": {str(i): w for i, w in sorted(choice.removal.widths.items())},
         "output_error": round(choice.error, 6),
         "difference": difference,
-        "measured": measure(source, small, settings.budget, folder, say),
+        "measured": measure(source, small, budget, folder, say),
     }
 
 
@@ -77,7 +78,7 @@ def measure(source: Source, small: Frozen, budget: float, folder: Path, say: Say
             start = time.perf_counter()
             latents[name] = variant.run().cpu()  # the copy waits for an accelerator
             seconds[name].append(time.perf_counter() - start)
-    pictures = {} if source.meshes else _pictures(variants, budget, folder)
+    pictures = _pictures(variants, budget, folder) if source.backbone.makes == "picture" else {}
     dense = statistics.median(seconds["dense"])
     rows = []
     for name, variant in variants.items():
@@ -105,16 +106,13 @@ class Variant:
 
     def run(self, **arguments: Any) -> Any:
         """A batch of held-out requests; arguments as for the workload."""
-        pipe, workload = self.source.pipe, self.source.calibration.judge
+        pipe, workload = self.source.pipe, self.source.judge
         if self.name == "dense":
             return workload.run(0, **arguments)
         if self.name == "static":
-            dense, self.spent = pipe.transformer, self.small.choice.flops
-            _set_transformer(pipe, self.small.transformer)
-            try:
+            self.spent = self.small.choice.flops
+            with put_in(pipe, self.small.transformer):
                 return workload.run(0, **arguments)
-            finally:
-                _set_transformer(pipe, dense)
         # the bundle was checked when it was opened; since then hidden units were put in another order
         elastic = attach(pipe.transformer, self.source.bundle, budget=self.budget, force=True)
         try:
@@ -124,13 +122,6 @@ class Variant:
             elastic.detach()
         self.spent = statistics.mean(trace.spent)
         return result
-
-
-def _set_transformer(pipe: Any, transformer: Any) -> None:
-    if hasattr(pipe, "register_modules"):
-        pipe.register_modules(transformer=transformer)
-    else:
-        pipe.transformer = transformer
 
 
 def _pictures(variants: Mapping[str, Variant], budget: float, folder: Path) -> dict[str, list[Any]]:
@@ -154,14 +145,13 @@ def as_table(facts: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    sizes = facts["parameters"]
-    dropped, widths = facts["dropped"], facts["widths"]
-    narrowed = ", ".join(f"{i}: {w:g}" for i, w in widths.items())
+    sizes, measured = facts["parameters"], facts["measured"]
+    narrowed = ", ".join(f"{i}: {w:g}" for i, w in facts["widths"].items())
     rows = {
         "written": f"{facts['output']} ({facts['model']} at budget {facts['budget']:g}, no routers)",
         "transformer": f"{facts['flops']:.1%} of the FLOPs, {sizes['static'] / sizes['dense']:.1%} of the "
         f"weights ({readable_count(sizes['static'])} of {readable_count(sizes['dense'])})",
-        "blocks left out": ", ".join(map(str, dropped)) or "none",
+        "blocks left out": ", ".join(map(str, facts["dropped"])) or "none",
         "MLP width by block": f"{narrowed} (all others 1)" if narrowed else "1 everywhere",
         "checked": f"loaded again, largest difference {facts['difference']:g}",
         "use": f"edit {_command(facts)} --model {facts['output']}",
@@ -169,50 +159,50 @@ def as_table(facts: dict[str, Any]) -> Any:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("", "FLOPs", "s", "x dense time", "SNR dB", "PSNR dB"):
         table.add_column(name, justify="right" if name else "left")
-    for row in facts["measured"]:
-        quality = [f"{row[k]:.1f}" if k in row else "" for k in ("snr", "psnr")]
-        figures = (f"{row['spent']:.3f}", f"{row['seconds']:.2f}", f"{row['time_ratio']:.2f}")
-        table.add_row(row["variant"], *figures, *quality)
-    parts: list[Any] = [two_columns(rows), Text(), table]
-    by_name = {row["variant"]: row for row in facts["measured"]}
-    if "dynamic" in by_name and by_name["dynamic"]["snr"] > by_name["static"]["snr"]:
-        lead = by_name["dynamic"]["snr"] - by_name["static"]["snr"]
-        parts += [Text(f"\nThe dynamic model is {lead:.1f} dB nearer to the dense one at this budget.")]
-    if by_name["static"]["time_ratio"] > 1:
-        parts += [Text("The static model was slower than the dense one here.", style="yellow")]
+    for row in measured:
+        table.add_row(*_figures(row))
+    parts: list[Any] = [two_columns(rows), Text(), table, Text(_lead(measured))]
+    if measured[-1]["time_ratio"] > 1:
+        parts.append(Text("The static model was slower than the dense one here.", style="yellow"))
     return Group(*parts)
-
-
-def _command(facts: dict[str, Any]) -> str:
-    pictures = any("psnr" in row for row in facts["measured"])
-    return 'generate "a cat"' if pictures else "generate-3d PICTURE"
 
 
 def model_card(facts: dict[str, Any], source: Source, name: str) -> str:
     """README.md of the folder: what was removed, what it costs in quality, how to use it."""
+    sizes = facts["parameters"]
     lines = [
         f"# {name}\n",
         f"`{facts['model']}` with a smaller transformer: {facts['flops']:.1%} of its FLOPs and "
-        f"{facts['parameters']['static'] / facts['parameters']['dense']:.1%} of its weights. "
+        f"{sizes['static'] / sizes['dense']:.1%} of its weights. "
         f"{len(facts['dropped'])} blocks were left out and {len(facts['widths'])} have a narrower MLP, "
         "those whose loss changed the output least. There are no routers; the result is the same for "
         "every step and sample.\n",
         f"    edit {_command(facts)} --model {name}\n",
         "| variant | FLOPs | seconds | time over dense | SNR of latents, dB | PSNR, dB |",
         "|---|---:|---:|---:|---:|---:|",
+        *(f"| {' | '.join(_figures(row))} |" for row in facts["measured"]),
     ]
-    for row in facts["measured"]:
-        quality = [f"{row[k]:.1f}" if k in row else "" for k in ("snr", "psnr")]
-        lines.append(
-            f"| {row['variant']} | {row['spent']:.3f} | {row['seconds']:.2f} | {row['time_ratio']:.2f} | "
-            f"{quality[0]} | {quality[1]} |"
-        )
-    by_name = {row["variant"]: row for row in facts["measured"]}
-    if "dynamic" in by_name:
-        lead = by_name["dynamic"]["snr"] - by_name["static"]["snr"]
-        where = "nearer to" if lead > 0 else "farther from"
-        lines += [
-            "",
-            f"The dynamic model, with routers, is {abs(lead):.1f} dB {where} the dense one at this budget.",
-        ]
-    return "\n".join([*lines, "", "The licence of the original model applies.", ""])
+    return "\n".join([*lines, _lead(facts["measured"]), "", "The licence of the original model applies.", ""])
+
+
+def _figures(row: Mapping[str, Any]) -> list[str]:
+    """A variant's measurements as text."""
+    quality = [f"{row[name]:.1f}" if name in row else "" for name in ("snr", "psnr")]
+    return [
+        row["variant"], f"{row['spent']:.3f}", f"{row['seconds']:.2f}", f"{row['time_ratio']:.2f}", *quality
+    ]  # fmt: skip
+
+
+def _lead(measured: list[dict[str, Any]]) -> str:
+    """How much nearer the dynamic model is to the dense one; nothing without a bundle."""
+    snr = {row["variant"]: row.get("snr", 0.0) for row in measured}
+    if "dynamic" not in snr:
+        return ""
+    lead = snr["dynamic"] - snr["static"]
+    where = "nearer to" if lead > 0 else "farther from"
+    return f"\nThe dynamic model, with a bundle, is {abs(lead):.1f} dB {where} the dense one at this budget."
+
+
+def _command(facts: dict[str, Any]) -> str:
+    pictures = any("psnr" in row for row in facts["measured"])
+    return 'generate "a cat"' if pictures else "generate-3d PICTURE"

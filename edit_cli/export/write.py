@@ -2,8 +2,8 @@
 
 A format is a module with these functions (`settings.FORMATS`):
 
-    open_source(settings, say)               what to export; formats of a model share that of source.py
-    fill(source, settings, folder, say)      write the files, load them again, compare; returns the facts
+    open_source(request, say)                what to export; formats of a model share that of source.py
+    fill(source, request, folder, say)       write the files, load them again, compare; returns the facts
     model_card(facts, source, name)          README.md
     as_table(facts)                          what people see
 """
@@ -16,29 +16,50 @@ from pathlib import Path
 from typing import Any
 
 from edit_cli import __version__
+from edit_cli.errors import EditError
 from edit_cli.export.folder import check_target, new_folder, write_manifest
-from edit_cli.export.settings import FORMATS, MODELS, Settings
+from edit_cli.export.settings import APPLIES, FORMATS, FREEZING, MODELS
+from edit_cli.options import EXPORT
+from edit_cli.request import Request
 
 Say = Callable[[str], None]
 """Called with what is being done, for people who wait."""
 
 
-def export(settings: Settings, say: Say = lambda text: None) -> dict[str, Any]:
-    """Write `settings.output`. Returns what was written, as JSON data.
+def check_export(request: Request) -> None:
+    """Refuse options that do not go with the format. Raises EditError."""
+    form = request["format"]
+    for name, option in EXPORT.items():
+        forms = APPLIES.get(option.label, ())
+        if name in request and forms and form not in forms:
+            raise EditError(
+                f"{option.label} does not apply to --format {form}, only to {', '.join(forms)}; leave it out"
+            )
+    if "output" not in request:
+        raise EditError("no place to write to; give --output FOLDER")
+    if form in FREEZING and "budget" not in request:
+        raise EditError("this format freezes one budget; give --budget B, like --budget 0.7")
+    if form == "static" and request["budget"] == 1:
+        raise EditError("--budget 1 leaves nothing out; give a --budget below 1, like 0.7")
+
+
+def export(request: Request, say: Say = lambda text: None) -> dict[str, Any]:
+    """Write the folder `output`. Returns what was written, as JSON data.
 
     Raises EditError or ValueError for bad input, RunError if what was written is not what was read.
     """
-    check_target(settings.output, settings.force)
-    module, name = _module(settings.format), Path(settings.output).name
-    opening = importlib.import_module("edit_cli.export.source") if settings.format in MODELS else module
-    source = opening.open_source(settings, say)
-    with new_folder(settings.output, settings.force) as folder:
-        facts = {"format": settings.format, "edit": __version__}
-        facts |= module.fill(source, settings, folder, say)
-        (folder / "README.md").write_text(module.model_card(facts, source, name), encoding="utf-8")
+    form, output, force = request["format"], request["output"], "force" in request
+    check_target(output, force)
+    module = _module(form)
+    opening = importlib.import_module("edit_cli.export.source") if form in MODELS else module
+    source = opening.open_source(request, say)
+    with new_folder(output, force) as folder:
+        facts = {"format": form, "edit": __version__, **module.fill(source, request, folder, say)}
+        card = module.model_card(facts, source, Path(output).name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         files = write_manifest(folder, facts)
     size = sum(file["bytes"] for file in files.values())
-    return {"output": settings.output, **facts, "files": [*files], "bytes": size}
+    return {"output": output, **facts, "files": [*files], "bytes": size}
 
 
 def as_table(facts: dict[str, Any]) -> Any:
@@ -46,5 +67,5 @@ def as_table(facts: dict[str, Any]) -> Any:
     return _module(facts["format"]).as_table(facts)
 
 
-def _module(format: str) -> Any:
-    return importlib.import_module(f"edit_cli.export.{FORMATS[format]}")
+def _module(form: str) -> Any:
+    return importlib.import_module(f"edit_cli.export.{FORMATS[form]}")

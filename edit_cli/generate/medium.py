@@ -15,7 +15,10 @@ from backbones.spec import Backbone, CallSize, Makes
 from edit_cli.request import Options, Request
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from edit_cli.generate.session import Session
+    from routers.calibrate.workload import Workload
 
 Fields = dict[str, Any]
 """Checked values of one request, by the names of its medium's options."""
@@ -154,6 +157,20 @@ class Medium(ABC):
     @abstractmethod
     def picture(self, made: Any) -> Any:
         """A result as a PIL image, as reports show it."""
+
+    @abstractmethod
+    def thumbnail(self, made: Any) -> Image.Image:
+        """A result as a report shows it."""
+
+    # -- samples, to measure and calibrate on -----------------------------------------------------
+
+    @abstractmethod
+    def identity(self, job: Job) -> str:
+        """What a job is made of: its prompt, or a hash of its pictures."""
+
+    @abstractmethod
+    def workload(self, session: Session, jobs: Sequence[Job], rows: int) -> Workload:
+        """Jobs of one group, whose seeds follow one another, up to their latents, in batches of `rows`."""
 
     # -- comparison with the dense model ---------------------------------------------------------
 

@@ -22,9 +22,14 @@ from edit_cli.generate.record import encode_mesh, read_mesh
 from edit_cli.request import Request, in_lines
 
 if TYPE_CHECKING:
+    from PIL import Image
+
+    from backbones.workloads import MeshWorkload
     from edit_cli.generate.session import Session
 
 PREVIEW_SUFFIXES = (".png",)
+THUMBNAIL = 224
+"""Side of a mesh's view in a report, px."""
 DENSE_BYTES, SPARSE_BYTES = 24, 16
 """Peak bytes a grid point costs: node numbers, values and the copies marching cubes makes."""
 SHOWN_SIDE = 224
@@ -265,6 +270,25 @@ class Mesh(Medium):
             "background": made.background,
             "evaluated": round(made.volume.evaluated_share, 4),
         }
+
+    def thumbnail(self, made: Made) -> Image.Image:
+        """The mesh from the front."""
+        from edit_cli.generate.turntable import turntable
+
+        return turntable(made.mesh, THUMBNAIL).crop((0, 0, THUMBNAIL, THUMBNAIL))
+
+    def identity(self, job: Any) -> str:
+        """A hash of the pictures' files."""
+        return " ".join(hashlib.sha256(Path(image).read_bytes()).hexdigest() for image in job.images)
+
+    def workload(self, session: Session, jobs: Sequence[Any], rows: int) -> MeshWorkload:
+        """Shapes of pictures, each embedded once; multi-view models take it for the front view."""
+        from backbones.workloads import MeshWorkload, embed
+
+        first, names = jobs[0], dict.fromkeys(job.images[0] for job in jobs)
+        pictures = [read_object(name, first.remove_background)[0] for name in names]
+        contexts = embed(session.pipe, pictures)
+        return MeshWorkload(session.pipe, contexts, len(jobs), rows, first.steps, first.guidance, first.seed)
 
     def told(self, _job: Any, facts: Mapping[str, Any]) -> str:
         """How good the mesh is, and how much of the grid it took."""

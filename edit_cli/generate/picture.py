@@ -23,6 +23,7 @@ from edit_cli.request import in_lines
 if TYPE_CHECKING:
     from PIL import Image
 
+    from backbones.workloads import PipelineWorkload
     from edit_cli.generate.result import StageClock
     from edit_cli.generate.session import Session
 
@@ -158,6 +159,24 @@ class Picture(Medium):
             "solver": job.solver,
             "sampler": SAMPLERS.get(job.solver or "", sampler),
         }
+
+    def thumbnail(self, made: Image.Image) -> Image.Image:
+        """The picture."""
+        return made
+
+    def identity(self, job: Any) -> str:
+        """The prompt."""
+        return str(job.prompt)
+
+    def workload(self, session: Session, jobs: Sequence[Any], rows: int) -> PipelineWorkload:
+        """Prompts, at the size and guidance of the first."""
+        from backbones.workloads import PipelineWorkload
+
+        first, backbone = jobs[0], session.plan.backbone
+        return PipelineWorkload(
+            session.pipe, backbone.family, [job.prompt for job in jobs], rows, first.steps, first.guidance,
+            first.width, first.height, first.seed, backbone.defaults.max_sequence_length,
+        )  # fmt: skip
 
     def told(self, job: Any, _facts: Mapping[str, Any]) -> str:
         """The prompt."""

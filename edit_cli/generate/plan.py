@@ -65,8 +65,11 @@ class Plan:
                 yield batch, range(len(batch))
 
 
-def make_plan(request: Request, medium: Medium) -> Plan:
-    """Check everything that was asked. Raises EditError; reads files but writes none."""
+def make_plan(request: Request, medium: Medium, *, kept: bool = True) -> Plan:
+    """Check everything that was asked. Raises EditError; reads files but writes none.
+
+    kept: whether results become files; otherwise jobs have no paths.
+    """
     record = medium.read_record(request["replay"]) if "replay" in request else {}
     base = request.get("base") or (None if "model" in request else record.get("model_base"))
     with bad_input(ModelError):
@@ -74,7 +77,7 @@ def make_plan(request: Request, medium: Medium) -> Plan:
     placement = _placement(request, record, backbone)
     routers = find_routers(request.get("routers") or record.get("routers") or DEFAULT_ROUTERS, backbone)
     warnings: list[str] = []
-    jobs = _jobs(_requests(request, record, medium), request, backbone, medium, warnings)
+    jobs = _jobs(_requests(request, record, medium), request, backbone, medium, warnings, kept)
     if "compare" in request:
         _check_comparisons(jobs, medium)
     if routers is None:
@@ -128,9 +131,14 @@ def _requests(request: Request, record: Mapping[str, Any], medium: Medium) -> It
 
 
 def _jobs(
-    requests: Iterator[Fields], request: Request, backbone: Backbone, medium: Medium, warnings: list[str]
+    requests: Iterator[Fields],
+    request: Request,
+    backbone: Backbone,
+    medium: Medium,
+    warnings: list[str],
+    kept: bool,
 ) -> tuple[Job, ...]:
-    """A job for every result, with its path."""
+    """A job for every result, with its path where it is kept."""
     defaults, jobs, targets = backbone.defaults, [], []
     for index, fields in enumerate(requests):
         common = {
@@ -145,6 +153,8 @@ def _jobs(
             warnings.append(f"{backbone.name} has no guidance embedding: --guidance has no effect")
         jobs.append(medium.job(index=index, path=Path(), **common, **own))
         targets.append(fields.get("output"))
+    if not kept:
+        return tuple(jobs)
     names = [
         {
             "prompt": medium.title(job),

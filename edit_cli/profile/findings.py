@@ -10,17 +10,9 @@ import numpy as np
 import torch
 
 from edit_cli import __version__
-from edit_cli.profile.measure import (
-    Measured,
-    Timed,
-    Variant,
-    block_seconds,
-    flops_per_block,
-    median_stages,
-    median_timed,
-    part_seconds,
-)
-from edit_cli.profile.plan import file_stem, label_of
+from edit_cli.profile.measure import Measured, Timed, Variant
+from edit_cli.profile.plan import file_stem
+from edit_cli.profile.subject import Subject
 from edit_cli.profile.trace import CODES, FORMAT, VERSION, plain
 from edit_cli.profile.warnings import limits, warnings_of
 from routers.trace import SKIP, Trace
@@ -29,44 +21,43 @@ from routers.watch.timing import PARTS
 
 def build_trace(measured: Measured) -> dict[str, Any]:
     """The trace of what was measured (schema: docs/profile.md)."""
-    subject, plan = measured.subject, measured.plan
-    elastic_kinds = measured.dense.trace[0].kinds
-    variants = [measured.dense, *measured.variants]
+    subject, profile = measured.subject, measured.plan
+    plan, first = profile.plan, measured.dense.traces[0]
     trace: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "kind": "dense" if plan.dense else "elastic",
+        "kind": "dense" if profile.dense else "elastic",
         "made": _made(subject),
-        "model": plan.request.backbone.name,
-        "family": plan.request.backbone.family.name,
-        "bundle": _bundle(subject.bundle),
+        "model": plan.backbone.name,
+        "family": plan.backbone.family.name,
+        "bundle": _bundle(subject.session.source.bundle),
         "request": {
             "steps": subject.steps,
-            "guidance": subject.guidance,
-            "size": _size(plan.request.jobs[0]),
-            "samples": [{"label": label_of(job), "seed": job.seed} for job in plan.request.jobs],
+            "guidance": plan.jobs[0].guidance,
+            "size": plan.medium.size(plan.jobs[:1]),
+            "samples": [{"label": plan.medium.title(job), "seed": job.seed} for job in plan.jobs],
         },
-        "blocks": [{"kind": kind} for kind in elastic_kinds],
-        "branches": list(_actions(measured.dense.trace[0], 0, subject.steps)),
+        "blocks": [{"kind": kind} for kind in first.kinds],
+        "branches": list(_actions(first, 0, subject.steps)),
         "timing": _timing(measured),
-        "runs": [_run(variant, measured) for variant in variants],
+        "runs": [_run(variant, measured) for variant in [measured.dense, *measured.variants]],
         "maps": {name: plain(values) for name, values in measured.maps.items()},
         "probed_steps": measured.probed,
     }
     trace["limits"] = limits(trace)
-    trace["warnings"] = warnings_of(trace, plan.cache_limit)
+    trace["warnings"] = warnings_of(trace, profile.cache_limit)
     return trace
 
 
-def _made(subject: Any) -> dict[str, Any]:
-    transformer, device = subject.pipe.transformer, subject.device
+def _made(subject: Subject) -> dict[str, Any]:
+    device = subject.session.device
     return {
         "edit": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "dtype": str(next(transformer.parameters()).dtype).split(".")[-1],
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "dtype": str(next(subject.session.pipe.transformer.parameters()).dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
 
@@ -81,25 +72,15 @@ def _bundle(bundle: Any) -> dict[str, Any] | None:
     }
 
 
-def _size(job: Any) -> str:
-    if hasattr(job, "octree_resolution"):
-        return f"resolution {job.octree_resolution}"
-    return f"{job.width}x{job.height}"
-
-
 def _timing(measured: Measured) -> dict[str, Any]:
     """How times were taken, and what taking them cost."""
     first = (measured.variants or [measured.dense])[0]
-    spans = sum(map(len, median_timed(first).spans))
-    rounds = [timed.round for timed in first.timed] if measured.variants else first.plain
-    denoise = statistics.median(each.seconds["denoise"] for each in rounds)
-    compared = None
+    spans = sum(map(len, first.middle.spans))
+    denoise, compared = [each.seconds["denoise"] for each in first.plain], None
     if measured.variants:
-        ratios = [
-            timed.round.seconds["denoise"] / plain.seconds["denoise"] - 1
-            for timed, plain in zip(first.timed, first.plain, strict=True)
-        ]
+        ratios = [timed.denoise / plain - 1 for timed, plain in zip(first.timed, denoise, strict=True)]
         compared = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+        denoise = [timed.denoise for timed in first.timed]
     return {
         "method": measured.clock.method,
         "repeats": measured.plan.repeats,
@@ -107,54 +88,48 @@ def _timing(measured: Measured) -> dict[str, Any]:
         "statistic": "median over repeats; the variants take turns",
         "spans": spans,
         "span_seconds": measured.span_seconds,
-        "overhead": spans * measured.span_seconds / denoise,
+        "overhead": spans * measured.span_seconds / statistics.median(denoise),
         "overhead_compared": compared,
     }
 
 
 def _run(variant: Variant, measured: Measured) -> dict[str, Any]:
-    steps, blocks = measured.subject.steps, len(variant.trace[0].kinds)
-    middle, dense = median_timed(variant), variant is measured.dense
-    grids = [block_seconds(timed, steps, blocks) for timed in variant.timed]
+    subject, plan = measured.subject, measured.plan.plan
+    steps, blocks = subject.steps, len(variant.traces[0].kinds)
+    middle, dense = variant.middle, variant is measured.dense
     rounds = variant.plain if dense else [timed.round for timed in variant.timed]
-    stages = median_stages(rounds, measured.subject.load_seconds)
-    calls = sum(trace.num_calls for trace in variant.trace)
-    in_calls = statistics.median(part_seconds(timed, "call") for timed in variant.timed)
-    flops = {name: sum(trace.flops[name] for trace in variant.trace) for name in ("dense", "spent")}
-    reads = sum(trace.host_syncs for trace in variant.trace)
+    stages = [name for name in rounds[0].seconds if name != "load"]
+    flops = {name: sum(trace.flops[name] for trace in variant.traces) for name in ("dense", "spent")}
+    reads = sum(trace.host_syncs for trace in variant.traces)
+    parts = {part: statistics.median(timed.seconds_in(part) for timed in variant.timed) for part in PARTS}
+    stems = [f"pictures/{file_stem(plan.medium, i, job)}" for i, job in enumerate(plan.jobs)]
     return {
         "name": variant.name,
         "budget": variant.budget,
-        "spent": [round(spent, 5) for trace in variant.trace for spent in trace.spent],
+        "spent": [round(spent, 5) for trace in variant.traces for spent in trace.spent],
         "flops": flops,
-        "seconds": stages,
-        "denoise_repeats": [each.seconds["denoise"] for each in rounds],
-        "parts": {
-            part: statistics.median(part_seconds(timed, part) for timed in variant.timed) for part in PARTS
+        "seconds": {
+            "load": subject.load_seconds,  # once
+            **{name: statistics.median(each.seconds[name] for each in rounds) for name in stages},
         },
-        "flop_per_second": flops["spent"] / in_calls,
-        "calls": calls,
+        "denoise_repeats": [each.seconds["denoise"] for each in rounds],
+        "parts": parts,
+        "flop_per_second": flops["spent"] / parts["call"],
+        "calls": sum(trace.num_calls for trace in variant.traces),
         "host_reads": reads,
-        "host_reads_per_step": reads / (steps * len(variant.trace)),
-        "cache_bytes": max(trace.cache_bytes for trace in variant.trace),
+        "host_reads_per_step": reads / (steps * len(variant.traces)),
+        "cache_bytes": max(trace.cache_bytes for trace in variant.traces),
         "peak_bytes": variant.peak_bytes,
         "actions": [
-            _actions(trace, sample, steps) for trace in variant.trace for sample in range(trace.samples)
+            _actions(trace, sample, steps) for trace in variant.traces for sample in range(trace.samples)
         ],
-        "block_seconds": plain(np.median(grids, axis=0)),
-        "block_flops": flops_per_block(middle.calls, variant.trace, blocks).tolist(),
+        "block_seconds": plain(np.median([t.block_seconds(steps, blocks) for t in variant.timed], axis=0)),
+        "block_flops": middle.block_flops(variant.traces, blocks).tolist(),
         "drift": None if variant.drift is None else plain(variant.drift),
-        "quality": {} if dense else _quality(variant, measured),
-        "pictures": [
-            f"pictures/{file_stem(i, job)}-{variant.name}.png"
-            for i, job in enumerate(measured.plan.request.jobs)
-        ],
+        "quality": {} if dense else subject.quality(variant.look.results, measured.dense.look.results),
+        "pictures": [f"{stem}-{variant.name}.png" for stem in stems],
         "spans": _spans(middle),
     }  # fmt: skip
-
-
-def _quality(variant: Variant, measured: Measured) -> dict[str, list[float]]:
-    return measured.subject.quality(variant.look.results, measured.dense.look.results)
 
 
 def _actions(trace: Trace, sample: int, steps: int) -> dict[str, list[str]]:

@@ -8,8 +8,8 @@ Shapes: S steps, N blocks.
 
 from __future__ import annotations
 
+import functools
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from edit_cli.generate.session import Batch
 from edit_cli.profile.plan import ProfilePlan
 from edit_cli.profile.subject import Round, Subject
 from routers.policy import CallInfo, OpenPolicy
@@ -39,6 +40,34 @@ class Timed:
     spans: list[list[Span]]
     calls: list[list[CallInfo]]
 
+    @property
+    def denoise(self) -> float:
+        """Seconds of denoising."""
+        return self.round.seconds["denoise"]
+
+    def seconds_in(self, part: str) -> float:
+        """Seconds in all spans of a part."""
+        return sum(span.seconds for spans in self.spans for span in spans if span.part == part)
+
+    def block_seconds(self, steps: int, blocks: int) -> Any:
+        """Seconds `[S, N]` in each block, all samples and CFG branches together."""
+        seconds = np.zeros((steps, blocks))
+        for spans, calls in zip(self.spans, self.calls, strict=True):
+            for span in spans:
+                if span.part == "block":
+                    seconds[calls[span.call].step, span.block] += span.seconds
+        return seconds
+
+    def block_flops(self, traces: list[Trace], blocks: int) -> Any:
+        """FLOPs `[N]` spent in each block, routers included. traces: of the same calls."""
+        flops = np.zeros(blocks)
+        for infos, trace in zip(self.calls, traces, strict=True):
+            for info, record in zip(infos, trace.calls, strict=True):
+                table = np.array([[cost.at(width) for width in WIDTHS] for cost in info.costs])
+                spent = table[np.arange(blocks), np.maximum(record.actions, 0)] + info.overhead
+                flops += np.where(record.actions >= 0, spent, 0.0).sum(axis=0)
+        return flops
+
 
 @dataclass
 class Variant:
@@ -54,9 +83,15 @@ class Variant:
     """Repeats without a timer: dense with nothing attached; the first budget's show what the timer costs."""
 
     @property
-    def trace(self) -> list[Trace]:
+    def traces(self) -> list[Trace]:
         """Per pipeline call."""
         return self.look.traces
+
+    @property
+    def middle(self) -> Timed:
+        """The repeat whose denoising took the median time (of two, the faster)."""
+        ranked = sorted(self.timed, key=lambda timed: timed.denoise)
+        return ranked[(len(ranked) - 1) // 2]
 
 
 @dataclass
@@ -78,47 +113,47 @@ def measure(plan: ProfilePlan, step: Callable[[str, int], None] = lambda what, t
 
     Raises EditError for bad input, RunError for a failed run.
     """
-    subject = Subject(plan.request, plan.budgets)
+    subject = Subject(plan)
     budgets = () if plan.dense else subject.budgets
-    extra = 2 if budgets else 1
-    total = 1 + len(budgets) + plan.repeats * (len(budgets) + 1 + extra)
+    total = 1 + len(budgets) + plan.repeats * (len(budgets) + (3 if budgets else 2))
+    maps: dict[str, Any] = {}
+    probed: list[int] = []
+    streams: list[Streams] = []
     try:
-        subject.attach()
-        clock = clock_for(subject.device)
+        subject.session.attach()
+        clock = clock_for(torch.device(subject.session.device))
         step("looking, dense", total)
         with _dense_policy(subject):
             if plan.dense:
                 maps, probed, look = _redundancy(subject)
-                streams: list[Any] = []
             else:
-                maps, probed = {}, []
                 look, streams = _watched(subject, 1.0)
-        dense = Variant("dense", 1.0, look)
-        variants = []
+        dense, variants = Variant("dense", 1.0, look), []
         for budget in budgets:
             step(f"looking, budget {_name(budget)}", total)
             _forget_peak(subject)
-            seen, own = _watched(subject, budget)
-            found = [drift(a, b) for a, b in zip(own, streams, strict=True)]
-            apart = _drift_map(found, seen, subject)
-            variants.append(Variant(_name(budget), budget, seen, apart, _peak_bytes(subject)))
-        for number in range(plan.repeats):
-
-            def tell(what: str, run: int = number + 1) -> None:
-                step(f"{what}, run {run}", total)
-
+            look, elastic_streams = _watched(subject, budget)
+            drifts = [drift(a, b) for a, b in zip(elastic_streams, streams, strict=True)]
+            drift_map = _drift_map(drifts, look, subject)
+            variants.append(Variant(_name(budget), budget, look, drift_map, _peak_bytes(subject)))
+        for number in range(1, plan.repeats + 1):
+            tell = functools.partial(_tell, step, number, total)
             _repeat(subject, clock, dense, variants, tell)
     finally:
-        subject.detach()
+        subject.session.detach()
     return Measured(plan, subject, dense, variants, clock, cost_of_a_span(clock), maps, probed)
 
 
-def _watched(subject: Any, budget: float | None) -> tuple[Round, list[Streams]]:
+def _tell(step: Callable[[str, int], None], number: int, total: int, what: str) -> None:
+    step(f"{what}, run {number}", total)
+
+
+def _watched(subject: Subject, budget: float | None) -> tuple[Round, list[Streams]]:
     """A round, and the streams of every pipeline call in it."""
     streams: list[Streams] = []
 
-    def call(run: Callable[[], Any]) -> Any:
-        with watch_streams(_elastic(subject)) as seen:
+    def call(run: Callable[[], Batch]) -> Batch:
+        with watch_streams(subject.elastic) as seen:
             result = run()
         streams.append(seen)
         return result
@@ -127,14 +162,14 @@ def _watched(subject: Any, budget: float | None) -> tuple[Round, list[Streams]]:
 
 
 def _repeat(
-    subject: Any, clock: Clock, dense: Variant, variants: list[Variant], step: Callable[[str], None]
+    subject: Subject, clock: Clock, dense: Variant, variants: list[Variant], step: Callable[[str], None]
 ) -> None:
     step("dense")
-    subject.detach()
+    subject.session.detach()
     _forget_peak(subject)
     dense.plain.append(_without_results(subject.run(1.0)))
     dense.peak_bytes = max(dense.peak_bytes, _peak_bytes(subject))
-    subject.attach()
+    subject.session.attach()
     step("dense, timed")
     with _dense_policy(subject):
         dense.timed.append(_timed(subject, clock, 1.0))
@@ -146,10 +181,10 @@ def _repeat(
         variant.plain.append(_without_results(subject.run(variant.budget)))
 
 
-def _timed(subject: Any, clock: Clock, budget: float | None) -> Timed:
-    elastic, spans, calls = _elastic(subject), [], []
+def _timed(subject: Subject, clock: Clock, budget: float | None) -> Timed:
+    elastic, spans, calls = subject.elastic, [], []
 
-    def call(run: Callable[[], Any]) -> Any:
+    def call(run: Callable[[], Batch]) -> Batch:
         line = elastic.timer = Timeline(clock)
         try:
             result = run()
@@ -169,52 +204,45 @@ def _without_results(done: Round) -> Round:
 
 
 @contextmanager
-def _dense_policy(subject: Any) -> Iterator[None]:
+def _dense_policy(subject: Subject) -> Iterator[None]:
     """Inside, runs of the attached transformer compute everything."""
-    elastic = _elastic(subject)
-    own, elastic.make_policy = elastic.make_policy, OpenPolicy
+    elastic = subject.elastic
+    usual, elastic.make_policy = elastic.make_policy, OpenPolicy
     try:
         yield
     finally:
-        elastic.make_policy = own
-
-
-def _elastic(subject: Any) -> Any:
-    assert subject.elastic is not None, "the subject is attached while it is measured"
-    return subject.elastic
+        elastic.make_policy = usual
 
 
 def _name(budget: float | None) -> str:
     return "fixed" if budget is None else f"{budget:g}"
 
 
-def _redundancy(subject: Any) -> tuple[dict[str, Any], list[int], Round]:
+def _redundancy(subject: Subject) -> tuple[dict[str, Any], list[int], Round]:
     """Maps `[S, N]` over samples, branches and batches; which steps were probed; the dense round."""
-    elastic, steps = _elastic(subject), subject.steps
+    elastic, steps = subject.elastic, subject.steps
     every = max(1, -(-steps * len(elastic.blocks) // PROBES))
     probed = list(range(0, steps, every))
-    found: dict[str, list[Any]] = {"adds": [], "similarity": [], "cost": []}
+    rows: dict[str, list[Any]] = {"adds": [], "similarity": [], "cost": []}
 
-    def call(run: Callable[[], Any]) -> Any:
+    def call(run: Callable[[], Batch]) -> Batch:
         watch = Redundancy(elastic, steps, probed)
         with watch.watching():
             result = run()
         for maps in watch.maps.values():
-            for name, value in (
-                ("adds", maps.adds), ("similarity", maps.similarity), ("cost", maps.skip_cost),
-            ):  # fmt: skip
-                found[name] += [*value.transpose(1, 0, 2)]
+            for name, value in zip(rows, (maps.adds, maps.similarity, maps.skip_cost), strict=True):
+                rows[name] += [*value.transpose(1, 0, 2)]
         return result
 
     look = subject.run(1.0, call)
-    return {name: np.mean(rows, axis=0) for name, rows in found.items()}, probed, look
+    return {name: np.mean(values, axis=0) for name, values in rows.items()}, probed, look
 
 
-def _drift_map(found: list[dict[tuple[str, int, int], Any]], look: Round, subject: Any) -> Any:
+def _drift_map(drifts: list[dict[tuple[str, int, int], Any]], look: Round, subject: Subject) -> Any:
     """Mean drift `[S, N]`. Blocks reused one after the other are added in one go, and share its drift."""
-    blocks = len(_elastic(subject).blocks)
+    blocks = len(subject.elastic.blocks)
     total, count = np.zeros((2, subject.steps, blocks))
-    for rows in found:
+    for rows in drifts:
         for (_, step, block), values in rows.items():
             total[step, block] += values.sum()
             count[step, block] += len(values)
@@ -229,57 +257,14 @@ def _drift_map(found: list[dict[tuple[str, int, int], Any]], look: Round, subjec
     return total
 
 
-def flops_per_block(calls: list[list[CallInfo]], traces: list[Trace], blocks: int) -> Any:
-    """FLOPs `[N]` that a round spent in each block, routers included."""
-    flops = np.zeros(blocks)
-    for infos, trace in zip(calls, traces, strict=True):
-        for info, record in zip(infos, trace.calls, strict=True):
-            table = np.array([[cost.at(width) for width in WIDTHS] for cost in info.costs])
-            computed = record.actions >= 0
-            spent = table[np.arange(blocks), np.maximum(record.actions, 0)] + info.overhead
-            flops += np.where(computed, spent, 0.0).sum(axis=0)
-    return flops
-
-
-def median_timed(variant: Variant) -> Timed:
-    """The repeat whose denoising took the median time (of two, the faster)."""
-    ranked = sorted(variant.timed, key=lambda timed: timed.round.seconds["denoise"])
-    return ranked[(len(ranked) - 1) // 2]
-
-
-def block_seconds(timed: Timed, steps: int, blocks: int) -> Any:
-    """Seconds `[S, N]` in each block, all samples and CFG branches together."""
-    seconds = np.zeros((steps, blocks))
-    for spans, calls in zip(timed.spans, timed.calls, strict=True):
-        for span in spans:
-            if span.part == "block":
-                seconds[calls[span.call].step, span.block] += span.seconds
-    return seconds
-
-
-def part_seconds(timed: Timed, part: str) -> float:
-    """Seconds in all spans of a part."""
-    return sum(span.seconds for spans in timed.spans for span in spans if span.part == part)
-
-
-def median_stages(rounds: list[Round], load: float) -> dict[str, float]:
-    """Median seconds per stage; loading was done once."""
-    stages = {
-        name: statistics.median(each.seconds[name] for each in rounds)
-        for name in rounds[0].seconds
-        if name != "load"
-    }
-    return {"load": load, **stages}
-
-
-def _forget_peak(subject: Any) -> None:
-    if subject.device.type == "cuda":
+def _forget_peak(subject: Subject) -> None:
+    if subject.session.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
-def _peak_bytes(subject: Any) -> int:
+def _peak_bytes(subject: Subject) -> int:
     """Most memory in use so far: of the GPU since the last reset, else of this process."""
-    device = subject.device.type
+    device = subject.session.device
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     if device == "mps":

@@ -208,25 +208,22 @@ def _array(rows: Sequence[Sequence[float | None]] | None) -> Grid:
 
 def kinds_table(trace: Mapping[str, Any], run: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per block kind: blocks, decisions, time, FLOPs and achieved FLOP/s."""
-    kinds = [block["kind"] for block in trace["blocks"]]
+    kinds = np.array([block["kind"] for block in trace["blocks"]])
     maps = {name: grid(trace, run, name) for name in ("skip", "reuse", "width")}
-    seconds = np.array(run["block_seconds"], np.float64)
-    flops, total = np.array(run["block_flops"]), max(float(seconds.sum()), 1e-12)
+    seconds, flops = np.array(run["block_seconds"], np.float64), np.array(run["block_flops"])
     rows = []
-    for kind in dict.fromkeys(kinds):
-        at = np.array([k == kind for k in kinds])
-        widths = maps["width"][:, at]
-        spent = float(seconds[:, at].sum())
+    for kind in dict.fromkeys(kinds.tolist()):
+        at = kinds == kind
+        widths, spent, blocks = maps["width"][:, at], float(seconds[:, at].sum()), int(at.sum())
         rows.append(
             {
                 "kind": kind,
-                "blocks": int(at.sum()),
-                "skip": float(maps["skip"][:, at].mean()),
-                "reuse": float(maps["reuse"][:, at].mean()),
+                "blocks": blocks,
+                **{name: float(maps[name][:, at].mean()) for name in ("skip", "reuse")},
                 "width": float(np.nanmean(widths)) if np.isfinite(widths).any() else None,
                 "seconds": spent,
-                "per_block": spent / int(at.sum()),
-                "share": spent / total,
+                "per_block": spent / blocks,
+                "share": spent / max(float(seconds.sum()), 1e-12),
                 "flops": float(flops[at].sum()),
                 "flop_per_second": float(flops[at].sum()) / spent if spent else 0.0,
             }

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import routers
-from edit_cli import checks
+from edit_cli.checks import budgets as parse_budgets
 from edit_cli.errors import EditError
 from tests.cli.test_calibrate_mesh import picture
 
@@ -73,7 +73,7 @@ BAD = [
 """Found before torch is imported."""
 
 BAD_LATER = [
-    (["-o", "b", "-m", MESHES], "makes meshes from pictures and none were given; add --images DIR"),
+    (["-o", "b", "-m", MESHES], "makes meshes from pictures and none were given; add --images"),
     (["-o", "b", "-m", MESHES, "--images", "empty"], "--images 'empty' does not hold pictures; put .png"),
     (["-o", "b", "-m", MESHES, "--images", "notes"], "--images 'notes' does not hold pictures"),
     (["-o", "b", "-m", MESHES, "--images", "damaged"], "a.png' is not a readable picture"),
@@ -106,7 +106,7 @@ def test_bad_input(edit_here, desk, qwen_folder, mesh_folder, arguments, message
     ],
 )
 def test_budgets_are_evenly_spaced(text: str, budgets: tuple[float, int]) -> None:
-    found = checks.budgets("--budgets", text)
+    found = parse_budgets("--budgets", text)
     assert (found[0], len(found)) == budgets
     gaps = {round(b - a, 9) for a, b in itertools.pairwise(found)}
     assert len(gaps) == 1 and found[-1] == pytest.approx(float(text.split(":")[1]))
@@ -114,7 +114,7 @@ def test_budgets_are_evenly_spaced(text: str, budgets: tuple[float, int]) -> Non
 
 def test_budgets_that_are_none_raise() -> None:
     with pytest.raises(EditError, match="is not a range of budgets"):
-        checks.budgets("--budgets", "")
+        parse_budgets("--budgets", "")
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_resume_without_anything_says_so(edit_here, qwen_folder, tmp_path) -> No
         "calibrate", "-m", qwen_folder, "-o", "b", "--budgets", "0.5:1:2", *SHORT, "--resume", cwd=tmp_path
     )
     assert ran.code == 0, ran.err
-    assert "nothing to resume beside 'b': starting anew" in ran.err
+    assert "nothing to resume beside 'b': starting from the beginning" in ran.err
 
 
 def test_damaged_weights_stop_with_the_place_and_keep_the_bundle(

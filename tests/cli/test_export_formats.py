@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from backbones import registry
 from edit_cli.errors import RunError
 from edit_cli.export import reference as export_reference
-from edit_cli.export.settings import Settings
 from edit_cli.export.write import export
 from edit_cli.generate.closeness import psnr
+from edit_cli.request import Request
 from routers.bundle import load_bundle
 from routers.paper.checkpoint import is_release_file, read_release
 from routers.static.choose import narrow_error, order_units
@@ -35,6 +35,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edit_cli.export.source.STEPS", 2)
 
 
+def export_to(out, source, format: str, *, say=lambda text: None, **fields) -> dict:
+    """`edit export` in this process, its options already checked."""
+    return export(Request(source=str(source), output=str(out), format=format, **fields), say)
+
+
 # -- reference ---------------------------------------------------------------------------------
 
 
@@ -43,8 +48,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_release_comes_back_and_runs_exactly(case: Path, shard_size, tmp_path: Path) -> None:
     """The exported checkpoint reproduces the recorded trajectory, decisions included."""
     out = tmp_path / "out"
-    settings = Settings(str(case / "weights.safetensors"), str(out), "reference", shard_size=shard_size)
-    found = export(settings)
+    found = export_to(out, case / "weights.safetensors", "reference", shard_size=shard_size)
     assert found["difference"] == 0
     assert (len(found["weights"]) > 1) == (shard_size is not None)
     assert is_release_file(out)
@@ -62,7 +66,7 @@ def test_every_key_of_the_published_file_is_written(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file({name: torch.zeros([1] * len(shape)) for name, shape in table.items()}, file)
     out = tmp_path / "out"
-    found = export(Settings(str(file), str(out), "reference", dtype="bf16", shard_size="2KB"))
+    found = export_to(out, file, "reference", dtype="bf16", shard_size="2KB")
     written = read_release(out)
     assert set(written.shapes) == set(table)
     assert len(written.shards) == len(found["weights"]) > 1
@@ -79,7 +83,7 @@ def test_a_changed_file_is_not_kept(tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(export_reference, "_write", spoiled)
     with pytest.raises(RunError, match="differs by 1 when loaded") as caught:
-        export(Settings(str(RELEASES[0] / "weights.safetensors"), str(tmp_path / "x"), "reference"))
+        export_to(tmp_path / "x", RELEASES[0] / "weights.safetensors", "reference")
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -123,7 +127,7 @@ def test_meshes_keep_their_own_layout(mesh_folder: Path, tmp_path: Path, edit_he
     picture.paste((200, 40, 40, 255), (12, 12, 36, 36))
     picture.save(folder / "a.png")
     out = str(tmp_path / "out")
-    found = export(Settings(str(mesh_folder), out, "diffusers", images=str(folder), dtype="fp16"))
+    found = export_to(out, mesh_folder, "diffusers", images=str(folder), dtype="fp16")
     assert found["difference"] <= 3e-2 and found["dtype"] == "float16"
     row = registry.resolve(str(tmp_path / "out"))
     assert row.bundle is not None
@@ -137,7 +141,7 @@ def test_meshes_keep_their_own_layout(mesh_folder: Path, tmp_path: Path, edit_he
 
 
 def test_half_precision_is_written_as_such(qwen_folder: Path, tmp_path: Path) -> None:
-    found = export(Settings(str(qwen_folder), str(tmp_path / "out"), "diffusers", dtype="bf16"))
+    found = export_to(tmp_path / "out", qwen_folder, "diffusers", dtype="bf16")
     file = next((tmp_path / "out" / "transformer").glob("*.safetensors"))
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
     assert found["dtype"] == "bfloat16"

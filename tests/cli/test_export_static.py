@@ -15,9 +15,8 @@ from backbones.spec import Placement
 from edit_cli.errors import EditError
 from edit_cli.export import program as export_torch
 from edit_cli.export import static as export_static
-from edit_cli.export.settings import Settings
-from edit_cli.export.write import export
 from routers.width import out_features
+from tests.cli.test_export_formats import export_to
 
 
 @pytest.fixture
@@ -36,7 +35,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few samples and one round; what is measured is not the subject here."""
     monkeypatch.setattr("edit_cli.export.source.SAMPLES", 1)
     monkeypatch.setattr("edit_cli.export.source.STEPS", 2)
-    monkeypatch.setattr("edit_cli.calibrate.calibration.HELD_OUT", 1)
     monkeypatch.setattr(export_static, "ROUNDS", 1)
 
 
@@ -52,7 +50,7 @@ def test_static_pictures(name: str, request, tmp_path: Path, edit_here) -> None:
     source = request.getfixturevalue(name)
     out = tmp_path / "small"
     said: list[str] = []
-    found = export(Settings(str(source), str(out), "static", budget=0.6), said.append)
+    found = export_to(out, source, "static", budget=0.6, say=said.append)
     assert [text for text in said if text.startswith("choosing what to leave out: ")]
     assert found["difference"] <= 1e-5
     assert 0.3 < found["flops"] <= 0.6
@@ -60,7 +58,7 @@ def test_static_pictures(name: str, request, tmp_path: Path, edit_here) -> None:
     assert [row["variant"] for row in found["measured"]] == ["dense", "dynamic", "static"]
     assert check_manifest(out)["dropped"] == found["dropped"]
     assert "| static |" in (out / "README.md").read_text()
-    assert "The dynamic model, with routers, is" in (out / "README.md").read_text()
+    assert "The dynamic model, with a bundle, is" in (out / "README.md").read_text()
     assert Image.open(out / "comparison.png").width > 600
     texts = [file.read_text() for file in out.rglob("*.json")]
     assert not any(str(source) in text for text in texts), "no paths of this machine"
@@ -96,7 +94,7 @@ def test_static_pictures(name: str, request, tmp_path: Path, edit_here) -> None:
 def test_static_mesh(mesh_folder: Path, pictures: Path, tmp_path: Path) -> None:
     """Both lists have one block, so nothing can be dropped and all is saved by widths."""
     out = tmp_path / "small"
-    found = export(Settings(str(mesh_folder), str(out), "static", budget=0.9, images=str(pictures)))
+    found = export_to(out, mesh_folder, "static", budget=0.9, images=str(pictures))
     assert found["dropped"] == [] and found["widths"]
     assert found["difference"] <= 1e-5
     check_manifest(out)
@@ -108,7 +106,7 @@ def test_static_mesh(mesh_folder: Path, pictures: Path, tmp_path: Path) -> None:
     sizes = [out_features(block.img_mlp[0]) / 128]
     assert narrowest in sizes or found["widths"].get("1") == narrowest
     with pytest.raises((EditError, ValueError), match=r"a static model of budget 0\.1 is not possible"):
-        export(Settings(str(mesh_folder), str(tmp_path / "no"), "static", budget=0.1, images=str(pictures)))
+        export_to(tmp_path / "no", mesh_folder, "static", budget=0.1, images=str(pictures))
     assert not (tmp_path / "no").exists()
 
 
@@ -117,8 +115,7 @@ def test_static_mesh(mesh_folder: Path, pictures: Path, tmp_path: Path) -> None:
 def test_program_gives_the_same_elsewhere(name: str, budget: float, request, tmp_path: Path) -> None:
     source = request.getfixturevalue(name)
     out = tmp_path / "program"
-    settings = Settings(str(source), str(out), "torch-export", budget=budget, batch_size=2, text_tokens=7)
-    found = export(settings)
+    found = export_to(out, source, "torch-export", budget=budget, batch_size=2, text_tokens=7)
     assert found["difference"] < 1e-4
     assert found["inputs"][0]["shape"][0] == 2 and found["inputs"][1]["shape"][1] == 7
     assert check_manifest(out)["inputs"] == found["inputs"]
@@ -129,7 +126,7 @@ def test_program_gives_the_same_elsewhere(name: str, budget: float, request, tmp
 
 def test_program_of_a_mesh_model(mesh_folder: Path, pictures: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "program")
-    found = export(Settings(str(mesh_folder), out, "torch-export", images=str(pictures)))
+    found = export_to(out, mesh_folder, "torch-export", budget=1.0, images=str(pictures))
     assert found["difference"] < 1e-4
     assert [i["name"] for i in found["inputs"]] == ["x", "t", "contexts.main"]
 
@@ -147,18 +144,18 @@ def test_wrong_program_is_not_kept(qwen_folder: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(export_torch, "write_program", spoiled)
     with pytest.raises(EditError, match="the exported program differs by") as caught:
-        export(Settings(str(qwen_folder), str(tmp_path / "p"), "torch-export", text_tokens=4))
+        export_to(tmp_path / "p", qwen_folder, "torch-export", budget=1.0, text_tokens=4)
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
 
 
 BAD = [
     (["--format", "static"], "this format freezes one budget; give --budget B"),
-    (["--format", "static", "--budget", "x"], "--budget 'x' must be a number above 0 and below 1"),
-    (["--format", "static", "--budget", "1"], "--budget '1' must be a number above 0 and below 1"),
+    (["--format", "static", "--budget", "x"], "--budget 'x' is not a number; it is the share of"),
+    (["--format", "static", "--budget", "1"], "--budget 1 leaves nothing out; give a --budget below 1"),
     (
         ["--format", "torch-export", "--budget", "1.5"],
-        "--budget '1.5' must be a number above 0 and at most 1",
+        "--budget '1.5' is out of range; it is the share of",
     ),
     (["--format", "bundle", "--budget", "0.5"], "--budget does not apply to --format bundle"),
     (

@@ -14,12 +14,14 @@ import pytest
 from rich.console import Console
 
 from edit_cli import files
+from edit_cli.commands.profile import profile
 from edit_cli.errors import RunError
 from edit_cli.profile import report as profile_report
 from edit_cli.profile.heatmap import RAMP, colour_at, draw_heatmaps
 from edit_cli.profile.terminal import heatmap, kinds
 from edit_cli.profile.trace import check_trace, default_metric, grid, scale_of
 from edit_cli.profile.warnings import limits, warnings_of
+from edit_cli.request import spread
 from tests.conftest import EDIT, edit_environment
 
 
@@ -166,6 +168,18 @@ def test_drawing_escapes_names():
     assert b"a&lt;b&amp;c" in draw_heatmaps(trace, "skip").svg()
 
 
+def test_many_values_follow_one_name():
+    typed = spread(["a cat", "--budget", "0.4", ".6", "1"], profile.options)
+    assert typed == ["a cat", "--budget", "0.4", "--budget", ".6", "--budget", "1"]
+    assert spread(["--images", "a.png", "b.JPG"], profile.options) == [
+        "--images",
+        "a.png",
+        "--images",
+        "b.JPG",
+    ]
+    assert spread(["--seed", "3", "1984"], profile.options) == ["--seed", "3", "1984"], "one seed, one prompt"
+
+
 # -- bad input -----------------------------------------------------------------------------------------
 
 
@@ -225,7 +239,10 @@ NO_TRACE = [
 
 REFUSED = [
     (["a cat", "-o", "file"], "--output 'file' is a file; give a folder"),
-    (["a cat", "-o", "no/where/at/all"], "lies in no folder; create it with: mkdir -p no/where/at/all"),
+    (
+        ["a cat", "-o", "no/where/at/all"],
+        "parent does not exist; create it with: mkdir -p no/where/at/all",
+    ),
     (["a cat", "-o", "/proc/report"], "--output folder '/proc' is not writable"),
     (["a cat", "--metric", "beauty"], "--metric 'beauty' is unknown here; allowed are skip, reuse, width"),
     (["a cat", "--metric", "cost"], "add --dense for it"),
@@ -244,8 +261,8 @@ REFUSED = [
     (["a cat", "--repeats", "many"], "--repeats 'many' is not a whole number"),
     (["a cat", "--cache-limit", "-1"], "--cache-limit '-1' is out of range"),
     (["a cat", "--seed", "1", "--seed", "2"], "--seed takes one number here"),
-    (["a cat", "--octree-resolution", "64"], "--octree-resolution is for image-to-mesh models"),
-    (["a cat", "--images", "cat.png"], "--images are for image-to-mesh models, which take no prompt"),
+    (["a cat", "--octree-resolution", "64"], "--octree-resolution is for models that make meshes"),
+    (["a cat", "--images", "cat.png"], "--images is for models that make meshes and PROMPT for others"),
     (["--prompts", "mixed.jsonl"], "--prompts holds lines of different size, steps, guidance or budget"),
 ]
 
@@ -274,10 +291,10 @@ def test_bad_input(desk, edit_here, qwen_folder, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "makes meshes and needs a picture; add --images cat.png"),
+        ([], "makes meshes from pictures and none were given; add --images"),
         (["--images", "cat.png"], "IMAGE 'cat.png' is not a readable picture"),
         (["--images", "dog.png"], "IMAGE 'dog.png' is not a file"),
-        (["--images", "cat.png", "--width", "64"], "--width is not for image-to-mesh models"),
+        (["--images", "cat.png", "--width", "64"], "--width is for models that make pictures; leave it out"),
     ],
 )
 def test_bad_mesh_input(desk, edit_here, mesh_folder, arguments, message):

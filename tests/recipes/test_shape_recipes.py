@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from edit_cli.calibrate.inputs import read_images
 from PIL import Image
 
 from backbones import registry
@@ -25,7 +26,6 @@ from backbones.tiny.recipes.shapes import (
     solids,
     store,
 )
-from edit_cli.calibrate.inputs import read_images
 
 rng = np.random.default_rng(0)
 

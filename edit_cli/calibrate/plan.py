@@ -1,0 +1,134 @@
+"""From a request of `edit calibrate` to what will be calibrated, on what, and how. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edit_cli import checks
+from edit_cli.errors import EditError
+from edit_cli.generate.medium import Job
+from edit_cli.generate.plan import Plan
+from edit_cli.generate.routers import NO_ROUTERS
+from edit_cli.generate.samples import OBJECTS, medium_of, picture_files, sample_plan, take
+from edit_cli.options import TRAIN
+from edit_cli.request import Request
+from routers.train.settings import TrainSettings
+
+HELD_OUT, APART = 8, 10_000
+"""Samples that only measure the finished bundle, and how far their seeds lie from the others."""
+TRIED, TRIED_LARGE = 8, 2
+"""Samples that plans are tried on, by default: of a small model, and of one whose runs take long."""
+WITH_PROMPTS = "a folder of pictures, each with its prompt in a .txt"
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """What to calibrate.
+
+    plan: its jobs are the calibration samples. held_out: the samples that measure. budgets: to measure,
+    ascending. probes, tried: see `FitSettings`. training: None for --method fit. pictures: to train on, with
+    the prompts of the jobs. output: folder of the new bundle; None: only measure the bundle `evaluate`.
+    """
+
+    plan: Plan
+    held_out: tuple[Job, ...]
+    budgets: tuple[float, ...]
+    probes: int
+    tried: int
+    output: Path | None
+    evaluate: str | None
+    resume: bool
+    training: TrainSettings | None = None
+    pictures: tuple[str, ...] = ()
+
+
+def make_calibration_plan(request: Request) -> CalibrationPlan:
+    """Check everything. Raises EditError; reads files but writes none."""
+    _check_output(request)
+    training = train_settings(request)
+    if "data" in request and request.keys() & {"prompts_file", "images"}:
+        raise EditError("--data brings its own prompts; leave --prompts and --images out")
+    asked = request
+    if "images" in request:
+        asked = asked.but(images=picture_files("--images", request["images"], OBJECTS))
+    medium = medium_of(asked)
+    pictures: Sequence[tuple[str, str]] = ()
+    if "data" in request:
+        pictures = read_data(request["data"])
+        asked = asked.but(data=None, prompt=[prompt for _, prompt in pictures])
+    plan = sample_plan(asked.but(routers=NO_ROUTERS, budget=None), medium)
+    if len({medium.group(job) for job in plan.jobs}) > 1:
+        raise EditError("--prompts holds lines of different size, steps or guidance; a bundle needs one")
+    samples, seed, small = request["samples"], request.get("seed", [0])[0], plan.backbone.small
+    rows = min(plan.batch_size, samples)
+    return CalibrationPlan(
+        plan=replace(plan, jobs=take(plan.jobs, samples, seed), batch_size=rows),
+        held_out=take(plan.jobs[::-1], max(HELD_OUT, rows), seed + APART),
+        budgets=request["budgets"],
+        probes=request["probes"],
+        tried=request.get("plan_samples", TRIED if small else TRIED_LARGE),
+        output=Path(request["output"]) if "output" in request else None,
+        evaluate=request.get("evaluate"),
+        resume="resume" in request,
+        training=training,
+        pictures=tuple(file for file, _ in pictures),
+    )
+
+
+def _check_output(request: Request) -> None:
+    output = request.get("output")
+    if (output is None) == ("evaluate" not in request):
+        raise EditError("give either --output FOLDER for a new bundle or --evaluate BUNDLE to measure one")
+    if output is None and "resume" in request:
+        raise EditError("--resume continues a calibration and --evaluate makes none; leave one of them out")
+    if output is None and request["method"] == "train":
+        raise EditError("--method train makes a bundle and --evaluate makes none; leave one of them out")
+    if output is not None and Path(output).is_file():
+        raise EditError(f"--output {output!r} is a file; give a folder for the bundle")
+
+
+def train_settings(request: Request) -> TrainSettings | None:
+    """Settings of a training, None for --method fit. Raises EditError for options that do not go together."""
+    given = [option.label for name, option in TRAIN.items() if name in request]
+    if request["method"] == "fit":
+        if given:
+            raise EditError(f"{given[0]} is for --method train; add that, or leave {given[0]} out")
+        return None
+    low, what = request["budgets"][0], request.get("train", "routers")
+    if low >= 1:
+        raise EditError("--budgets must start below 1 for --method train; give for example 0.5:1")
+    if "lora_rank" in request and what != "lora":
+        raise EditError("--lora-rank is for --train lora; add that, or leave --lora-rank out")
+    typed: dict[str, Any] = {"steps": request.get("train_steps"), "rank": request.get("lora_rank")}
+    if "learning_rate" in request:
+        typed |= {"rate": request["learning_rate"], "backbone_rate": request["learning_rate"] / 30}
+    return TrainSettings(
+        train=what,
+        precision=request.get("mixed_precision", "no"),
+        save_memory="gradient_checkpointing" in request,
+        low=low,
+        probes=request["probes"],
+        seed=request.get("seed", [0])[0],
+        **{name: value for name, value in typed.items() if value is not None},
+    )
+
+
+def read_data(folder: str) -> Sequence[tuple[str, str]]:
+    """Pictures with their prompts, in the order of their names. Raises EditError."""
+    pictures = []
+    for name in picture_files("--data", folder, WITH_PROMPTS):
+        text = Path(name).with_suffix(".txt")
+        checks.picture_file("--data", name)
+        try:
+            prompt = text.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            raise EditError(
+                f"--data {name!r} has no readable {text.name} beside it; write its prompt there"
+            ) from None
+        if not prompt:
+            raise EditError(f"--data {str(text)!r} is empty; write the picture's prompt there")
+        pictures.append((name, prompt))
+    return pictures
