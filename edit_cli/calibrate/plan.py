@@ -12,7 +12,7 @@ from edit_cli.errors import EditError
 from edit_cli.generate.medium import Job
 from edit_cli.generate.plan import Plan
 from edit_cli.generate.routers import NO_ROUTERS
-from edit_cli.generate.samples import OBJECTS, medium_of, picture_files, sample_plan, take
+from edit_cli.generate.samples import in_folder, medium_of, picture_files, sample_plan, take
 from edit_cli.options import TRAIN
 from edit_cli.request import Request
 from routers.train.settings import TrainSettings
@@ -51,10 +51,7 @@ def make_calibration_plan(request: Request) -> CalibrationPlan:
     training = train_settings(request)
     if "data" in request and request.keys() & {"prompts_file", "images"}:
         raise EditError("--data brings its own prompts; leave --prompts and --images out")
-    asked = request
-    if "images" in request:
-        asked = asked.but(images=picture_files("--images", request["images"], OBJECTS))
-    medium = medium_of(asked)
+    medium, asked = medium_of(request), in_folder(request)
     pictures: Sequence[tuple[str, str]] = ()
     if "data" in request:
         pictures = read_data(request["data"])

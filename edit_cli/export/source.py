@@ -18,7 +18,7 @@ from edit_cli.errors import EditError
 from edit_cli.export.write import Say
 from edit_cli.generate.result import StageClock
 from edit_cli.generate.routers import NO_ROUTERS, RouterSource
-from edit_cli.generate.samples import OBJECTS, medium_of, picture_files, sample_plan, take
+from edit_cli.generate.samples import in_folder, medium_of, sample_plan, take
 from edit_cli.generate.session import Session
 from edit_cli.request import Request
 from routers import bundle_file
@@ -90,10 +90,9 @@ def open_source(request: Request, say: Say) -> Source:
         raise EditError(
             f"{request['source']!r} is a checkpoint in the paper's layout; only --format reference takes one"
         )
-    asked = request.but(model=model, routers=NO_ROUTERS, budget=None, batch_size=None)
-    if "images" in request:
-        asked = asked.but(images=picture_files("--images", request["images"], OBJECTS))
-    plan = sample_plan(asked, medium_of(asked))
+    asked = request.but(model=model, routers=NO_ROUTERS, budget=None, batch_size=None, force=None)
+    medium = medium_of(asked)
+    plan = sample_plan(in_folder(asked), medium)
     say(f"loading {plan.backbone.name}")
     session = Session.open(plan, RouterSource(), StageClock(plan.medium.stages))
     held_out = take(plan.jobs[::-1], SAMPLES, APART)

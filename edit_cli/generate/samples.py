@@ -98,6 +98,13 @@ def picture_files(option: str, folder: str, wanted: str) -> list[str]:
     return [str(file) for file in files]
 
 
+def in_folder(request: Request) -> Request:
+    """With the pictures of the folder `images` in its place. Raises EditError."""
+    if "images" not in request:
+        return request
+    return request.but(images=picture_files("--images", request["images"], OBJECTS))
+
+
 def model_pictures(backbone: Backbone) -> list[str]:
     """The calibration pictures in the folder of a model that makes meshes. Raises EditError."""
     folder = None if backbone.folder is None else backbone.folder / PICTURES_FOLDER
