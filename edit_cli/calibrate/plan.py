@@ -12,13 +12,13 @@ from edit_cli.errors import EditError
 from edit_cli.generate.medium import Job
 from edit_cli.generate.plan import Plan
 from edit_cli.generate.routers import NO_ROUTERS
-from edit_cli.generate.samples import in_folder, medium_of, picture_files, sample_plan, take
+from edit_cli.generate.samples import held_out, in_folder, medium_of, picture_files, sample_plan, take
 from edit_cli.options import TRAIN
 from edit_cli.request import Request
 from routers.train.settings import TrainSettings
 
-HELD_OUT, APART = 8, 10_000
-"""Samples that only measure the finished bundle, and how far their seeds lie from the others."""
+HELD_OUT = 8
+"""Samples that only measure the finished bundle."""
 TRIED, TRIED_LARGE = 8, 2
 """Samples that plans are tried on, by default: of a small model, and of one whose runs take long."""
 WITH_PROMPTS = "a folder of pictures, each with its prompt in a .txt"
@@ -63,7 +63,7 @@ def make_calibration_plan(request: Request) -> CalibrationPlan:
     rows = min(plan.batch_size, samples)
     return CalibrationPlan(
         plan=replace(plan, jobs=take(plan.jobs, samples, seed), batch_size=rows),
-        held_out=take(plan.jobs[::-1], max(HELD_OUT, rows), seed + APART),
+        held_out=held_out(plan.jobs, max(HELD_OUT, rows), seed),
         budgets=request["budgets"],
         probes=request["probes"],
         tried=request.get("plan_samples", TRIED if small else TRIED_LARGE),

@@ -53,14 +53,14 @@ tags: [elastic-inference, diffusion]
 
 # {name}
 
-Routers that run the transformer of `{bundle.base_model}` at a compute budget from {bundle.min_budget:g} to 1
-(recommended: {bundle.recommended_budget:g}). They hold no weights of the model and fit only the weights they
-were made for: architecture `{bundle.architecture[:12]}`, {bundle.num_steps} steps, guidance
+A bundle that runs the transformer of `{bundle.base_model}` at a compute budget from {bundle.min_budget:g}
+to 1 (recommended: {bundle.recommended_budget:g}). It holds no weights of the model and fits only the weights
+it was made for: architecture `{bundle.architecture[:12]}`, {bundle.num_steps} steps, guidance
 {bundle.guidance:g}.
 
     edit generate "a cat" --model {bundle.base_model} --routers {name} --budget {bundle.recommended_budget:g}
 
-The licence of the model applies to what is made with it; say here which licence you give to the routers.
+The licence of the model applies to what is made with it; say here which licence you give to the bundle.
 """
     rows = bundle.metadata.get("quality")
     if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):

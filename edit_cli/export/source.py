@@ -18,7 +18,7 @@ from edit_cli.errors import EditError
 from edit_cli.export.write import Say
 from edit_cli.generate.result import StageClock
 from edit_cli.generate.routers import NO_ROUTERS, RouterSource
-from edit_cli.generate.samples import in_folder, medium_of, sample_plan, take
+from edit_cli.generate.samples import held_out, in_folder, medium_of, sample_plan, take
 from edit_cli.generate.session import Session
 from edit_cli.request import Request
 from routers import bundle_file
@@ -31,8 +31,6 @@ from routers.static.frozen import frozen
 
 SAMPLES, STEPS = 4, 3
 """So many samples are seen at so many steps spread over a generation, in every branch."""
-APART = 10_000
-"""How far the seeds of the held-out samples lie from the others."""
 
 
 @dataclass
@@ -95,9 +93,8 @@ def open_source(request: Request, say: Say) -> Source:
     plan = sample_plan(in_folder(asked), medium)
     say(f"loading {plan.backbone.name}")
     session = Session.open(plan, RouterSource(), StageClock(plan.medium.stages))
-    held_out = take(plan.jobs[::-1], SAMPLES, APART)
     train, judge = (
-        plan.medium.workload(session, jobs, SAMPLES) for jobs in (take(plan.jobs, SAMPLES, 0), held_out)
+        plan.medium.workload(session, pick(plan.jobs, SAMPLES, 0), SAMPLES) for pick in (take, held_out)
     )
     if bundle is None and plan.backbone.bundle is not None:
         bundle = load_bundle(plan.backbone.bundle)

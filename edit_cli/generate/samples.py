@@ -29,6 +29,8 @@ SHARED = (
     "solver", "batch_size", "device", "dtype", "offload",
 )  # fmt: skip
 """Options that mean the same as for a generation, whatever it makes."""
+APART = 10_000
+"""How far the seeds of held-out samples lie from the others."""
 J = TypeVar("J", bound=Job)
 
 
@@ -77,6 +79,11 @@ def sample_plan(request: Request, medium: Medium) -> Plan:
 def take(jobs: Sequence[J], count: int, seed: int) -> tuple[J, ...]:
     """So many of the jobs in turn; the noise of the i-th starts from seed + i."""
     return tuple(replace(jobs[i % len(jobs)], index=i, seed=seed + i) for i in range(count))
+
+
+def held_out(jobs: Sequence[J], count: int, seed: int) -> tuple[J, ...]:
+    """Samples that only measure: the jobs from the end, with other noise."""
+    return take(jobs[::-1], count, seed + APART)
 
 
 def picture_files(option: str, folder: str, wanted: str) -> list[str]:
