@@ -58,7 +58,7 @@ class Calibration:
     @classmethod
     def open(cls, plan: CalibrationPlan) -> Calibration:
         """Load the model. Raises EditError or ValueError for bad input."""
-        generation, medium = plan.plan, plan.plan.medium
+        generation, medium = plan.generation, plan.generation.medium
         # before the model is loaded: it goes to the device of this process
         processes = None if plan.training is None else training.open_processes(plan)
         session = Session.open(generation, RouterSource(), StageClock(medium.stages))
@@ -77,7 +77,7 @@ class Calibration:
         """How a bundle is fitted."""
         plan = self.plan
         return FitSettings(
-            probes=plan.probes, tried=plan.tried, least=min(plan.budgets), seed=plan.plan.jobs[0].seed
+            probes=plan.probes, tried=plan.tried, least=min(plan.budgets), seed=plan.generation.jobs[0].seed
         )
 
     @property
@@ -119,10 +119,10 @@ class Calibration:
                 ) from error
 
     def _fit(self, bars: Any) -> routers.Bundle:
-        backbone = self.plan.plan.backbone
+        backbone = self.plan.generation.backbone
         bundle = fit(
             self.transformer, backbone.family.transformer, self.train, backbone.name,
-            self.plan.plan.jobs[0].guidance, self.settings, phases(bars), self.state,
+            self.plan.generation.jobs[0].guidance, self.settings, phases(bars), self.state,
         )  # fmt: skip
         bundle.min_budget = self.plan.budgets[0]
         return bundle
@@ -164,15 +164,15 @@ class Calibration:
 
     def _inputs(self) -> tuple[list[str], str]:
         """What the samples are made of, and its name: prompts, or hashes of pictures."""
-        jobs, medium = self.plan.plan.jobs, self.plan.plan.medium
+        jobs, medium = self.plan.generation.jobs, self.plan.generation.medium
         return [medium.identity(job) for job in jobs], f"{medium.subject}s"
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that was interrupted."""
         plan, train, (inputs, things) = self.plan, self.train, self._inputs()
-        jobs, medium = plan.plan.jobs, plan.plan.medium
+        jobs, medium = plan.generation.jobs, plan.generation.medium
         return {
-            "model": plan.plan.backbone.name,
+            "model": plan.generation.backbone.name,
             "architecture": architecture(self.transformer),
             "weights": fingerprint(self.transformer),
             "dtype": str(next(self.transformer.parameters()).dtype),

@@ -28,12 +28,12 @@ WITH_PROMPTS = "a folder of pictures, each with its prompt in a .txt"
 class CalibrationPlan:
     """What to calibrate.
 
-    plan: its jobs are the calibration samples. held_out: the samples that measure. budgets: to measure,
+    generation: its jobs are the calibration samples. held_out: the samples that measure. budgets: to measure,
     ascending. probes, tried: see `FitSettings`. training: None for --method fit. pictures: to train on, with
     the prompts of the jobs. output: folder of the new bundle; None: only measure the bundle `evaluate`.
     """
 
-    plan: Plan
+    generation: Plan
     held_out: tuple[Job, ...]
     budgets: tuple[float, ...]
     probes: int
@@ -51,18 +51,18 @@ def make_calibration_plan(request: Request) -> CalibrationPlan:
     training = train_settings(request)
     if "data" in request and request.keys() & {"prompts_file", "images"}:
         raise EditError("--data brings its own prompts; leave --prompts and --images out")
-    medium, asked = medium_of(request), in_folder(request)
+    medium, request = medium_of(request), in_folder(request)
     pictures: Sequence[tuple[str, str]] = ()
     if "data" in request:
         pictures = read_data(request["data"])
-        asked = asked.but(data=None, prompt=[prompt for _, prompt in pictures])
-    plan = sample_plan(asked.but(routers=NO_ROUTERS, budget=None), medium)
+        request = request.but(data=None, prompt=[prompt for _, prompt in pictures])
+    plan = sample_plan(request.but(routers=NO_ROUTERS, budget=None), medium)
     if len({medium.group(job) for job in plan.jobs}) > 1:
         raise EditError("--prompts holds lines of different size, steps or guidance; a bundle needs one")
     samples, seed, small = request["samples"], request.get("seed", [0])[0], plan.backbone.small
     rows = min(plan.batch_size, samples)
     return CalibrationPlan(
-        plan=replace(plan, jobs=take(plan.jobs, samples, seed), batch_size=rows),
+        generation=replace(plan, jobs=take(plan.jobs, samples, seed), batch_size=rows),
         held_out=held_out(plan.jobs, max(HELD_OUT, rows), seed),
         budgets=request["budgets"],
         probes=request["probes"],

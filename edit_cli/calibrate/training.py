@@ -31,7 +31,7 @@ def open_processes(plan: CalibrationPlan) -> Any:
 
     assert plan.training is not None
     try:
-        cpu = plan.plan.placement.device == "cpu"
+        cpu = plan.generation.placement.device == "cpu"
         processes = Accelerator(mixed_precision=plan.training.precision, cpu=cpu)
     except (ValueError, ImportError) as error:
         raise EditError(f"accelerate cannot start: {str(error).splitlines()[0]}") from error
@@ -46,10 +46,10 @@ def open_processes(plan: CalibrationPlan) -> Any:
 
 def encode_pictures(plan: CalibrationPlan, session: Session) -> Tensor:
     """Latents [samples, L, C] of the pictures to train on, in turn."""
-    job: Any = plan.plan.jobs[0]
+    job: Any = plan.generation.jobs[0]
     pictures = [open_rgb(name) for name in plan.pictures]
-    latents = encode(session.pipe, plan.plan.backbone, pictures, (job.width, job.height), job.seed)
-    return latents[[i % len(latents) for i in range(len(plan.plan.jobs))]]
+    latents = encode(session.pipe, plan.generation.backbone, pictures, (job.width, job.height), job.seed)
+    return latents[[i % len(latents) for i in range(len(plan.generation.jobs))]]
 
 
 def identity(calibration: Calibration) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def train(calibration: Calibration, output: Path, bars: Any) -> routers.Bundle:
     from routers.train.loop import LossNotFiniteError, Training
     from routers.train.progress import log_to
 
-    plan, processes, backbone = calibration.plan, calibration.processes, calibration.plan.plan.backbone
+    plan, processes, backbone = calibration.plan, calibration.processes, calibration.plan.generation.backbone
     assert plan.training is not None
     close: Callable[[], None] = lambda: None  # noqa: E731
     training = Training(
@@ -84,7 +84,7 @@ def train(calibration: Calibration, output: Path, bars: Any) -> routers.Bundle:
         except ImportError:
             print_warning('no TensorBoard log is kept: it needs pip install "elastic-dit[train]"')
     try:
-        return training.run(backbone.name, plan.plan.jobs[0].guidance)
+        return training.run(backbone.name, plan.generation.jobs[0].guidance)
     except LossNotFiniteError as error:
         raise RunError(str(error)) from error
     finally:

@@ -28,7 +28,7 @@ def calibrate(request: Request) -> None:
     edit generate "a cat" --routers bundle --budget 0.5[/dim]
     """
     plan = make_calibration_plan(request)
-    print_warnings(plan.plan.warnings, request)
+    print_warnings(plan.generation.warnings, request)
     from edit_cli.calibrate import report
     from edit_cli.calibrate.calibration import run_calibration
 

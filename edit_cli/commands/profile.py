@@ -39,7 +39,7 @@ def profile(request: Request) -> None:
         plan = make_profile_plan(request)
         from edit_cli.profile import report
 
-        print_warnings(plan.plan.warnings, request)
+        print_warnings(plan.generation.warnings, request)
         folder = plan.folder
         with progress("quiet" not in request) as bars:
             trace, pictures = report.run(plan, bars)

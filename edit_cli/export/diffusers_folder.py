@@ -99,8 +99,8 @@ def load_stock(source: Source, folder: Path) -> Any:
         return load_again(source, folder)
     from diffusers import DiffusionPipeline
 
-    found: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=source.dtype, local_files_only=True)
-    return found.transformer.to(source.transformer.device).eval()
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=source.dtype, local_files_only=True)
+    return pipe.transformer.to(source.transformer.device).eval()
 
 
 def _units_line(units: Any) -> str:

@@ -88,9 +88,9 @@ def open_source(request: Request, say: Say) -> Source:
         raise EditError(
             f"{request['source']!r} is a checkpoint in the paper's layout; only --format reference takes one"
         )
-    asked = request.but(model=model, routers=NO_ROUTERS, budget=None, batch_size=None, force=None)
-    medium = medium_of(asked)
-    plan = sample_plan(in_folder(asked), medium)
+    request = request.but(model=model, routers=NO_ROUTERS, budget=None, batch_size=None, force=None)
+    medium = medium_of(request)
+    plan = sample_plan(in_folder(request), medium)
     say(f"loading {plan.backbone.name}")
     session = Session.open(plan, RouterSource(), StageClock(plan.medium.stages))
     train, judge = (

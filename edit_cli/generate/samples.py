@@ -65,15 +65,15 @@ def medium_of(request: Request) -> Medium:
 def sample_plan(request: Request, medium: Medium) -> Plan:
     """A job for each prompt or picture that is given, else for each of the model's own. Raises EditError."""
     names = {*SHARED, *medium.options} - {"output", "seed"}
-    asked = Request({name: value for name, value in request.items() if name in names})
+    part = Request({name: value for name, value in request.items() if name in names})
     with bad_input():
-        backbone = registry.resolve(asked.get("model"), makes=medium.makes)
+        backbone = registry.resolve(part.get("model"), makes=medium.makes)
     if medium is MESH:
         files = request.get("images") or model_pictures(backbone)
-        asked["image"] = [readable_file("IMAGE", file) for file in files]
-    elif not asked.keys() & PROMPTS.keys():
-        asked["prompts_file"] = str(default_prompts(backbone))
-    return make_plan(asked, medium, kept=False)
+        part["image"] = [readable_file("IMAGE", file) for file in files]
+    elif not part.keys() & PROMPTS.keys():
+        part["prompts_file"] = str(default_prompts(backbone))
+    return make_plan(part, medium, kept=False)
 
 
 def take(jobs: Sequence[J], count: int, seed: int) -> tuple[J, ...]:

@@ -22,7 +22,7 @@ from routers.watch.timing import PARTS
 def build_trace(measured: Measured) -> dict[str, Any]:
     """The trace of what was measured (schema: docs/profile.md)."""
     subject, profile = measured.subject, measured.plan
-    plan, first = profile.plan, measured.dense.traces[0]
+    plan, first = profile.generation, measured.dense.traces[0]
     trace: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -94,7 +94,7 @@ def _timing(measured: Measured) -> dict[str, Any]:
 
 
 def _run(variant: Variant, measured: Measured) -> dict[str, Any]:
-    subject, plan = measured.subject, measured.plan.plan
+    subject, plan = measured.subject, measured.plan.generation
     steps, blocks = subject.steps, len(variant.traces[0].kinds)
     middle, dense = variant.middle, variant is measured.dense
     rounds = variant.plain if dense else [timed.round for timed in variant.timed]

@@ -21,11 +21,11 @@ from edit_cli.request import Request
 class ProfilePlan:
     """What to measure and where to write it.
 
-    plan: one job per sample. budgets: in the order given; None: what the routers recommend.
+    generation: one job per sample. budgets: in the order given; None: what the routers recommend.
     folder: of the report, None: nothing is written. cache_limit in MiB.
     """
 
-    plan: Plan
+    generation: Plan
     budgets: tuple[float | None, ...]
     dense: bool
     metric: str | None
@@ -53,7 +53,7 @@ def make_profile_plan(request: Request) -> ProfilePlan:
     count = request.get("samples") or (len(plan.jobs) if given else min(len(plan.jobs), SAMPLES))
     jobs = take(plan.jobs, count, seeds[0])
     return ProfilePlan(
-        plan=replace(plan, jobs=jobs, batch_size=min(plan.batch_size, len(jobs))),
+        generation=replace(plan, jobs=jobs, batch_size=min(plan.batch_size, len(jobs))),
         budgets=budgets,
         dense=dense,
         metric=metric,

@@ -65,7 +65,7 @@ def run(plan: ProfilePlan, bars: Any) -> tuple[dict[str, Any], Pictures]:
     trace = build_trace(measured)
     pictures: Pictures = {}
     for run_, variant in zip(trace["runs"], [measured.dense, *measured.variants], strict=True):
-        shown = map(plan.plan.medium.thumbnail, variant.look.results)
+        shown = map(plan.generation.medium.thumbnail, variant.look.results)
         pictures |= dict(zip(run_["pictures"], shown, strict=True))
     return trace, pictures
 

@@ -31,13 +31,13 @@ class Subject:
     """A session with the samples to run in it. budgets: as served, None where the routers fix it."""
 
     def __init__(self, plan: ProfilePlan) -> None:
-        clock = StageClock(plan.plan.medium.stages)
+        clock = StageClock(plan.generation.medium.stages)
         with bad_input(), clock.stage("load"):
-            source = RouterSource.read(plan.plan.routers)
+            source = RouterSource.read(plan.generation.routers)
             self.budgets = tuple(source.budget(budget) for budget in plan.budgets)
             self.session = Session.open(_at(plan, self.budgets[0]), source, clock)
         self.load_seconds = clock.seconds["load"]
-        self.plan, self.steps = plan, plan.plan.jobs[0].denoising_steps
+        self.plan, self.steps = plan, plan.generation.jobs[0].denoising_steps
 
     @property
     def elastic(self) -> Elastic:
@@ -48,7 +48,7 @@ class Subject:
 
     def run(self, budget: float | None, call: Call = lambda run: run()) -> Round:
         """One round. Raises RunError for a sample that failed."""
-        clock = StageClock(self.plan.plan.medium.stages)
+        clock = StageClock(self.plan.generation.medium.stages)
         done = Round(clock.seconds)
         with self.session.timed_by(clock):
             for jobs, _ in _at(self.plan, budget).batches():
@@ -62,10 +62,10 @@ class Subject:
 
     def quality(self, results: Sequence[Any], dense: Sequence[Any]) -> dict[str, list[float]]:
         """Named measures per sample of how near results are to dense ones."""
-        compare = self.plan.plan.medium.compare
+        compare = self.plan.generation.medium.compare
         rows = [compare(made, reference) for made, reference in zip(results, dense, strict=True)]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _at(plan: ProfilePlan, budget: float | None) -> Any:
-    return replace(plan.plan, jobs=at_budget(plan.plan.jobs, budget))
+    return replace(plan.generation, jobs=at_budget(plan.generation.jobs, budget))
