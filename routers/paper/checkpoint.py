@@ -2,7 +2,7 @@
 
 `load_release` maps the file (or a sharded set) into memory and hands its tensors to a transformer
 without a second copy. `ReleaseRouter` is the released router under its own key names; how its output
-becomes decisions is in `policy.py`. See docs/release.md.
+becomes decisions is in `policy.py`. See docs/paper-checkpoints.md.
 
 Shapes: B batch, L tokens of all streams, D dim, H hidden units of the router, W number of widths.
 """

@@ -77,6 +77,25 @@ def test_links_and_named_files_exist(page):
     assert not missing
 
 
+def test_every_page_is_in_the_index():
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / t).resolve() for t in re.findall(r"\]\(([^)#]+)\)", index.read_text("utf-8"))}
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "notes").glob("*.md")]
+    assert [page for page in pages if page != index and page not in linked] == []
+
+
+def test_architecture_names_files_that_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:[\w-]+/)*\w+\.py)`", text)
+    files = [
+        path.as_posix()
+        for top in ("edit_cli", "backbones", "routers", "tests")
+        for path in (ROOT / top).rglob("*.py")
+    ]
+    assert len(named) > 20
+    assert [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)] == []
+
+
 def test_readme_shows_commands_that_exist():
     lines = edit_lines()
     assert len(lines) >= 4
