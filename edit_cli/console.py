@@ -114,6 +114,14 @@ def phases(bars: Progress | None) -> Callable[..., None]:
     return report
 
 
+def readable_count(n: int) -> str:
+    """20430401088 -> "20.4 B"."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return str(n)
+
+
 def _escape(text: str) -> str:
     from rich.markup import escape
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from backbones import registry
 from backbones.spec import COMMANDS, Backbone
-from edit_cli.console import print_json, stdout
+from edit_cli.console import print_json, readable_count, stdout
 from edit_cli.options import LIST
 from edit_cli.request import Request, command
 
@@ -90,11 +90,3 @@ def as_dict(row: Backbone) -> dict[str, Any]:
         "guidance": row.defaults.guidance,
         "summary": row.summary,
     }
-
-
-def readable_count(n: int) -> str:
-    """20430401088 -> "20.4 B"."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if n >= size:
-            return f"{n / size:.1f} {unit}"
-    return str(n)

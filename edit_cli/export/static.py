@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbones import static_folder as static
-from edit_cli.commands.models import readable_count
-from edit_cli.console import two_columns
+from edit_cli.console import readable_count, two_columns
 from edit_cli.errors import RunError
 from edit_cli.export.model import load_again, save_model
 from edit_cli.export.source import Frozen, Source, freeze, largest_difference, outputs, put_in

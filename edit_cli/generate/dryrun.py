@@ -11,8 +11,7 @@ from rich.text import Text
 
 from backbones import registry
 from backbones.spec import GIB
-from edit_cli.commands.models import readable_count
-from edit_cli.console import two_columns
+from edit_cli.console import readable_count, two_columns
 from edit_cli.errors import bad_input
 from edit_cli.generate.medium import Job
 from edit_cli.generate.plan import Plan

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edit_cli import checks
-from edit_cli.commands.models import readable_count
+from edit_cli.console import readable_count
 from edit_cli.errors import EditError, RunError
 from edit_cli.files import write_files
 from edit_cli.generate import closeness, outputs, prompts, record
