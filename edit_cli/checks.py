@@ -88,16 +88,6 @@ side = whole(1, MAX_SIDE)
 count = whole(1, MAX_COUNT)
 
 
-def divisible(where: str, value: int, multiple: int) -> None:
-    """Raises EditError unless a side in px is a multiple of what the model needs."""
-    if value % multiple:
-        low = value - value % multiple
-        near = " and ".join(str(n) for n in (low, low + multiple) if n)
-        raise EditError(
-            f"{where} {value} is not a multiple of {multiple}, which this model needs; nearest: {near}"
-        )
-
-
 def prompt(where: str, value: Any) -> str:
     """A prompt that is not blank."""
     if not text(where, value).strip():

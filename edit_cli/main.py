@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
+from backbones.model_files import ModelError
 from edit_cli import __version__
 from edit_cli.commands.calibrate import calibrate
 from edit_cli.commands.export import export
@@ -18,7 +19,7 @@ from edit_cli.commands.models import models
 from edit_cli.commands.profile import profile
 from edit_cli.console import print_error
 from edit_cli.errors import BAD_INPUT, FAILED_RUN, EditError, Interrupted, is_out_of_memory, out_of_memory
-from edit_cli.request import spread
+from edit_cli.request import Command, Option
 
 app = typer.Typer(
     name="edit",
@@ -61,11 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = bool(os.environ.get("EDIT_DEBUG"))
     try:
         code = _run(sys.argv[1:] if arguments is None else list(arguments))
-    except EditError as error:
+    except (EditError, ModelError) as error:
         if debug:
             raise
         print_error(str(error))
-        code = error.exit_code
+        code = error.exit_code if isinstance(error, EditError) else BAD_INPUT
     except KeyboardInterrupt:
         print_error(str(Interrupted()))
         code = Interrupted.exit_code
@@ -82,23 +83,67 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    command = typer.main.get_command(app)
+    group = typer.main.get_command(app)
     called = COMMANDS.get(next(iter(arguments), ""))
     if called is not None:
-        arguments = [arguments[0], *spread(arguments[1:], called.options)]
+        arguments = [arguments[0], *spread(arguments[1:], called)]
     try:
-        result = command.main(arguments, prog_name="edit", standalone_mode=False)
+        result = group.main(arguments, prog_name="edit", standalone_mode=False)
     except typer.Abort:
         raise KeyboardInterrupt from None
     except typer.TyperException as error:  # unknown option, missing value...
         if not error.format_message():  # `edit` alone has printed its help
             return 0
-        name = getattr(getattr(error, "ctx", None), "command_path", "edit")
-        print_error(f"{error.format_message().rstrip('.')}; see `{name} --help`")
+        path = getattr(getattr(error, "ctx", None), "command_path", "edit")
+        print_error(f"{error.format_message().rstrip('.')}; see `{path} --help`")
         return BAD_INPUT
     if result == Interrupted.exit_code:  # typer turns KeyboardInterrupt into this
         raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
+
+
+def spread(words: Sequence[str], command: Command) -> list[str]:
+    """`--seed 1 2 3` -> `--seed 1 --seed 2 --seed 3`: option parsers take one value for each name.
+
+    A further word belongs to the option if it could be a value of it, unless the command's argument would
+    then be missing: `--seed 1 2001` alone draws "2001".
+    """
+    result: list[str] = []
+    further: list[tuple[int, str]] = []  # places in the result of values that follow another, and whose
+    given: set[str] = set()
+    current, rest = "", iter(words)
+    for word in rest:
+        typed, inline, _ = word.partition("=")
+        if word == "--":
+            result += [word, *rest]
+            given.add("argument")
+        elif typed in command.spelled:
+            name, option = command.spelled[typed]
+            given.add(name)
+            takes_next = option.check is not None and not inline
+            result += [word, *([value] if takes_next and (value := next(rest, None)) is not None else [])]
+            current = typed if option.many and option.metavar.endswith("...") else ""
+        elif current and not word.startswith("-") and _accepts(command.spelled[current][1], word):
+            further.append((len(result), current))
+            result.append(word)
+        else:
+            current = ""
+            result.append(word)
+            given |= set() if word.startswith("-") else {"argument"}
+    for option in command.options.values():
+        if option.instead is not None and not given & {"argument", *option.instead}:
+            return result
+    for place, typed in reversed(further):
+        result.insert(place, typed)
+    return result
+
+
+def _accepts(option: Option, word: str) -> bool:
+    try:
+        option.value(option.label, word)
+    except EditError:
+        return False
+    return True
 
 
 def _describe(error: Exception) -> str:

@@ -57,7 +57,7 @@ def make_calibration_plan(request: Request) -> CalibrationPlan:
         pictures = read_data(request["data"])
         request = request.but(data=None, prompt=[prompt for _, prompt in pictures])
     plan = sample_plan(request.but(routers=NO_ROUTERS, budget=None), medium)
-    if len({medium.group(job) for job in plan.jobs}) > 1:
+    if len({plan.group(job) for job in plan.jobs}) > 1:
         raise EditError("--prompts holds lines of different size, steps or guidance; a bundle needs one")
     samples, seed, small = request["samples"], request.get("seed", [0])[0], plan.backbone.small
     rows = min(plan.batch_size, samples)

@@ -6,17 +6,11 @@ from pathlib import Path
 
 from edit_cli.calibrate.plan import make_calibration_plan
 from edit_cli.console import print_result, print_warning, print_warnings
-from edit_cli.options import CALIBRATE, MACHINE, MESH, MODEL, PROMPTS, REPORT, SAMPLING, TRAIN
-from edit_cli.request import Request, command, only
+from edit_cli.options import CALIBRATE
+from edit_cli.request import Request, command
 
 
-@command(
-    only(CALIBRATE, "output", "evaluate", "resume", "method", "budgets", "samples", "probes", "plan_samples"),
-    only(MODEL, "model"), only(PROMPTS, "prompts_file"), only(CALIBRATE, "steps"),
-    only(SAMPLING, "guidance", "seed"),
-    only(CALIBRATE, "images"), only(MESH, "remove_background"),
-    only(MACHINE, "batch_size", "device", "dtype"), TRAIN, REPORT,
-)  # fmt: skip
+@command(CALIBRATE)
 def calibrate(request: Request) -> None:
     """Make a bundle for a model: fit one in minutes, or train routers as the paper does.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from edit_cli.console import print_result, working
 from edit_cli.errors import bad_input
 from edit_cli.export import write
-from edit_cli.options import EXPORT, REPORT
+from edit_cli.options import EXPORT
 from edit_cli.request import Request, command
 
 
-@command(EXPORT, REPORT)
+@command(EXPORT)
 def export(request: Request) -> None:
     """Write routers or a model in a form that can be passed on, and check it by loading it again.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from backbones import registry
 from backbones.spec import COMMANDS, Backbone
 from edit_cli.console import print_json, readable_count, stdout
-from edit_cli.options import LIST
+from edit_cli.options import LISTING
 from edit_cli.request import Request, command
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NAME_WIDTH = 24  # columns: the longest name with its indent
 
 
-@command(LIST)
+@command(LISTING)
 def models(request: Request) -> None:
     """List the models known by name; other pipeline folders and hub ids of these families work too."""
     rows = list(registry.rows().values())

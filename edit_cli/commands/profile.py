@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from edit_cli.console import print_result, print_warnings, progress, stderr, stdout
-from edit_cli.options import LORA, MACHINE, MODEL, PICTURE, PROFILE, PROMPTS, REPORT, ROUTERS, SAMPLING
+from edit_cli.options import PROFILE
 from edit_cli.profile.plan import check_metric, make_profile_plan, refuse_beside_replay, report_folder
-from edit_cli.request import Request, command, only
+from edit_cli.request import Request, command
 
 
-@command(
-    only(PROFILE, "prompt"), only(PROMPTS, "prompts_file"), only(PROFILE, "images"),
-    only(SAMPLING, "steps", "guidance"), only(PROFILE, "seed"), only(PICTURE, "width", "height"),
-    only(PROFILE, "octree_resolution"), only(MODEL, "model"), only(ROUTERS, "routers"),
-    only(PROFILE, "budget", "dense"), only(ROUTERS, "force"), LORA,
-    only(PROFILE, "metric", "samples", "repeats", "cache_limit", "output", "replay"), REPORT,
-    only(MACHINE, "batch_size", "device", "dtype", "offload"),
-)  # fmt: skip
+@command(PROFILE)
 def profile(request: Request) -> None:
     """See which blocks ran at which step, what that cost, and what limits the gain.
 

@@ -92,11 +92,7 @@ def _save(batch: Batch, rows: Sequence[int], session: Session, result: Result) -
         job, made = batch.jobs[row], batch.results[row]
         record = make_record(batch, row, session)
         result.note(*differences(record, result.plan))
-        files = {
-            job.path: medium.encode(made, job.path.suffix, record),
-            **medium.encode_side_files(job, made),
-        }
-        for path, data in files.items():
+        for path, data in medium.encode(job, made, record).items():
             write_files({path: data})
             result.written.append(path)
     result.add(batch, good)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +10,14 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from backbones import registry
-from backbones.spec import GIB, Backbone, CallSize
+from backbones.spec import GIB, Backbone, CallSize, Makes
 from edit_cli import options
 from edit_cli.errors import EditError, RunError, bad_input, memory_errors
 from edit_cli.generate.cutout import read_object
-from edit_cli.generate.medium import Fields, Job, Medium, OnStep
-from edit_cli.generate.outputs import MESH_SUFFIXES, plan_outputs
-from edit_cli.generate.record import encode_mesh, read_mesh
-from edit_cli.request import Request, in_lines
+from edit_cli.generate.medium import Fields, Job, OnStep
+from edit_cli.generate.outputs import MESH_SUFFIXES
+from edit_cli.generate.record import encode_mesh, encode_picture, read_mesh
+from edit_cli.request import in_lines
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,13 +25,10 @@ if TYPE_CHECKING:
     from backbones.workloads import MeshWorkload
     from edit_cli.generate.session import Session
 
-PREVIEW_SUFFIXES = (".png",)
-THUMBNAIL = 224
-"""Side of a mesh's view in a report, px."""
 DENSE_BYTES, SPARSE_BYTES = 24, 16
 """Peak bytes a grid point costs: node numbers, values and the copies marching cubes makes."""
-SHOWN_SIDE = 224
-"""Side of a mesh's view in a profile's report, px."""
+THUMBNAIL = 224
+"""Side of a mesh's view in a report, px."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +53,14 @@ class Made:
     background: str
 
 
-class Mesh(Medium):
+class Mesh:
     """Meshes of pictures."""
 
-    makes, things, command = "mesh", "meshes", "edit generate-3d"
+    makes: Makes = "mesh"
+    things = "meshes"
     job = MeshJob
     options = in_lines(options.IMAGES, options.SAMPLING, options.MESH, options.ROUTERS, options.MESH_OUTPUT)
-    subject, list_option = "image", "images_file"
+    subject, joined_by, list_option = "image", "views", "images_file"
     missing = "no picture given; try: edit generate-3d cat.png -o cat.glb"
     example = '{"image": "cat.png", "seed": 1}'
     stages = {  # noqa: RUF012 - never changed
@@ -77,21 +73,18 @@ class Mesh(Medium):
     }
     """condition: pictures to embeddings. decode: latents to a sampled field. extract: that to triangles."""
     suffixes = MESH_SUFFIXES
+    beside: Mapping[str, tuple[str, ...]] = {"preview": (".png",)}
     recorded_fields = (
         "seed", "steps", "guidance", "octree_resolution", "decode", "faces", "remove_background",
     )  # fmt: skip
     per_row = (
-        "images", "seed", "octree_resolution", "decode", "faces", "remove_background", "preview",
+        "images", "seed", "octree_resolution", "decode", "faces", "remove_background",
     )  # fmt: skip
     recorded_rows = ("images", "seed", "remove_background")
+    recorded_as: Mapping[str, str] = {"image": "images"}
+    imports: tuple[str, ...] = ("skimage.measure", "trimesh", "trimesh.graph", "fast_simplification")
     libraries = ("torch", "numpy", "scikit-image", "trimesh")
     smaller = "a smaller --octree-resolution or --batch-size, --dtype fp16, or on a GPU --offload model"
-
-    def entries(self, request: Request) -> list[Fields]:
-        """One per picture, or one of all views."""
-        if "views" in request and "image" in request:
-            return [{"image": request["image"]}]
-        return super().entries(request)
 
     def complete(self, fields: Fields, backbone: Backbone, _warnings: list[str]) -> Fields:
         """The model's defaults filled in, views and pictures checked. Raises EditError."""
@@ -118,32 +111,18 @@ class Mesh(Medium):
             "decode": fields.get("decode", "auto"), "faces": fields.get("faces"), "remove_background": how,
         }  # fmt: skip
 
-    def title(self, job: Any) -> str:
-        """The first picture's name."""
-        return Path(job.images[0]).stem
-
-    def with_side_files(self, jobs: Sequence[Any], request: Request) -> Sequence[Any]:
-        """One preview per mesh: the file named, numbered when there are several meshes."""
-        if "preview" not in request:
-            return jobs
-        names = [
-            {"prompt": job.path.stem, "seed": job.index, "index": job.index, "budget": "", "model": ""}
-            for job in jobs
-        ]
-        try:
-            paths = plan_outputs(request["preview"], names, PREVIEW_SUFFIXES)
-        except EditError as error:
-            raise EditError(str(error).replace("--output", "--preview")) from None
-        return [replace(job, preview=path) for job, path in zip(jobs, paths, strict=True)]
-
-    def side_files(self, job: Any) -> Mapping[str, Path]:
-        """The preview."""
-        return {} if job.preview is None else {"previews": job.preview}
+    def title(self, fields: Mapping[str, Any]) -> str:
+        """What files are named after: the first picture."""
+        return Path(fields["images"][0]).stem
 
     def size(self, jobs: Sequence[Any]) -> str:
         """The grid."""
         sizes = {f"resolution {job.octree_resolution}" for job in jobs}
         return sizes.pop() if len(sizes) == 1 else "several resolutions"
+
+    def pipe(self, session: Session, _job: Any) -> Any:
+        """The only one."""
+        return session.pipe
 
     def shortest(self, job: Any) -> MeshJob:
         """One step, and as few grid cells as can be."""
@@ -155,11 +134,6 @@ class Mesh(Medium):
         for name in row["images"]:
             read_object(name, row["remove_background"])
         return {**{name: row[name] for name in self.recorded_rows}, "images": tuple(row["images"])}
-
-    def import_libraries(self) -> None:
-        """What extraction and cleaning import."""
-        for library in ("skimage.measure", "trimesh", "trimesh.graph", "fast_simplification"):
-            importlib.import_module(library)
 
     def call(self, session: Session, pipe: Any, jobs: Sequence[Any], on_step: OnStep) -> list[Any]:
         """Condition and denoise together, then decode, extract and clean one by one."""
@@ -227,27 +201,18 @@ class Mesh(Medium):
                 session.notes.append(_no_room(cells, available_bytes()))
         raise AssertionError("one of the methods returns or raises")
 
-    def encode(self, made: Made, suffix: str, record: Mapping[str, Any]) -> bytes:
-        """glb, obj, ply or stl."""
-        return encode_mesh(made.mesh, suffix, record)
+    def encode(self, job: Any, made: Made, record: Mapping[str, Any]) -> dict[Path, bytes]:
+        """glb, obj, ply or stl; and the turntable."""
+        files = {job.path: encode_mesh(made.mesh, job.path.suffix, record)}
+        if job.preview is not None:
+            from edit_cli.generate.turntable import turntable
 
-    def encode_side_files(self, job: Any, made: Made) -> dict[Path, bytes]:
-        """The turntable."""
-        if job.preview is None:
-            return {}
-        from edit_cli.generate.turntable import turntable
-
-        buffer = io.BytesIO()
-        turntable(made.mesh).save(buffer, "PNG")
-        return {job.preview: buffer.getvalue()}
+            files[job.preview] = encode_picture(turntable(made.mesh), ".png", {})
+        return files
 
     def read_record(self, path: str) -> dict[str, Any]:
         """From a GLB."""
         return read_mesh(path)
-
-    def recorded(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Records name the pictures in the plural."""
-        return {**record, "image": record.get("images")}
 
     def record(self, job: Any, session: Session) -> dict[str, Any]:
         """Pictures and sampler."""
@@ -271,6 +236,11 @@ class Mesh(Medium):
             "evaluated": round(made.volume.evaluated_share, 4),
         }
 
+    def told(self, _job: Any, facts: Mapping[str, Any]) -> str:
+        """How good the mesh is, and how much of the grid it took."""
+        closed = "watertight" if facts["watertight"] else "not watertight"
+        return f"{facts['faces']} faces, {closed}, {facts['evaluated']:.1%} of the grid's points evaluated"
+
     def thumbnail(self, made: Made) -> Image.Image:
         """The mesh from the front."""
         from edit_cli.generate.turntable import turntable
@@ -289,17 +259,6 @@ class Mesh(Medium):
         pictures = [read_object(name, first.remove_background)[0] for name in names]
         contexts = embed(session.pipe, pictures)
         return MeshWorkload(session.pipe, contexts, len(jobs), rows, first.steps, first.guidance, first.seed)
-
-    def told(self, _job: Any, facts: Mapping[str, Any]) -> str:
-        """How good the mesh is, and how much of the grid it took."""
-        closed = "watertight" if facts["watertight"] else "not watertight"
-        return f"{facts['faces']} faces, {closed}, {facts['evaluated']:.1%} of the grid's points evaluated"
-
-    def picture(self, made: Made) -> Any:
-        """From the front."""
-        from edit_cli.generate.turntable import turntable
-
-        return turntable(made.mesh, SHOWN_SIDE).crop((0, 0, SHOWN_SIDE, SHOWN_SIDE))
 
     def comparison_path(self, path: Path) -> Path:
         """The dense mesh."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import string
 import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,19 +22,25 @@ MAX_BYTES = 240  # of a file name: file systems allow 255, and comparisons are n
 
 def slug(prompt: str) -> str:
     """A prompt as a file name: "A cat, at night!" -> "a-cat-at-night"; letters of any script are kept."""
-    words = "".join(c.lower() if c.isalnum() else " " for c in prompt).split()
+    # combining marks (category M) are part of letters in many scripts
+    kept = (c.lower() if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in prompt)
+    words = "".join(kept).split()
     return "-".join(words)[:MAX_NAME].rstrip("-") or "picture"
 
 
 def plan_outputs(
-    output: str | None, fields: Sequence[Mapping[str, Any]], suffixes: Sequence[str] = PICTURE_SUFFIXES
+    output: str | None,
+    fields: Sequence[Mapping[str, Any]],
+    suffixes: Sequence[str] = PICTURE_SUFFIXES,
+    option: str = "--output",
 ) -> list[Path]:
     """One path for each result, checked to be writable and distinct.
 
     output: a file, a folder, a template with {prompt} {seed} {index} {budget} {model}, or None for a
         name made from the prompt in the current folder. A result's own "output" field wins.
     fields: for each result the template's values, "output" optional.
-    suffixes: allowed file suffixes, the first is the default. Raises EditError.
+    suffixes: allowed file suffixes, the first is the default. option: what messages call it.
+    Raises EditError.
     """
     output = None if output is None else os.path.expanduser(output)
     paths: list[Path] = []
@@ -48,20 +55,20 @@ def plan_outputs(
             name = names["prompt"] if alone else f"{names['prompt']}-{field['seed']}"
             path = _free_name(Path(target or "."), name, suffixes[0], taken)
         else:
-            path = _fill(target, names, several[target] > 1)
-        _check_suffix(path, suffixes)
-        _check_length(path)
+            path = _fill(target, names, several[target] > 1, option)
+        _check_suffix(path, suffixes, option)
+        _check_length(path, option)
         if path in taken:
             raise EditError(
-                f"--output {target!r} would write two results to {str(path)!r}; add {{index}} or {{seed}}"
+                f"{option} {target!r} would write two results to {str(path)!r}; add {{index}} or {{seed}}"
             )
         taken.add(path)
         paths.append(path)
     for folder in {path.parent for path in paths}:
-        _check_folder(folder)
+        _check_folder(folder, option)
     for path in paths:
         if path.is_dir():
-            raise EditError(f"--output {str(path)!r} is a folder; give a file name")
+            raise EditError(f"{option} {str(path)!r} is a folder; give a file name")
     return paths
 
 
@@ -77,45 +84,45 @@ def _free_name(folder: Path, name: str, suffix: str, taken: set[Path]) -> Path:
     return path
 
 
-def _fill(target: str, names: Mapping[str, Any], several: bool) -> Path:
+def _fill(target: str, names: Mapping[str, Any], several: bool, option: str) -> Path:
     try:
         used = {field for _, field, _, _ in string.Formatter().parse(target) if field is not None}
         unknown = used - set(TEMPLATE_FIELDS)
         if unknown:
             raise EditError(
-                f"--output field {{{sorted(unknown)[0]}}} is unknown; "
+                f"{option} field {{{sorted(unknown)[0]}}} is unknown; "
                 f"allowed are {' '.join(f'{{{name}}}' for name in TEMPLATE_FIELDS)}"
             )
         path = Path(target.format(**{name: names.get(name, "") for name in used}) if used else target)
     except (ValueError, IndexError) as error:
-        raise EditError(f"--output {target!r} is not a valid template: {error}") from None
+        raise EditError(f"{option} {target!r} is not a valid template: {error}") from None
     if several and not used:
         return path.with_name(f"{path.stem}-{names['index']}{path.suffix}")
     return path
 
 
-def _check_suffix(path: Path, suffixes: Sequence[str]) -> None:
+def _check_suffix(path: Path, suffixes: Sequence[str], option: str) -> None:
     if path.suffix.lower() not in suffixes:
         what = f"suffix {path.suffix!r}" if path.suffix else "no suffix"
         raise EditError(
-            f"--output {str(path)!r} has {what}; allowed are {', '.join(suffixes)} (a folder ends with /)"
+            f"{option} {str(path)!r} has {what}; allowed are {', '.join(suffixes)} (a folder ends with /)"
         )
 
 
-def _check_length(path: Path) -> None:
+def _check_length(path: Path, option: str) -> None:
     length = len(os.fsencode(path.name))
     if length > MAX_BYTES:
         raise EditError(
-            f"--output name {path.name[:40] + '...'!r} has {length} bytes; "
+            f"{option} name {path.name[:40] + '...'!r} has {length} bytes; "
             f"allowed are {MAX_BYTES}, shorten it"
         )
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, option: str) -> None:
     if not folder.exists():
-        raise EditError(f"--output folder {str(folder)!r} does not exist; create it with: mkdir -p {folder}")
+        raise EditError(f"{option} folder {str(folder)!r} does not exist; create it with: mkdir -p {folder}")
     if not folder.is_dir():
-        raise EditError(f"--output folder {str(folder)!r} is not a folder; choose another place")
+        raise EditError(f"{option} folder {str(folder)!r} is not a folder; choose another place")
     try:
         # the only certain test, also on read-only mounts and as root
         with tempfile.TemporaryFile(dir=folder):
@@ -123,5 +130,5 @@ def _check_folder(folder: Path) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise EditError(
-            f"--output folder {str(folder)!r} is not writable: {reason}; choose another place"
+            f"{option} folder {str(folder)!r} is not writable: {reason}; choose another place"
         ) from None

@@ -12,10 +12,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from backbones import registry
-from backbones.spec import Backbone, CallSize
+from backbones.spec import Backbone, CallSize, Makes
 from edit_cli import checks, options
 from edit_cli.errors import EditError
-from edit_cli.generate.medium import Fields, Job, Medium, OnStep
+from edit_cli.generate.medium import Fields, Job, OnStep
 from edit_cli.generate.outputs import PICTURE_SUFFIXES
 from edit_cli.generate.record import encode_picture, read_picture
 from edit_cli.request import in_lines
@@ -49,21 +49,25 @@ class PictureJob(Job):
         return steps_taken(self.steps, self.strength)
 
 
-class Picture(Medium):
+class Picture:
     """Pictures of prompts."""
 
-    makes, things, command = "picture", "pictures", "edit generate"
+    makes: Makes = "picture"
+    things = "pictures"
     job = PictureJob
     options = in_lines(options.PROMPTS, options.SAMPLING, options.PICTURE, options.ROUTERS, options.OUTPUT)
-    subject, list_option = "prompt", "prompts_file"
+    subject, joined_by, list_option = "prompt", "", "prompts_file"
     missing = 'no prompt given; try: edit generate "a cat", or --prompts FILE'
     example = '{"prompt": "a cat", "seed": 1}'
     stages = {name: name for name in ("load", "text", "denoise", "decode")}  # noqa: RUF012 - never changed
     """text: prompts, and for image-to-image the input picture, to embeddings. denoise: everything between
     text and decode. decode: latents to pixels."""
     suffixes = PICTURE_SUFFIXES
+    beside: Mapping[str, tuple[str, ...]] = {}
     recorded_fields = ("prompt", "negative_prompt", "seed", "width", "height", "steps", "guidance")
     per_row = recorded_rows = ("prompt", "negative_prompt", "seed")
+    recorded_as: Mapping[str, str] = {}
+    imports: tuple[str, ...] = ()
     libraries = ("torch", "diffusers", "transformers")
     smaller = "a smaller --width and --height or --batch-size, --dtype bf16, or on a GPU --offload model"
 
@@ -74,7 +78,13 @@ class Picture(Medium):
         image, strength = fields.get("image"), fields.get("strength")
         width, height = fields.get("width", base.width or 0), fields.get("height", base.height or 0)
         for name, side in (("--width", width), ("--height", height)):
-            checks.divisible(name, side, backbone.size_multiple)
+            low = side - side % backbone.size_multiple
+            if low != side:
+                near = " and ".join(str(n) for n in (low, low + backbone.size_multiple) if n)
+                raise EditError(
+                    f"{name} {side} is not a multiple of {backbone.size_multiple}, which this model needs; "
+                    f"nearest: {near}"
+                )
         if family.negative_prompt is None and negative:
             raise EditError(
                 f"{family.name} takes no --negative-prompt: its guidance is distilled; leave it out"
@@ -100,9 +110,9 @@ class Picture(Medium):
             "image": image, "strength": strength,
         }  # fmt: skip
 
-    def title(self, job: Any) -> str:
-        """The prompt."""
-        return str(job.prompt)
+    def title(self, fields: Mapping[str, Any]) -> str:
+        """What files are named after: the prompt."""
+        return str(fields["prompt"])
 
     def size(self, jobs: Sequence[Any]) -> str:
         """Width and height."""
@@ -139,9 +149,9 @@ class Picture(Medium):
             made = pipe(**_arguments(session.plan.backbone, jobs), callback_on_step_end=after_step).images
         return list(made)
 
-    def encode(self, made: Image.Image, suffix: str, record: Mapping[str, Any]) -> bytes:
+    def encode(self, job: Any, made: Image.Image, record: Mapping[str, Any]) -> dict[Path, bytes]:
         """PNG, JPEG or WebP."""
-        return encode_picture(made, suffix, record)
+        return {job.path: encode_picture(made, job.path.suffix, record)}
 
     def read_record(self, path: str) -> dict[str, Any]:
         """From a picture's metadata."""
@@ -159,6 +169,14 @@ class Picture(Medium):
             "solver": job.solver,
             "sampler": SAMPLERS.get(job.solver or "", sampler),
         }
+
+    def facts(self, _made: Any) -> dict[str, Any]:
+        """Nothing is reported of a picture."""
+        return {}
+
+    def told(self, job: Any, _facts: Mapping[str, Any]) -> str:
+        """The prompt."""
+        return str(job.prompt)
 
     def thumbnail(self, made: Image.Image) -> Image.Image:
         """The picture."""
@@ -178,14 +196,6 @@ class Picture(Medium):
             first.width, first.height, first.seed, backbone.defaults.max_sequence_length,
         )  # fmt: skip
 
-    def told(self, job: Any, _facts: Mapping[str, Any]) -> str:
-        """The prompt."""
-        return str(job.prompt)
-
-    def picture(self, made: Image.Image) -> Image.Image:
-        """As it is."""
-        return made
-
     def comparison_path(self, path: Path) -> Path:
         """The side-by-side picture."""
         return path.with_name(f"{path.stem}-compare.png")
@@ -201,6 +211,10 @@ class Picture(Medium):
         from edit_cli.generate.closeness import side_by_side
 
         return encode_picture(side_by_side({"dense": dense, f"spent {spent:.2f}": made}), ".png", {})
+
+    def compared_seconds(self, seconds: Mapping[str, float]) -> float:
+        """Of denoising."""
+        return round(seconds["denoise"], 4)
 
     def comparison_line(self, comparison: Mapping[str, Any]) -> str:
         """Seconds, PSNR, SSIM."""
@@ -224,6 +238,10 @@ class Picture(Medium):
         text = backbone.family.text_tokens(job.prompt, backbone.defaults.max_sequence_length)
         width = config["num_attention_heads"] * config["attention_head_dim"]
         return (job.width // side) * (job.height // side) + text, width
+
+    def needs(self, _jobs: Sequence[Any]) -> dict[str, tuple[float, str]]:
+        """No memory beside the device's."""
+        return {}
 
 
 PICTURE = Picture()

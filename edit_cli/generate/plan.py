@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from backbones import registry
-from backbones.model_files import ModelError
 from backbones.spec import Backbone, Placement
-from edit_cli.errors import EditError, bad_input
+from edit_cli import checks
+from edit_cli.errors import EditError
 from edit_cli.generate.medium import Fields, Job, Medium
 from edit_cli.generate.outputs import plan_outputs
 from edit_cli.generate.routers import DEFAULT_ROUTERS, check_dense, find_routers
 from edit_cli.request import Request
 
-SAME_RESULT = ("replay", "output", "format", "preview", "compare", "dry_run", "json", "quiet", "force")
-PLACED = ("device", "dtype", "offload", "compile", "batch_size")
-"""Options beside which a replayed record still counts as unchanged: where it runs is noted on its own."""
+SAME_RESULT = (
+    "replay", "output", "format", "preview", "compare", "dry_run", "json", "quiet", "force", "device",
+    "dtype", "offload", "compile", "batch_size",
+)  # fmt: skip
+"""Options beside which a replayed record counts as unchanged; where it runs is noted on its own."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Plan:
     peers: tuple[Job, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    def group(self, job: Job) -> tuple[Any, ...]:
+        """Jobs with equal groups may share a batch: these fields exist once per pipeline call."""
+        single = ("index", "path", *self.medium.beside, *self.medium.per_row)
+        return tuple(value for name, value in vars(job).items() if name not in single)
+
     def batches(self) -> Iterator[tuple[tuple[Job, ...], Sequence[int]]]:
         """Jobs that run together, in order, and which of them are results.
 
@@ -58,7 +65,7 @@ class Plan:
             return
         groups: dict[Any, list[Job]] = {}
         for job in self.jobs:
-            groups.setdefault(self.medium.group(job), []).append(job)
+            groups.setdefault(self.group(job), []).append(job)
         for jobs in groups.values():
             for start in range(0, len(jobs), self.batch_size):
                 batch = tuple(jobs[start : start + self.batch_size])
@@ -66,57 +73,58 @@ class Plan:
 
 
 def make_plan(request: Request, medium: Medium, *, kept: bool = True) -> Plan:
-    """Check everything that was asked. Raises EditError; reads files but writes none.
+    """Check everything that was asked. Raises EditError, ModelError; reads files but writes none.
 
     kept: whether results become files; otherwise jobs have no paths.
     """
     record = medium.read_record(request["replay"]) if "replay" in request else {}
     base = request.get("base") or (None if "model" in request else record.get("model_base"))
-    with bad_input(ModelError):
-        backbone = registry.resolve(request.get("model") or record.get("model_source"), base, medium.makes)
-    placement = _placement(request, record, backbone)
+    backbone = registry.resolve(request.get("model") or record.get("model_source"), base, medium.makes)
     routers = find_routers(request.get("routers") or record.get("routers") or DEFAULT_ROUTERS, backbone)
+    placement = _placement(request, record, backbone)
     warnings: list[str] = []
-    jobs = _jobs(_requests(request, record, medium), request, backbone, medium, warnings, kept)
+    fields, names = _fields(_requests(request, record, medium), backbone, medium, warnings)
+    if kept:
+        _add_paths(fields, names, request, medium)
+    jobs = []
+    for each in fields:
+        jobs.append(medium.job(**each))
     if "compare" in request:
         _check_comparisons(jobs, medium)
     if routers is None:
         warnings += check_dense([job.budget for job in jobs], backbone, "dry_run" in request)
-    replayed = record if record and not set(request) - {*SAME_RESULT, *PLACED} else None
+    replayed = record if record and not set(request) - set(SAME_RESULT) else None
+    rows = () if replayed is None or len(jobs) > 1 else replayed.get("batch", ())
     return Plan(
         medium=medium,
         backbone=backbone,
         routers=routers,
         placement=placement,
-        jobs=jobs,
+        jobs=tuple(jobs),
         batch_size=request.get("batch_size", backbone.batch_size),
         force="force" in request or bool(record.get("force")),
         compare="compare" in request,
         replayed=replayed,
-        peers=() if replayed is None else _peers(replayed, jobs, medium),
+        peers=tuple(replace(jobs[0], **medium.peer(row)) for row in rows) if len(rows) > 1 else (),
         warnings=tuple(dict.fromkeys(warnings)),
     )
 
 
-def _requests(request: Request, record: Mapping[str, Any], medium: Medium) -> Iterator[Fields]:
+def _requests(request: Request, record: Mapping[str, Any], medium: Medium) -> list[Fields]:
     """Fields of every result: one for each entry and seed, a seed s giving s, s + 1 ... s + count - 1."""
-    options, subject = medium.options, medium.subject
-    typed = {name: request[name] for name in options if name in request and name not in (subject, "output")}
-    entries = medium.entries(request)
+    subjects = request.get(medium.subject, [])
+    entries = [{medium.subject: subject} for subject in subjects]
+    if subjects and medium.joined_by in request:
+        entries = [{medium.subject: subjects}]
     if medium.list_option in request:
         from edit_cli.generate.prompts import read_lines
 
         entries += read_lines(request[medium.list_option], medium)
-    recorded = medium.recorded(record)
+    typed = {name: request[name] for name in medium.options if name in request}
+    requests = []
     for entry in entries or [{}]:
-        given = {**typed, **entry}
-        # what is typed wins before anything recorded is looked at: it may name files of another machine
-        fields = {
-            name: options[name].value(f"--from {request['replay']}: {name}", recorded[name])
-            for name in options
-            if name not in given and name != "output" and recorded.get(name) not in (None, [])
-        } | given
-        if subject not in fields:
+        fields = _recorded({**typed, **entry}, record, request, medium)
+        if medium.subject not in fields:
             raise EditError(medium.missing)
         starts = fields.get("seed", 0)
         starts = starts if isinstance(starts, list) else [starts]
@@ -126,60 +134,71 @@ def _requests(request: Request, record: Mapping[str, Any], medium: Medium) -> It
             raise EditError(
                 f"--seed {repeated[0]} would be used twice; give distinct seeds, at least -n apart"
             )
-        for seed in seeds:
-            yield {**fields, "seed": seed}
+        output = {"output": entry.get("output")}
+        requests += [{**fields, **output, "seed": seed} for seed in seeds]
+    return requests
 
 
-def _jobs(
-    requests: Iterator[Fields],
-    request: Request,
-    backbone: Backbone,
-    medium: Medium,
-    warnings: list[str],
-    kept: bool,
-) -> tuple[Job, ...]:
-    """A job for every result, with its path where it is kept."""
-    defaults, jobs, targets = backbone.defaults, [], []
+def _recorded(given: Fields, record: Mapping[str, Any], request: Request, medium: Medium) -> Fields:
+    """Fields with those of a replayed record, where nothing else was said.
+
+    What is given wins before anything recorded is looked at: that may name files of another machine.
+    """
+    fields = dict(given)
+    for name, option in medium.options.items() if record else ():
+        value = record.get(medium.recorded_as.get(name, name))
+        if name not in given and value not in (None, []):
+            fields[name] = option.value(f"--from {request['replay']}: {name}", value)
+    return fields
+
+
+def _fields(
+    requests: Sequence[Fields], backbone: Backbone, medium: Medium, warnings: list[str]
+) -> tuple[list[Fields], list[Fields]]:
+    """Fields of a job for every result, yet without its path; and what its path may be made of."""
+    jobs: list[Fields] = []
+    names: list[Fields] = []
     for index, fields in enumerate(requests):
         common = {
+            "index": index,
+            "path": Path(),
             "seed": fields["seed"],
-            "steps": fields.get("steps", defaults.steps),
-            "guidance": fields.get("guidance", defaults.guidance),
+            "steps": fields.get("steps", backbone.defaults.steps),
+            "guidance": fields.get("guidance", backbone.defaults.guidance),
             "budget": fields.get("budget"),
             "solver": fields.get("solver"),
         }
-        own = medium.complete({**fields, **common}, backbone, warnings)
-        if "guidance" in fields and fields["guidance"] and not backbone.takes_guidance:
+        if fields.get("guidance") and not backbone.takes_guidance:
             warnings.append(f"{backbone.name} has no guidance embedding: --guidance has no effect")
-        jobs.append(medium.job(index=index, path=Path(), **common, **own))
-        targets.append(fields.get("output"))
-    if not kept:
-        return tuple(jobs)
-    names = [
-        {
-            "prompt": medium.title(job),
-            "seed": job.seed,
-            "index": job.index,
-            "budget": "auto" if job.budget is None else f"{job.budget:g}",
-            "model": backbone.name.replace("/", "-"),
-            "output": target,
-        }
-        for job, target in zip(jobs, targets, strict=True)
-    ]
+        jobs.append({**common, **medium.complete({**fields, **common}, backbone, warnings)})
+        budget = "auto" if common["budget"] is None else f"{common['budget']:g}"
+        model, title = backbone.name.replace("/", "-"), medium.title(jobs[-1])
+        names.append(
+            {**common, "prompt": title, "budget": budget, "model": model, "output": fields["output"]}
+        )
+    return jobs, names
+
+
+def _add_paths(jobs: list[Fields], names: list[Fields], request: Request, medium: Medium) -> None:
+    """Where every result goes, and what is written beside it. Raises EditError."""
     first = f".{request['format']}" if "format" in request else medium.suffixes[0]
     paths = plan_outputs(request.get("output"), names, tuple(dict.fromkeys((first, *medium.suffixes))))
-    for path in paths:
+    for job, name, path in zip(jobs, names, paths, strict=True):
+        job["path"], name["prompt"], name["output"] = path, path.stem, None
         if "format" in request and path.suffix.lower() != first:
             raise EditError(
                 f"--output {str(path)!r} and --format {request['format']} disagree; leave one out"
             )
-    placed = [replace(job, path=path) for job, path in zip(jobs, paths, strict=True)]
-    return tuple(medium.with_side_files(placed, request))
+    for option, suffixes in medium.beside.items():
+        if option in request:
+            files = plan_outputs(request[option], names, suffixes, f"--{option}")
+            for job, file in zip(jobs, files, strict=True):
+                job[option] = file
 
 
 def _check_comparisons(jobs: Sequence[Job], medium: Medium) -> None:
     """What --compare writes may replace neither each other nor a result."""
-    taken = {path for job in jobs for path in (job.path, *medium.side_files(job).values())}
+    taken = {path for job in jobs for path in (job.path, *side_files(job, medium).values())}
     for job in jobs:
         path = medium.comparison_path(job.path)
         if path in taken or path.is_dir():
@@ -189,19 +208,23 @@ def _check_comparisons(jobs: Sequence[Job], medium: Medium) -> None:
         taken.add(path)
 
 
+def side_files(job: Job, medium: Medium) -> dict[str, Path]:
+    """What is written beside a result, by the option that asks for it."""
+    paths = {name: getattr(job, name) for name in medium.beside}
+    return {name: path for name, path in paths.items() if path is not None}
+
+
 def _placement(request: Request, record: Mapping[str, Any], backbone: Backbone) -> Placement:
     """Where it runs: as typed, else as a replayed record says."""
-    offload = request.get("offload", "none")
-    if offload not in backbone.family.offloads:
+    offload, allowed = request.get("offload", "none"), backbone.family.offloads
+    if offload not in allowed:
         raise EditError(
-            f"--offload {offload!r} is not for {backbone.family.name}; "
-            f"allowed are {', '.join(backbone.family.offloads)}"
+            f"--offload {offload!r} is not for {backbone.family.name}; allowed are {', '.join(allowed)}"
         )
     loras = request.get("lora")
     if loras is None:
-        from edit_cli import checks
-
-        loras = [checks.lora(f"--from {request['replay']}: lora", text) for text in record.get("loras") or ()]
+        where = f"--from {request.get('replay')}: lora"
+        loras = [checks.lora(where, text) for text in record.get("loras") or ()]
     return Placement(
         device=request.get("device") or record.get("device") or "auto",
         dtype=request.get("dtype") or record.get("dtype") or "auto",
@@ -209,11 +232,3 @@ def _placement(request: Request, record: Mapping[str, Any], backbone: Backbone) 
         compile="compile" in request or bool(record.get("compile")),
         loras=tuple(lora for lora in loras if lora is not None),
     )
-
-
-def _peers(record: Mapping[str, Any], jobs: Sequence[Job], medium: Medium) -> tuple[Job, ...]:
-    """The jobs of the batch that a replayed result was made in; none if it was made alone."""
-    rows = record.get("batch", ())
-    if len(rows) < 2 or len(jobs) != 1:
-        return ()
-    return tuple(replace(jobs[0], **medium.peer(row)) for row in rows)

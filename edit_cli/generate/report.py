@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edit_cli.console import two_columns
+from edit_cli.generate.plan import side_files
 from edit_cli.generate.routers import routers_label
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ def as_json(result: Result) -> dict[str, Any]:
     for name in result.facts[0]:
         report[name] = [facts[name] for facts in result.facts]
     for job in jobs:
-        for name, path in medium.side_files(job).items():
-            report.setdefault(name, []).append(str(path))
+        for name, path in side_files(job, medium).items():
+            report.setdefault(f"{name}s", []).append(str(path))
     if result.comparison is not None:
         report["compare"] = result.comparison
     if result.notes:

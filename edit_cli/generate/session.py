@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -62,7 +63,8 @@ class Session:
                 f"--routers {str(source.release)!r} brings its own transformer and so does --model "
                 f"{str(plan.backbone.file.path)!r}; give the base model's folder as --model"
             )
-        plan.medium.import_libraries()
+        for name in plan.medium.imports:  # their import is not what a stage costs
+            importlib.import_module(name)
         with bad_input(), memory_errors("while loading the model", plan.medium.smaller):
             if source.release is not None:
                 transformer, release_routers = _load_release(plan, source.release)

@@ -35,7 +35,7 @@ def build_trace(measured: Measured) -> dict[str, Any]:
             "steps": subject.steps,
             "guidance": plan.jobs[0].guidance,
             "size": plan.medium.size(plan.jobs[:1]),
-            "samples": [{"label": plan.medium.title(job), "seed": job.seed} for job in plan.jobs],
+            "samples": [{"label": plan.medium.title(vars(job)), "seed": job.seed} for job in plan.jobs],
         },
         "blocks": [{"kind": kind} for kind in first.kinds],
         "branches": list(_actions(first, 0, subject.steps)),

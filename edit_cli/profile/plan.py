@@ -44,7 +44,7 @@ def make_profile_plan(request: Request) -> ProfilePlan:
     medium = medium_of(request)
     routers = NO_ROUTERS if dense else request.get("routers")
     plan = sample_plan(request.but(budget=budgets[0], routers=routers), medium)
-    if len({medium.group(job) for job in plan.jobs}) > 1:
+    if len({plan.group(job) for job in plan.jobs}) > 1:
         raise EditError(
             "--prompts holds lines of different size, steps, guidance or budget; "
             "a profile needs the same for all"
@@ -118,4 +118,4 @@ def _budgets(request: Request) -> tuple[float | None, ...]:
 
 def file_stem(medium: Medium, index: int, job: Job) -> str:
     """Beginning of the names of a sample's pictures."""
-    return f"{index}-{slug(medium.title(job))[:40]}"
+    return f"{index}-{slug(medium.title(vars(job)))[:40]}"

@@ -23,8 +23,7 @@ from edit_cli.generate.cutout import open_rgb
 from edit_cli.generate.picture import PICTURE, timed_parts
 from edit_cli.generate.report import flops
 from edit_cli.generate.result import StageClock
-from edit_cli.main import COMMANDS
-from edit_cli.request import spread
+from edit_cli.main import COMMANDS, spread
 from routers.files import ordinary_mode
 
 RECORD = {
@@ -170,7 +169,7 @@ SPREAD = [
 @pytest.mark.parametrize(("typed", "meant"), SPREAD)
 def test_several_values_after_one_option_never_take_what_the_command_lacks(typed, meant):
     name, *words = shlex.split(typed)
-    assert [name, *spread(words, COMMANDS[name].options)] == shlex.split(meant)
+    assert [name, *spread(words, COMMANDS[name])] == shlex.split(meant)
 
 
 @given(st.one_of(st.text(), st.floats(), st.integers(), st.none(), st.booleans(), st.lists(st.integers())))
