@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edit_cli import errors
-from tests.conftest import EDIT, TIMEOUT, edit_environment
+from tests.conftest import EDIT, edit_environment
 
 FOLDER = "{folder}"  # stands for the random pipeline's folder
 
@@ -197,39 +196,6 @@ def test_truncated_weights_are_refused(edit, desk, qwen_folder):
 def test_a_traceback_only_on_request(edit, desk, qwen_folder):
     ran = edit("generate", "a cat", "-b", "2", cwd=desk, EDIT_DEBUG="1")
     assert "Traceback" in ran.err
-
-
-def test_interrupt_keeps_finished_pictures(tmp_path, qwen_folder):
-    arguments = [
-        "generate",
-        "a cat",
-        "-n",
-        "3",
-        "--batch-size",
-        "1",
-        "--steps",
-        "100",
-        "-m",
-        str(qwen_folder),
-    ]
-    process = subprocess.Popen(
-        [str(EDIT), *arguments, "-o", "cat-{seed}.png"],
-        cwd=tmp_path, env=edit_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # a shell's background job ignores Ctrl-C, and would pass that on
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    deadline = time.monotonic() + TIMEOUT
-    while not (tmp_path / "cat-0.png").exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 130, err
-    kept = {path.name for path in tmp_path.iterdir()}
-    assert "cat-0.png" in kept
-    assert "cat-2.png" not in kept
-    assert all(name.endswith(".png") and not name.startswith(".") for name in kept)
-    assert err.startswith("error: interrupted; kept cat-0.png")
-    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.slow
