@@ -14,14 +14,12 @@ import pytest
 from rich.console import Console
 
 from edit_cli import files
-from edit_cli.commands.profile import profile
 from edit_cli.errors import RunError
 from edit_cli.profile import report as profile_report
 from edit_cli.profile.heatmap import RAMP, colour_at, draw_heatmaps
 from edit_cli.profile.terminal import heatmap, kinds
 from edit_cli.profile.trace import check_trace, default_metric, grid, scale_of
 from edit_cli.profile.warnings import limits, warnings_of
-from edit_cli.request import spread
 from tests.conftest import EDIT, edit_environment
 
 
@@ -166,18 +164,6 @@ def test_drawing_escapes_names():
     trace = make_trace()
     trace["model"] = "a<b&c"
     assert b"a&lt;b&amp;c" in draw_heatmaps(trace, "skip").svg()
-
-
-def test_many_values_follow_one_name():
-    typed = spread(["a cat", "--budget", "0.4", ".6", "1"], profile.options)
-    assert typed == ["a cat", "--budget", "0.4", "--budget", ".6", "--budget", "1"]
-    assert spread(["--images", "a.png", "b.JPG"], profile.options) == [
-        "--images",
-        "a.png",
-        "--images",
-        "b.JPG",
-    ]
-    assert spread(["--seed", "3", "1984"], profile.options) == ["--seed", "3", "1984"], "one seed, one prompt"
 
 
 # -- bad input -----------------------------------------------------------------------------------------
