@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from backbones import registry
 from backbones.spec import Backbone, CallSize, Makes
 from edit_cli import checks, options
-from edit_cli.errors import EditError
+from edit_cli.errors import EditError, RunError
 from edit_cli.generate.medium import Fields, Job, OnStep
 from edit_cli.generate.outputs import PICTURE_SUFFIXES
 from edit_cli.generate.record import encode_picture, read_picture
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from edit_cli.generate.session import Session
 
 DEFAULT_STRENGTH = 0.6  # diffusers' own default for image-to-image
+OVERFLOW = "try --dtype bf16 or fp32, or a smaller scale of --lora"
 SAMPLERS = {"ab2": "AB2", "dpm++2m": "DPM++ 2M"}
 """Solver -> its name in web UIs."""
 
@@ -140,14 +141,20 @@ class Picture:
 
     def call(self, session: Session, pipe: Any, jobs: Sequence[Any], on_step: OnStep) -> list[Any]:
         """One call of the diffusers pipeline."""
+        last: dict[str, Any] = {}
 
-        def after_step(_pipe: Any, _step: int, _time: Any, _tensors: Any) -> dict[str, Any]:
+        def after_step(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            last.update(tensors)
             on_step()
             return {}
 
         with timed_parts(pipe, session.clock, session.device):
             made = pipe(**_arguments(session.plan.backbone, jobs), callback_on_step_end=after_step).images
-        return list(made)
+        finite = last["latents"].flatten(1).isfinite().all(dim=1).tolist()
+        return [
+            picture if good else RunError(f"{job.path}: the numbers overflowed; {OVERFLOW}")
+            for picture, good, job in zip(made, finite, jobs, strict=True)
+        ]
 
     def encode(self, job: Any, made: Image.Image, record: Mapping[str, Any]) -> dict[Path, bytes]:
         """PNG, JPEG or WebP."""

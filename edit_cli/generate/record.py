@@ -42,6 +42,7 @@ XMP = (
     'xmlns:edit="urn:edit:1" edit:request="{}"/></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
 )
 QUALITY = 95
+MAX_COMMENT = 60_000  # bytes; a segment of a JPEG holds 64 KiB
 GLB_MAGIC, JSON_CHUNK = b"glTF", b"JSON"
 
 
@@ -141,7 +142,8 @@ def encode_picture(picture: Image.Image, suffix: str, record: Mapping[str, Any])
         picture.save(buffer, "PNG", pnginfo=chunks)
         return buffer.getvalue()
     exif = Image.Exif()
-    exif.get_ifd(EXIF_IFD)[USER_COMMENT] = UNICODE_COMMENT + parameters_text(record).encode("utf-16-be")
+    comment = parameters_text(record).encode("utf-16-be")[:MAX_COMMENT]
+    exif.get_ifd(EXIF_IFD)[USER_COMMENT] = UNICODE_COMMENT + comment
     options = {"exif": exif.tobytes(), "xmp": XMP.format(html.escape(data, quote=True)).encode()}
     kind = "WEBP" if suffix.lower() == ".webp" else "JPEG"
     picture.convert("RGB").save(buffer, kind, quality=QUALITY, **options)

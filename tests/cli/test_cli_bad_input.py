@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from edit_cli import errors
 from tests.conftest import EDIT, edit_environment
@@ -38,6 +39,8 @@ def desk(tmp_path: Path) -> Path:
     (tmp_path / "foreign.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     (tmp_path / "garbage.safetensors").write_bytes(b"this is not a safetensors file at all")
     (tmp_path / "plain.png").write_bytes(b"no picture")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:900])
     (tmp_path / "taken").write_text("a file")
     (tmp_path / "cat.png").mkdir()
     return tmp_path
@@ -115,6 +118,7 @@ QUICK = [
     (["--from", "missing.png"], "--from 'missing.png' does not exist"),
     (["--from", "plain.png"], "--from 'plain.png' is not a readable picture"),
     (["a cat", "--image", "missing.png"], "--image 'missing.png' is not a file"),
+    (["a cat", "--image", "cut.jpg"], "--image 'cut.jpg' is not a readable picture"),
     (["a cat", "--image", "plain.png"], "--image 'plain.png' is not a readable picture"),
     (["a cat", "--strength", "0.5"], "--strength is for image-to-image; give --image"),
     (["a cat", "--solver", "heun"], "--solver 'heun' is unknown; allowed are euler, ab2, dpm++2m"),

@@ -195,6 +195,9 @@ def test_lora_changes_the_picture_and_scale_zero_does_not(edit_here, made, qwen_
     replayed = edit_here("generate", "--from", "on.png", "-o", "other.png", cwd=folder)
     assert replayed.code == 0, replayed.err
     assert "not what the original was made with: lora_hashes; the picture may differ" in replayed.err
+    overflowed = run("x.png", "--lora", "lora.safetensors:1e38")
+    assert overflowed.code == 1
+    assert overflowed.err.startswith("error: x.png: the numbers overflowed; try")
     refused = run("x.png", "--lora", "foreign.safetensors")
     assert refused.code == 2
     assert "foreign.safetensors" in refused.err

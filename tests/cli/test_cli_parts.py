@@ -128,6 +128,12 @@ def test_metadata_survives_in_every_format(tmp_path, suffix):
     )
 
 
+def test_a_comment_too_long_for_a_jpeg_is_cut(tmp_path):
+    long = {**RECORD, "prompt": "a cat " * 6000}
+    (tmp_path / "x.jpg").write_bytes(record.encode_picture(Image.new("RGB", (8, 8)), ".jpg", long))
+    assert record.read_picture(tmp_path / "x.jpg") == long
+
+
 def test_pictures_without_metadata_are_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     with pytest.raises(EditError, match="holds no `edit` metadata"):
@@ -202,6 +208,14 @@ def test_ssim_is_scikit_image_s():
         a, b, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
     )
     assert closeness.ssim(Image.fromarray(a), Image.fromarray(b)) == pytest.approx(theirs, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["g16.png", "g32.tif", "f.tif"])
+def test_grey_pictures_of_any_depth_open_alike(tmp_path, name):
+    grey = np.linspace(0, 255, 64 * 64).reshape(64, 64).round()
+    kinds = {"g16.png": grey.astype(np.uint16) * 257, "g32.tif": grey.astype(np.int32) * 257}
+    Image.fromarray(kinds.get(name, (grey / 255).astype(np.float32))).save(tmp_path / name)
+    assert np.abs(np.asarray(open_rgb(str(tmp_path / name)), float)[..., 0] - grey).max() <= 1
 
 
 def test_transparent_and_rotated_pictures_are_opened_upright(tmp_path):
