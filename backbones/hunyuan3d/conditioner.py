@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dinov2 import Dinov2, Dinov2Config
+from .dinov2 import build_dinov2
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -38,7 +38,7 @@ class DinoImageEncoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], image_size: int = 224, use_cls_token: bool = True) -> None:
         super().__init__()
-        self.model = Dinov2(Dinov2Config.from_dict(config))
+        self.model = build_dinov2(config)
         self.image_size, self.use_cls_token = image_size, use_cls_token
 
     @property
@@ -68,7 +68,7 @@ class DinoImageEncoder(nn.Module):
 
     def encode(self, image: Tensor) -> Tensor:
         """`[B, 3, h, w] -> [B, S, D]`."""
-        tokens = self.model(self.pixel_values(image))
+        tokens = self.model(self.pixel_values(image)).last_hidden_state
         return tokens if self.use_cls_token else tokens[:, 1:]
 
     def forward(self, image: Tensor, view_idxs: Sequence[Sequence[int]] | None = None) -> Tensor:

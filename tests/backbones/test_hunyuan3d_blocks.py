@@ -1,10 +1,13 @@
 """What routers rely on: named streams, sliceable MLPs, skips that flow around blocks, separate rows."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbones.hunyuan3d.dinov2 import Dinov2, Dinov2Config
+from backbones.hunyuan3d.dinov2 import build_dinov2
 from backbones.hunyuan3d.dit_v2 import Hunyuan3DDiT
 from backbones.hunyuan3d.dit_v21 import HunYuanDiTPlain, MixtureOfExperts, MoEDiTBlock
 from routers.spec import MlpSpec
@@ -197,10 +200,9 @@ def test_impossible_sizes_are_refused():
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
-@pytest.mark.parametrize("size", [56, 84])
 @torch.no_grad()
-def test_dinov2_equals_transformers(swiglu, size):
-    """Both MLP kinds, trained size and resampled positions; transformers 5 has other key names."""
+def test_dinov2_loads_and_writes_the_published_names(swiglu, tmp_path):
+    """What transformers renames in from_pretrained comes out equal, from views of stored tensors."""
     transformers = pytest.importorskip("transformers")
     fields = {
         "hidden_size": 24,
@@ -208,34 +210,35 @@ def test_dinov2_equals_transformers(swiglu, size):
         "num_attention_heads": 4,
         "image_size": 56,
         "patch_size": 14,
+        "use_swiglu_ffn": swiglu,
     }
-    config = transformers.Dinov2Config(**fields, use_swiglu_ffn=swiglu)
     torch.manual_seed(4)
-    reference = transformers.Dinov2Model(config).eval()
-    for parameter in reference.parameters():
+    first = build_dinov2(fields).eval()
+    for parameter in first.parameters():
         parameter.copy_(torch.randn_like(parameter) * 0.2)
-    ours = Dinov2(Dinov2Config.from_dict({**fields, "use_swiglu_ffn": swiglu})).eval()
-    ours.load_state_dict(_published_names(reference.state_dict()))
-    pixels = torch.randn(2, 3, size, size)
-    torch.testing.assert_close(ours(pixels), reference(pixels).last_hidden_state, atol=2e-5, rtol=1e-4)
+    published = first.state_dict()
+    assert "encoder.layer.1.attention.attention.query.weight" in published
+    save_file(published, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "model_type": "dinov2"}))
+    reference, report = transformers.Dinov2Model.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+
+    with torch.device("meta"):
+        ours = build_dinov2(fields).eval()
+    ours.load_state_dict(published, assign=True)
+    stored = {tensor.untyped_storage().data_ptr() for tensor in published.values()}
+    assert {parameter.untyped_storage().data_ptr() for parameter in ours.parameters()} <= stored
+    assert all(torch.equal(tensor, published[name]) for name, tensor in ours.state_dict().items())
+    for size in (56, 84):
+        pixels = torch.randn(2, 3, size, size)
+        assert torch.equal(ours(pixels)[0], reference.eval()(pixels)[0])
 
 
-def _published_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names of transformers 5 to those of the public checkpoints (transformers 4)."""
-    renamed = {}
-    pairs = [("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value")]
-    pairs += [("o_proj", "output.dense"), ("down_proj", "weights_out")]
-    for key, tensor in state.items():
-        if "up_proj" in key:
-            continue
-        if "gate_proj" in key:
-            name = key.replace("gate_proj", "weights_in")
-            renamed[name] = torch.cat([tensor, state[key.replace("gate_proj", "up_proj")]])
-            continue
-        for new, old in pairs:
-            key = key.replace(new, old)
-        renamed[key] = tensor
-    return renamed
+def test_dinov2_refuses_settings_that_it_does_not_have():
+    with pytest.raises(ValueError, match="unknown Dinov2Config keys \\['registers'\\]"):
+        build_dinov2({"hidden_size": 24, "registers": 4})
+    with pytest.raises(ValueError, match="hidden_size"):
+        build_dinov2({"hidden_size": "wide"})
 
 
 def test_a_longer_condition_is_counted_anew():

@@ -11,7 +11,6 @@ from torch import nn
 
 from backbones.hunyuan3d import checkpoints
 from backbones.hunyuan3d.config import build
-from backbones.hunyuan3d.dinov2 import Dinov2Config
 
 from .runner import Comparison
 
@@ -41,12 +40,18 @@ TURBO_PARAMS = {
     "geo_decoder_mlp_expand_ratio": 1,
     "geo_decoder_ln_post": False,
 }
-GIANT = Dinov2Config(1536, 40, 24, image_size=518, use_swiglu_ffn=True)
-LARGE = Dinov2Config(1024, 24, 16, image_size=518)
+GIANT = {
+    "hidden_size": 1536,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 24,
+    "image_size": 518,
+    "use_swiglu_ffn": True,
+}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518}
 
 
-def _dino(config: Dinov2Config) -> dict[str, Any]:
-    kwargs = {"config": vars(config), "image_size": 518, "use_cls_token": True}
+def _dino(config: dict[str, Any]) -> dict[str, Any]:
+    kwargs = {"config": config, "image_size": 518, "use_cls_token": True}
     encoder = {"type": "DinoImageEncoder", "kwargs": kwargs}
     return {"target": "SingleImageEncoder", "params": {"main_image_encoder": encoder}}
 
