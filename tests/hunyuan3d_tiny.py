@@ -60,13 +60,12 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def components(with_encoder: bool = False) -> dict[str, nn.Module]:
+def components() -> dict[str, nn.Module]:
     """The modules of CONFIG, the same weights every time."""
     torch.manual_seed(0)
-    vae = {**CONFIG["vae"], "params": {**VAE_PARAMS, "with_encoder": with_encoder}}
     return {
         "model": build("model", CONFIG["model"]),
-        "vae": build("vae", vae),
+        "vae": build("vae", CONFIG["vae"]),
         "conditioner": build("conditioner", CONFIG["conditioner"]),
     }
 

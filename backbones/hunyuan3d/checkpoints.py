@@ -28,6 +28,7 @@ from .config import COMPONENTS, SECTIONS, build, read_config
 from .family import TRANSFORMER_2, TRANSFORMER_21
 from .folders import find_weights, resolve_folder
 from .pipeline import Hunyuan3DPipeline
+from .shape_vae import ENCODER_KEYS
 
 State = dict[str, Tensor]
 
@@ -121,13 +122,14 @@ def load_weights(module: nn.Module, state: State, name: str) -> None:
 def build_component(
     name: str, spec: Mapping[str, Any], state: State, folder: Path | None = None
 ) -> nn.Module:
-    """A module of a config section with its weights. A VAE without encoder weights becomes a decoder only.
+    """A module of a config section with its weights; those of a VAE's encoder are passed over.
 
     folder: where a static transformer's shape is looked up. Raises ModelError.
     """
-    overrides = {"with_encoder": any(key.startswith("encoder.") for key in state)} if name == "vae" else {}
+    if name == "vae":
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(ENCODER_KEYS)}
     with torch.device("meta"):
-        module = build(name, spec, **overrides)
+        module = build(name, spec)
         if name == "model" and static.read_shape(folder) is not None:
             kinds = {kind.transformer_class: kind for kind in (TRANSFORMER_2, TRANSFORMER_21)}
             static.narrow_like(module, kinds[type(module).__name__], folder)

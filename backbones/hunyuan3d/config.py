@@ -50,8 +50,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def build(section: str, spec: Mapping[str, Any], **overrides: Any) -> Any:
-    """Construct what a section `{target, params}` names. Raises ModelError on anything unknown."""
+def build(section: str, spec: Mapping[str, Any], **parts: Any) -> Any:
+    """Construct what a section `{target, params}` names. Raises ModelError on anything unknown.
+
+    parts: other components, for the pipeline.
+    """
     if not isinstance(spec, Mapping) or "target" not in spec or set(spec) - {"target", "params"}:
         raise ModelError(
             f"section {section!r} must have the keys 'target' and 'params', not {sorted(spec or ())}"
@@ -70,6 +73,6 @@ def build(section: str, spec: Mapping[str, Any], **overrides: Any) -> Any:
         )
     kept = {key: value for key, value in params.items() if key not in target.ignored}
     try:
-        return target.build(**kept, **overrides)
+        return target.build(**kept, **parts)
     except (TypeError, ValueError) as error:
         raise ModelError(f"section {section!r}: {error}") from error

@@ -13,14 +13,15 @@ from backbones.hunyuan3d.checkpoints import load_pipeline, read_weights, save_ch
 from backbones.hunyuan3d.config import build, read_config
 from backbones.hunyuan3d.schedulers import ConsistencyFlowMatchEulerScheduler
 from backbones.model_files import ModelError
-from tests.hunyuan3d_tiny import CONFIG, components
+from backbones.tiny.recipes.shapes.point_encoder import EncodingShapeVAE
+from tests.hunyuan3d_tiny import CONFIG, VAE_PARAMS, components
 
 
-def write(folder: Path, name: str = "model.safetensors", with_encoder: bool = False, config=CONFIG) -> Path:
+def write(folder: Path, name: str = "model.safetensors", config=CONFIG, **others) -> Path:
     """A small checkpoint in the published layout, in the format that the file name says."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    states = {key: dict(module.state_dict()) for key, module in components(with_encoder).items()}
+    states = {key: dict(module.state_dict()) for key, module in {**components(), **others}.items()}
     if name.endswith(".ckpt"):
         torch.save(states, folder / name)
     else:
@@ -84,9 +85,12 @@ def test_a_broken_file_is_named(tmp_path):
         load_pipeline(folder)
 
 
-def test_vae_with_and_without_encoder(tmp_path):
-    assert load_pipeline(write(tmp_path / "half")).vae.encoder is None
-    assert load_pipeline(write(tmp_path / "whole", with_encoder=True)).vae.encoder is not None
+def test_of_a_whole_vae_the_decoder_is_read(tmp_path):
+    whole = EncodingShapeVAE(**VAE_PARAMS)
+    decoder = load_pipeline(write(tmp_path, vae=whole)).vae.state_dict()
+    stored = whole.state_dict()
+    assert set(stored) - set(decoder) == {key for key in stored if key.startswith(("encoder.", "pre_kl."))}
+    assert all(torch.equal(stored[key], tensor) for key, tensor in decoder.items())
 
 
 def test_missing_left_over_and_misshapen_weights(tmp_path):

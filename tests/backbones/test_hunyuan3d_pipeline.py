@@ -12,7 +12,7 @@ from backbones.hunyuan3d.config import build
 from backbones.hunyuan3d.image_processor import ImageProcessor, MultiViewImageProcessor, resize_area
 from backbones.hunyuan3d.pipeline import Hunyuan3DPipeline, denoise
 from backbones.hunyuan3d.schedulers import ConsistencyFlowMatchEulerScheduler, FlowMatchEulerScheduler
-from backbones.hunyuan3d.shape_vae import ShapeVAE, farthest_points
+from backbones.tiny.recipes.shapes.point_encoder import EncodingShapeVAE, farthest_points
 from tests.hunyuan3d_tiny import CONFIG, ENCODER, VAE_PARAMS, components
 
 
@@ -202,7 +202,7 @@ def test_area_resampling_keeps_the_mean_when_shrinking_and_constants_always():
 
 def test_encoder_round_trip_shapes_and_randomness():
     torch.manual_seed(0)
-    vae = ShapeVAE(**VAE_PARAMS).eval()
+    vae = EncodingShapeVAE(**VAE_PARAMS).eval()
     surface = torch.randn(2, 60, 7)
     with torch.no_grad():
         first, again, other = (vae.encode(surface, torch.Generator().manual_seed(s)) for s in (0, 0, 1))

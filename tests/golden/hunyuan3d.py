@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from backbones.hunyuan3d import checkpoints, dit_v2, dit_v21, schedulers
 from backbones.hunyuan3d.pipeline import denoise
-from backbones.hunyuan3d.shape_vae import Posterior, ShapeVAE
 from backbones.hunyuan3d.vecset import FourierEmbedder
+from backbones.tiny.recipes.shapes.point_encoder import EncodingShapeVAE, Posterior
 
 from .runner import Case, Outcome, Tolerance
 
@@ -126,9 +126,7 @@ def run_shapevae_decode(case: Case) -> Outcome:
 def run_shapevae_encode(case: Case) -> Outcome:
     """Encoder on given query and data features; the random choice of points is not part of the case."""
     with torch.device("meta"):
-        vae: ShapeVAE = checkpoints.build("vae", {"target": "ShapeVAE", "params": case.config["params"]})
-    assert vae.encoder is not None
-    assert vae.pre_kl is not None
+        vae = EncodingShapeVAE(**case.config["params"])
     halves = nn.ModuleDict({"encoder": vae.encoder, "pre_kl": vae.pre_kl})
     wanted = {k: v for k, v in case.weights.items() if k.startswith(("encoder.", "pre_kl."))}
     checkpoints.load_weights(halves, wanted, "vae encoder")

@@ -24,7 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from backbones.hunyuan3d.checkpoints import load_pipeline, save_checkpoint
-from backbones.hunyuan3d.shape_vae import ShapeVAE
+from backbones.hunyuan3d.config import build
+from backbones.hunyuan3d.shape_vae import ENCODER_KEYS, ShapeVAE
 from backbones.tiny.recipes.data import check_versions
 from backbones.tiny.recipes.export import MAX_BYTES, check_half
 from backbones.tiny.recipes.shapes.dataset import (
@@ -69,11 +70,9 @@ def package_config(vae_params: dict[str, Any]) -> dict[str, Any]:
 def decoder_of_normalised(vae: ShapeVAE, stats: Stats, params: dict[str, Any]) -> ShapeVAE:
     """The decoder half for latents x with z = x * std + mean: W z + b = (W std) x + (W mean + b)."""
     mean, std = stats
-    decoder = ShapeVAE(**params, with_encoder=False)
+    decoder: ShapeVAE = build("vae", {"target": "ShapeVAE", "params": params})
     state = {
-        key: tensor.clone()
-        for key, tensor in vae.state_dict().items()
-        if not key.startswith(("encoder.", "pre_kl."))
+        key: tensor.clone() for key, tensor in vae.state_dict().items() if not key.startswith(ENCODER_KEYS)
     }
     state["post_kl.bias"] += state["post_kl.weight"] @ mean
     state["post_kl.weight"] *= std

@@ -1,4 +1,4 @@
-"""Step `vae`: train the shape VAE, `backbones.hunyuan3d.shape_vae.ShapeVAE` at a tiny size.
+"""Step `vae`: train the shape VAE, `point_encoder.EncodingShapeVAE` at a tiny size.
 
     python -m backbones.tiny.recipes.shapes.vae [--minutes 35]
 
@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.hunyuan3d.shape_vae import Posterior, ShapeVAE
+from backbones.hunyuan3d.shape_vae import ShapeVAE
 from backbones.tiny.recipes.shapes.codes import CODE_CHANNELS, SCHEMES, pair, positions
 from backbones.tiny.recipes.shapes.dataset import grid_points
+from backbones.tiny.recipes.shapes.point_encoder import EncodingShapeVAE, Posterior
 from backbones.tiny.recipes.shapes.store import KINDS, ShapeBatch, ShapeSet, target
 from backbones.tiny.recipes.shapes.training import arguments, compile_blocks, plain_attention
 from backbones.tiny.recipes.training import Loop, Step, constant, save
@@ -46,7 +47,7 @@ def is_matrix(name: str, p: Tensor) -> bool:
     return p.dim() == 2 and any(part in name for part in ("resblocks", "cross_attn"))
 
 
-def encode(vae: ShapeVAE, surface: Tensor, codes: Tensor) -> Posterior:
+def encode(vae: EncodingShapeVAE, surface: Tensor, codes: Tensor) -> Posterior:
     """Posterior over the content channels, (B, L, E - 3), of surfaces (B, P, 6) read at codes (B, L, 3)."""
     queries = torch.cat([positions(codes), torch.zeros_like(codes)], dim=-1)
     features = vae.features(queries) * smooth_query_mask(vae)
@@ -97,7 +98,9 @@ def occupied(vae: ShapeVAE, latents: Tensor, every: int = 1, chunk: int = 8192) 
 
 
 @torch.no_grad()
-def held_out_iou(vae: ShapeVAE, data: ShapeSet, scheme: str, count: int, every: int = 1) -> dict[str, float]:
+def held_out_iou(
+    vae: EncodingShapeVAE, data: ShapeSet, scheme: str, count: int, every: int = 1
+) -> dict[str, float]:
     """Mean reconstruction IoU on the first `count` shapes of each kind, at every n-th grid point."""
     length, generator = vae.latent_shape[0], torch.Generator().manual_seed(0)
     result = {}
@@ -113,7 +116,7 @@ def held_out_iou(vae: ShapeVAE, data: ShapeSet, scheme: str, count: int, every: 
 
 
 @torch.no_grad()
-def latent_stats(vae: ShapeVAE, data: ShapeSet, scheme: str, shapes: int = 1024) -> Stats:
+def latent_stats(vae: EncodingShapeVAE, data: ShapeSet, scheme: str, shapes: int = 1024) -> Stats:
     """Mean and standard deviation (E,) of latents; codes are standard already."""
     contents, generator = [], torch.Generator().manual_seed(0)
     for _ in range(max(1, shapes // 64)):
@@ -125,15 +128,15 @@ def latent_stats(vae: ShapeVAE, data: ShapeSet, scheme: str, shapes: int = 1024)
     return torch.cat([content.mean(0), zeros]), torch.cat([content.std(0), zeros + 1])
 
 
-def load_vae(path: Path) -> tuple[ShapeVAE, Stats, str]:
+def load_vae(path: Path) -> tuple[EncodingShapeVAE, Stats, str]:
     """The trained VAE, the statistics of its latents, and its scheme of codes."""
     state = torch.load(path, weights_only=True)
-    vae = ShapeVAE(**state["params"])
+    vae = EncodingShapeVAE(**state["params"])
     vae.load_state_dict(state["model"])
     return vae.requires_grad_(False).eval(), (state["mean"], state["std"]), state["scheme"]
 
 
-def train_step(vae: ShapeVAE, batch: ShapeBatch, scheme: str) -> Step:
+def train_step(vae: EncodingShapeVAE, batch: ShapeBatch, scheme: str) -> Step:
     """The loss of one batch."""
     shape = (len(batch.surface), vae.latent_shape[0])
     codes, _ = pair(scheme, torch.randn(*shape, CODE_CHANNELS))
@@ -152,7 +155,7 @@ def train(args: argparse.Namespace) -> None:
     """Run or resume training until `args.minutes` of training time are used up."""
     torch.manual_seed(args.seed)
     params = {**VAE_PARAMS, "num_encoder_layers": args.encoder_layers, "num_latents": args.latents}
-    vae = ShapeVAE(**params)
+    vae = EncodingShapeVAE(**params)
     loop = Loop.from_args(
         "vae", vae, is_matrix, args, schedule=partial(constant, decay_from=0.5), ema_start=1,
         log_every=args.log_every,
@@ -186,7 +189,7 @@ def finish(
 ) -> None:
     """Measure the EMA weights and write model.pt."""
     report(loop, held_out, args.codes, 64)
-    vae = ShapeVAE(**params)
+    vae = EncodingShapeVAE(**params)
     vae.load_state_dict(loop.model.state_dict())
     vae.load_state_dict(loop.average, strict=False)
     mean, std = latent_stats(vae.eval(), data, args.codes)
