@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from backbones import static_folder as static
 from backbones.hunyuan3d.folders import cached_folder
 from backbones.model_files import ModelError, cached_file, hub_message, require_hub
 from backbones.registry import component_configs
-from backbones.single_file import load_denoiser
 from backbones.spec import DIFFUSERS, HUNYUAN3D, Backbone, CallSize, Lora, Placement
+from backbones.weights import build_transformer, load_transformer
 from routers.cost import transformer_flops
 
 if TYPE_CHECKING:
@@ -103,20 +102,8 @@ def blocks(transformer: Any, backbone: Backbone) -> list[Any]:
 @functools.lru_cache(maxsize=2)
 def meta_transformer(backbone: Backbone) -> Any:
     """The transformer without weights, on the meta device. Raises ModelError."""
-    configs = component_configs(backbone)
     with torch.device("meta"):
-        if backbone.family.layout == HUNYUAN3D:
-            from backbones.hunyuan3d.config import build
-
-            transformer = build("model", configs["model"])
-        else:
-            import diffusers
-
-            transformer_class = getattr(diffusers, backbone.family.transformer.transformer_class)
-            transformer = transformer_class.from_config(dict(configs["transformer"]))
-        if backbone.file is None:
-            static.narrow_like(transformer, backbone.family.transformer, backbone.folder)
-    return transformer.eval()
+        return build_transformer(backbone).eval()
 
 
 def call_flops(backbone: Backbone, size: CallSize) -> float:
@@ -205,13 +192,13 @@ def _load_diffusers(
     backbone: Backbone, placement: Placement, device: torch.device, dtype: torch.dtype, transformer: Any
 ) -> Any:
     from_file = backbone.file is not None and transformer is None
-    if transformer is None and not from_file:
-        transformer = static.load_transformer(backbone, dtype)
+    if transformer is None and backbone.static is not None:
+        transformer = load_transformer(backbone, dtype)
     # a single file is read last: what else is missing shows at once, not after 24 GB
     components = {"transformer": transformer} if from_file or transformer is not None else {}
     pipe = _from_pretrained(backbone, dtype, components)
     if from_file:
-        pipe.register_modules(transformer=load_denoiser(backbone, dtype))
+        pipe.register_modules(transformer=load_transformer(backbone, dtype))
     for i, lora in enumerate(placement.loras):
         _add_lora(pipe, lora, f"lora_{i}")
     if placement.loras:

@@ -18,8 +18,8 @@ from typing import Any
 from backbones.spec import DEFAULT_FIELDS, Defaults, Makes
 
 ROUTERS_FOLDER = "routers"
-DEFAULTS_FILE = "edit.json"
-"""Defaults for requests, and what `backbones.static_folder` reads."""
+DEFAULTS_FILE, STATIC = "edit.json", "static"
+"""What a model folder says of itself: defaults for requests, and a static transformer's shape."""
 
 Stamp = tuple[tuple[str, int, int], ...]
 """Name, time of change and size of files: what was read from them holds while it stays the same."""
@@ -98,11 +98,17 @@ def folder_defaults(folder: Path, base: Defaults, makes: Makes) -> Defaults:
     if not file.is_file():
         return base
     data = read_json(file)
-    data.pop("static", None)  # what `backbones.static_folder` reads
+    data.pop(STATIC, None)
     unknown = sorted(set(data) - set(allowed))
     if unknown:
         raise ModelError(f"{file}: unknown keys {unknown}; allowed are {', '.join(allowed)}")
     return replace(base, **data)
+
+
+def static_entry(folder: Path) -> Any:
+    """What `edit.json` says of a static transformer; None if it is an ordinary one. Raises ModelError."""
+    file = folder / DEFAULTS_FILE
+    return read_json(file).get(STATIC) if file.is_file() else None
 
 
 def folder_bundle(folder: Path) -> Path | None:

@@ -31,6 +31,7 @@ from backbones.model_files import (
     read_json,
     read_yaml,
     stamp,
+    static_entry,
 )
 from backbones.single_file import check_fits, denoiser_shapes, read_single_file
 from backbones.spec import (
@@ -168,6 +169,7 @@ def _read_folder(folder: Path, _stamp: Stamp) -> Backbone:
         parameters=sum(counts.values()),
         transformer_parameters=counts.get("transformer", 0),
         bundle=folder_bundle(folder),
+        static=static_entry(folder),
         **vars(traits),
     )
     return replace(

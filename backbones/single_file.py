@@ -1,4 +1,4 @@
-"""Single-file checkpoints (`flux1-dev.safetensors`): recognise them by their header, load the denoiser.
+"""Single-file checkpoints (`flux1-dev.safetensors`): recognise them by their header, read the denoiser.
 
 Text encoders, tokenizers and VAE come from a pipeline folder or hub id, the file's *base*. Tensors are
 mapped into memory and cut there, so a file of 24 GB is never held twice. Torch is imported only to load.
@@ -6,12 +6,12 @@ mapped into memory and cut there, so a file of 24 GB is never held twice. Torch 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from backbones.model_files import ModelError, read_header
-from backbones.spec import Backbone, Config, Family, FileLayout, Part, Shapes, SingleFile
+from backbones.spec import Config, Family, FileLayout, Part, Shapes, SingleFile
 
 SUFFIXES = (".safetensors", ".sft")
 PREFIXES = ("", "model.diffusion_model.", "transformer.")
@@ -78,41 +78,17 @@ def check_fits(file: SingleFile, config: Config, base: Config, family: Family) -
         _check_names(file, parts)
 
 
-def load_denoiser(backbone: Backbone, dtype: Any) -> Any:
-    """The transformer of a single file, in `dtype`, on the CPU. Raises ModelError."""
-    import diffusers
-    from accelerate import init_empty_weights
-    from safetensors import SafetensorError
+def read_denoiser(file: SingleFile, names: Iterable[str], dtype: Any) -> dict[str, Any]:
+    """Tensors by the transformer's own names: views of the mapped file, copied only where the dtype changes.
 
-    file = backbone.file
-    assert file is not None, "the backbone is not a single file"
-    transformer_class = getattr(diffusers, backbone.family.transformer.transformer_class)
-    # parameters only: tables that a constructor computes and no file holds stay real
-    with init_empty_weights(include_buffers=False):
-        transformer = transformer_class.from_config(dict(file.config))
-    expected = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
-    find_parts = file.layout.parts
-    parts = {name: Part(name) for name in expected} if find_parts is None else find_parts(file.config)
-    _check_names(file, {part.key for part in parts.values()})
-    try:
-        weights = _read(file, parts, dtype)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{str(file.path)!r} cannot be read: {error}") from error
-    for name, shape in expected.items():
-        if tuple(weights[name].shape) != shape:
-            raise ModelError(
-                f"{str(file.path)!r}: {parts[name].key} is {tuple(weights[name].shape)} for {name}, "
-                f"which is {shape} in {type(transformer).__name__}"
-            )
-    transformer.load_state_dict(weights, assign=True)
-    return transformer.eval()
-
-
-def _read(file: SingleFile, parts: Mapping[str, Part], dtype: Any) -> dict[str, Any]:
-    """Tensors by diffusers' names: views of the mapped file, copied only where the dtype changes."""
+    names: of all its tensors. Raises ModelError, and what safetensors raises.
+    """
     import torch
     from safetensors import safe_open
 
+    find_parts = file.layout.parts
+    parts = {name: Part(name) for name in names} if find_parts is None else find_parts(file.config)
+    _check_names(file, {part.key for part in parts.values()})
     weights = {}
     with safe_open(file.path, framework="pt") as stored:
         for name, part in parts.items():

@@ -191,6 +191,7 @@ class Backbone:
     bundle: folder of the routers used by default, or None.
     batch_size: results made together by default.
     file: a single-file checkpoint whose denoiser takes the place of the source's.
+    static: what `edit.json` says of a transformer that was made smaller for good, or None.
     """
 
     name: str
@@ -209,6 +210,7 @@ class Backbone:
     bundle: Path | None = None
     batch_size: int = 1
     file: SingleFile | None = None
+    static: Config | None = field(default=None, hash=False)
 
     @property
     def makes(self) -> Makes:

@@ -1,4 +1,4 @@
-"""Folders with a static transformer: fewer blocks and narrower MLPs than its class builds.
+"""Static transformers in model folders: fewer blocks and narrower MLPs than their class builds.
 
 The number of blocks is part of the model's own configuration. Widths are not, for diffusers' and the
 published classes have one width for all blocks, so `edit.json` holds them under "static"
@@ -9,15 +9,11 @@ weights, and then loaded strictly.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from backbones.model_files import ModelError, read_json
-from backbones.spec import Backbone
+from backbones.model_files import DEFAULTS_FILE, ModelError, static_entry
+from routers.static.frozen import StaticShape, narrow
 
-if TYPE_CHECKING:
-    from routers.static.frozen import StaticShape
-
-DEFAULTS_FILE, ENTRY = "edit.json", "static"
 COUNTS = {
     "transformer_blocks": "num_layers",
     "single_transformer_blocks": "num_single_layers",
@@ -30,75 +26,13 @@ EXPERT_KIND, EXPERT_COUNT = "experts", "num_moe_layers"
 """The last blocks of Hunyuan3D 2.1 have experts, and how many is a setting of its own."""
 
 
-def read_shape(folder: Path | None) -> StaticShape | None:
-    """The static shape of a folder's transformer; None if it is an ordinary one.
-
-    Raises ModelError, one line, if it cannot be understood.
-    """
-    if folder is None or not (folder / DEFAULTS_FILE).is_file():
-        return None
-    data = read_json(folder / DEFAULTS_FILE)
-    if ENTRY not in data:
-        return None
-    from routers.static.frozen import StaticShape
-
+def narrow_like(transformer: Any, spec: Any, folder: Path) -> None:
+    """Narrow a transformer that was built from a static folder's configuration. Raises ModelError."""
+    entry = static_entry(folder)
     try:
-        return StaticShape.from_dict(data[ENTRY])
+        narrow(transformer, spec, StaticShape.from_dict(entry))
     except ValueError as error:
         raise ModelError(f"{folder / DEFAULTS_FILE}: {error}") from error
-
-
-def narrow_like(transformer: Any, spec: Any, folder: Path | None) -> None:
-    """Narrow a transformer that was built from a folder's configuration. Raises ModelError."""
-    shape = read_shape(folder)
-    if shape is None:
-        return
-    from routers.static.frozen import narrow
-
-    try:
-        narrow(transformer, spec, shape)
-    except ValueError as error:
-        assert folder is not None
-        raise ModelError(f"{folder / DEFAULTS_FILE}: {error}") from error
-
-
-def load_transformer(backbone: Backbone, dtype: Any) -> Any:
-    """The static transformer of a pipeline folder, in `dtype`, on the CPU; None if it is an ordinary one.
-
-    Raises ModelError, one line, if weights and shape do not fit.
-    """
-    if read_shape(backbone.folder) is None:
-        return None
-    import diffusers
-    from accelerate import init_empty_weights
-
-    assert backbone.folder is not None
-    folder = backbone.folder / "transformer"
-    transformer_class = getattr(diffusers, backbone.family.transformer.transformer_class)
-    # parameters only: tables that a constructor computes and no file holds stay real
-    with init_empty_weights(include_buffers=False):
-        transformer = transformer_class.from_config(transformer_class.load_config(folder))
-    narrow_like(transformer, backbone.family.transformer, backbone.folder)
-    weights = _read_weights(folder, dtype)
-    try:
-        transformer.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise ModelError(f"{str(folder)!r} cannot be loaded: {' '.join(lines[:2])[:300]}") from error
-    return transformer.eval()
-
-
-def _read_weights(folder: Path, dtype: Any) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    weights: dict[str, Any] = {}
-    try:
-        for file in sorted(folder.glob("*.safetensors")):
-            weights |= {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{str(folder)!r} cannot be read: {error}") from error
-    return weights
 
 
 def block_counts(transformer: Any, spec: Any) -> dict[str, int]:

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from backbones import static_folder as static
-from backbones.model_files import ModelError
+from backbones.model_files import ModelError, static_entry
 from backbones.spec import HUNYUAN3D
+from backbones.weights import load_weights
 from routers.files import write_whole
 
 from .config import COMPONENTS, SECTIONS, build, read_config
@@ -92,33 +92,6 @@ def _strip_training_prefixes(state: Mapping[str, Tensor], path: Path) -> State:
     return stripped
 
 
-def check_keys(module: nn.Module, stored: Mapping[str, tuple[int, ...]], name: str) -> None:
-    """Compare names and shapes with the module's own. Raises ModelError with the first offenders."""
-    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    problems = []
-    for label, keys in (
-        ("missing", expected.keys() - stored.keys()),
-        ("left over", stored.keys() - expected.keys()),
-    ):
-        if keys:
-            problems.append(f"{len(keys)} {label}, first {sorted(keys)[0]}")
-    wrong = sorted(key for key in expected.keys() & stored.keys() if expected[key] != tuple(stored[key]))
-    if wrong:
-        problems.append(
-            f"{len(wrong)} of wrong shape, first {wrong[0]} {list(stored[wrong[0]])} instead of "
-            f"{list(expected[wrong[0]])}"
-        )
-    if problems:
-        raise ModelError(f"{name} weights do not fit the config: {'; '.join(problems)}")
-
-
-def load_weights(module: nn.Module, state: State, name: str) -> None:
-    """Give a module (on the meta device or not) exactly these tensors, without copying them."""
-    check_keys(module, {key: tuple(tensor.shape) for key, tensor in state.items()}, name)
-    module.load_state_dict(state, strict=True, assign=True)
-    module.requires_grad_(False).eval()
-
-
 def build_component(
     name: str, spec: Mapping[str, Any], state: State, folder: Path | None = None
 ) -> nn.Module:
@@ -130,11 +103,13 @@ def build_component(
         state = {key: tensor for key, tensor in state.items() if not key.startswith(ENCODER_KEYS)}
     with torch.device("meta"):
         module = build(name, spec)
-        if name == "model" and static.read_shape(folder) is not None:
+        if name == "model" and folder is not None and static_entry(folder) is not None:
+            from backbones.static_folder import narrow_like
+
             kinds = {kind.transformer_class: kind for kind in (TRANSFORMER_2, TRANSFORMER_21)}
-            static.narrow_like(module, kinds[type(module).__name__], folder)
+            narrow_like(module, kinds[type(module).__name__], folder)
     load_weights(module, state, name)
-    return module
+    return module.requires_grad_(False).eval()
 
 
 def load_pipeline(

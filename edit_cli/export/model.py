@@ -13,6 +13,7 @@ from torch import nn
 
 from backbones import loading, registry
 from backbones import static_folder as static
+from backbones.model_files import DEFAULTS_FILE
 from backbones.spec import DIFFUSERS, Placement
 from edit_cli.errors import EditError
 from edit_cli.export.source import Source, put_in
@@ -44,7 +45,7 @@ def save_model(
         _forget_origin(folder)
     defaults = {name: value for name, value in asdict(source.backbone.defaults).items() if value is not None}
     text = json.dumps({**defaults, **(entries or {})}, indent=1)
-    (folder / static.DEFAULTS_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / DEFAULTS_FILE).write_text(text + "\n", encoding="utf-8")
     origin = source.backbone.folder
     if origin is not None and (origin / PROMPTS_FILE).is_file():
         shutil.copy(origin / PROMPTS_FILE, folder)

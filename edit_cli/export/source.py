@@ -63,7 +63,7 @@ class Source:
     @property
     def is_static(self) -> bool:
         """Whether the model is a static one already."""
-        return static.read_shape(self.backbone.folder) is not None
+        return self.backbone.static is not None
 
     @property
     def dtype(self) -> torch.dtype:

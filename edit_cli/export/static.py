@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from backbones import static_folder as static
+from backbones.model_files import STATIC
 from edit_cli.console import readable_count, two_columns
 from edit_cli.errors import RunError
 from edit_cli.export.model import load_again, save_model
@@ -35,7 +35,7 @@ def fill(source: Source, request: Request, folder: Path, say: Say) -> dict[str, 
     budget = request["budget"]
     small = freeze(source, budget, say)
     say("writing")
-    entries = {static.ENTRY: small.choice.shape.to_dict()}
+    entries = {STATIC: small.choice.shape.to_dict()}
     save_model(source, small.transformer, folder, request.get("shard_size"), entries)
     say("loading it again")
     again, calls = load_again(source, folder), small.calls[:2]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from backbones import loading, registry
 from backbones.flux_checkpoint import original_parts
 from backbones.model_files import ModelError
-from backbones.single_file import load_denoiser
+from backbones.weights import load_transformer
 from tests.cli.test_cli_generate import pixels
 
 # FLUX.1's own names; written for this test, apart from the table that the product reads files by
@@ -101,12 +101,12 @@ def files(flux_folder, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", ["original", "diffusers", "all-in-one"])
 def test_every_layout_gives_the_same_transformer(files, flux_folder, name):
     backbone = registry.resolve(str(files / f"{name}.safetensors"), str(flux_folder))
-    transformer = load_denoiser(backbone, torch.float32)
+    transformer = load_transformer(backbone, torch.float32)
     expected, found = stored(flux_folder), transformer.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert not any(parameter.is_meta for parameter in transformer.parameters())
-    assert load_denoiser(backbone, torch.bfloat16).dtype == torch.bfloat16
+    assert load_transformer(backbone, torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_full_size_names_are_those_of_diffusers():

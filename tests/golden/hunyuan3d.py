@@ -14,6 +14,7 @@ from backbones.hunyuan3d import checkpoints, dit_v2, dit_v21, schedulers
 from backbones.hunyuan3d.pipeline import denoise
 from backbones.hunyuan3d.vecset import FourierEmbedder
 from backbones.tiny.recipes.shapes.point_encoder import EncodingShapeVAE, Posterior
+from backbones.weights import load_weights
 
 from .runner import Case, Outcome, Tolerance
 
@@ -129,7 +130,7 @@ def run_shapevae_encode(case: Case) -> Outcome:
         vae = EncodingShapeVAE(**case.config["params"])
     halves = nn.ModuleDict({"encoder": vae.encoder, "pre_kl": vae.pre_kl})
     wanted = {k: v for k, v in case.weights.items() if k.startswith(("encoder.", "pre_kl."))}
-    checkpoints.load_weights(halves, wanted, "vae encoder")
+    load_weights(halves, wanted, "vae encoder")
     recorder = Recorder()
     recorder.output(vae.encoder.cross_attn, "mid.cross_attn")
     query, data = case.inputs["query_feats"], case.inputs["data_feats"]

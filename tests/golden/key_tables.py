@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from backbones.hunyuan3d import checkpoints
 from backbones.hunyuan3d.config import build
+from backbones.model_files import ModelError
 from backbones.tiny.recipes.shapes.point_encoder import EncodingShapeVAE
+from backbones.weights import check_keys
 
 from .runner import Comparison
 
@@ -104,7 +105,7 @@ def build_on_meta(name: str) -> nn.Module:
 def check_table(path: Path) -> int:
     """Number of tensors of a table that fits its module; raises ModelError if it does not."""
     table = read_table(path)
-    checkpoints.check_keys(build_on_meta(path.stem), table, path.stem)
+    check_keys(build_on_meta(path.stem), table, path.stem)
     return len(table)
 
 
@@ -118,6 +119,6 @@ def check_tables(folder: Path) -> list[Comparison]:
         try:
             note = f"{check_table(path)} tensors"
             comparisons.append(Comparison(path.stem, 0.0, True, "exact", note))
-        except checkpoints.ModelError as error:
+        except ModelError as error:
             comparisons.append(Comparison(path.stem, float("inf"), False, "exact", str(error)))
     return comparisons

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from edit_cli.calibrate.inputs import read_images
 from PIL import Image
 
 from backbones import registry
@@ -26,6 +25,7 @@ from backbones.tiny.recipes.shapes import (
     solids,
     store,
 )
+from edit_cli.generate.samples import model_pictures
 
 rng = np.random.default_rng(0)
 
@@ -233,7 +233,7 @@ def test_the_steps_train_resume_evaluate_and_export(data, tmp_path, capsys, monk
     names = ["calibration", "config.yaml", "edit.json", "model.fp16.safetensors"]
     assert sorted(file.name for file in folder.iterdir()) == names
     assert registry.resolve(str(folder)).defaults.steps == model.STEPS
-    assert len(read_images(registry.resolve(str(folder)), None, "auto")) == 1
+    assert [Path(picture).name for picture in model_pictures(registry.resolve(str(folder)))] == ["ball.png"]
     assert set(read_weights(folder / "model.fp16.safetensors")) == {"model", "vae", "conditioner"}
     gaps = export.largest_difference(folder, chained, trained, stats)
     assert max(gaps.values()) < export.MAX_DIFFERENCE

@@ -1,0 +1,80 @@
+"""Weights into modules that were built empty: strictly, and without copying what is mapped into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, dtype, nn
+
+from backbones.model_files import ModelError
+from backbones.registry import component_configs
+from backbones.single_file import read_denoiser
+from backbones.spec import HUNYUAN3D, Backbone
+
+
+def build_transformer(backbone: Backbone) -> Any:
+    """The transformer that a model's configuration describes; a static one is narrowed. Raises ModelError."""
+    spec, configs = backbone.family.transformer, component_configs(backbone)
+    if backbone.family.layout == HUNYUAN3D:
+        from backbones.hunyuan3d.config import build
+
+        transformer = build("model", configs["model"])
+    else:
+        import diffusers
+
+        transformer = getattr(diffusers, spec.transformer_class).from_config(dict(configs["transformer"]))
+    if backbone.static is not None and backbone.folder is not None:
+        from backbones.static_folder import narrow_like
+
+        narrow_like(transformer, spec, backbone.folder)
+    return transformer
+
+
+def load_transformer(backbone: Backbone, dtype: dtype) -> Any:
+    """The transformer of a single file or of a static folder, in `dtype`, on the CPU. Raises ModelError."""
+    from accelerate import init_empty_weights
+
+    # parameters only: tables that a constructor computes and no file holds stay real
+    with init_empty_weights(include_buffers=False):
+        transformer = build_transformer(backbone)
+    path = Path(backbone.source, "transformer") if backbone.file is None else backbone.file.path
+    try:
+        if backbone.file is None:
+            stored = (load_file(file) for file in sorted(path.glob("*.safetensors")))
+            weights = {name: tensor.to(dtype) for tensors in stored for name, tensor in tensors.items()}
+        else:
+            weights = read_denoiser(backbone.file, transformer.state_dict().keys(), dtype)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{str(path)!r} cannot be read: {error}") from error
+    load_weights(transformer, weights, repr(str(path)))
+    return transformer.eval()
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Give a module (on the meta device or not) exactly these tensors. Raises ModelError."""
+    check_keys(module, {key: tuple(tensor.shape) for key, tensor in state.items()}, name)
+    module.load_state_dict(state, assign=True)
+
+
+def check_keys(module: nn.Module, stored: Mapping[str, tuple[int, ...]], name: str) -> None:
+    """Compare names and shapes with the module's own. Raises ModelError with the first offenders."""
+    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    problems = []
+    for label, keys in (
+        ("missing", expected.keys() - stored.keys()),
+        ("left over", stored.keys() - expected.keys()),
+    ):
+        if keys:
+            problems.append(f"{len(keys)} {label}, first {sorted(keys)[0]}")
+    wrong = sorted(key for key in expected.keys() & stored.keys() if expected[key] != tuple(stored[key]))
+    if wrong:
+        problems.append(
+            f"{len(wrong)} of wrong shape, first {wrong[0]} {list(stored[wrong[0]])} instead of "
+            f"{list(expected[wrong[0]])}"
+        )
+    if problems:
+        raise ModelError(f"{name} weights do not fit the config: {'; '.join(problems)}")
