@@ -13,7 +13,6 @@ from backbones import registry
 from backbones.spec import GIB, Backbone, CallSize, Makes
 from edit_cli import options
 from edit_cli.errors import EditError, RunError, bad_input, memory_errors
-from edit_cli.generate.cutout import read_object
 from edit_cli.generate.medium import Fields, Job, OnStep
 from edit_cli.generate.outputs import MESH_SUFFIXES
 from edit_cli.generate.record import encode_mesh, encode_picture, read_mesh
@@ -309,6 +308,13 @@ class Mesh:
 
 
 MESH = Mesh()
+
+
+def read_object(path: str, how: str) -> tuple[Image.Image, str]:
+    """`cutout.read_object`, which imports NumPy and Pillow: `edit --help` can do without."""
+    from edit_cli.generate import cutout
+
+    return cutout.read_object(path, how)
 
 
 def available_bytes() -> int:

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shlex
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,6 +41,13 @@ def fields(*prompts_and_seeds):
         {"prompt": p, "seed": s, "index": i, "budget": "0.6", "model": "m"}
         for i, (p, s) in enumerate(prompts_and_seeds)
     ]
+
+
+def test_the_command_line_imports_nothing_heavy():
+    heavy = "{'torch', 'numpy', 'PIL', 'scipy', 'rich', 'diffusers', 'yaml'}"
+    code = f"import sys, edit_cli.main; print({heavy} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_slug():
