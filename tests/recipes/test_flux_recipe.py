@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from backbones.flux import TRANSFORMER
+from backbones.tiny.recipes import dataset, pairs
 from backbones.tiny.recipes.elastic import fixed_subnetwork
 from backbones.tiny.recipes.flux import dit, export, fast_dit, grid, picture_vae, probe, teacher, text, vae
 from backbones.tiny.recipes.flux.sampling import FluxSampler
@@ -21,6 +22,18 @@ CONCEPTS = [
     {"name": "fire engine", "emoji": "🚒", "synonyms": ["fire truck"], "keywords": []},
 ]
 ROWS = [[c, s, colour, 0] for c in range(3) for s in range(2) for colour in (None, "red")]
+
+
+def write_latents(path, rows, z) -> None:
+    """The file of step `latents` for single things, with z (N, C, 16, 16)."""
+    captions = [[f"{colour or 'a'} {CONCEPTS[concept]['name']}"] for concept, _, colour, _ in rows]
+    columns = {"kind": [int(row[2] is not None) for row in rows], "concept": [row[0] for row in rows],
+               "style": [row[1] for row in rows], "row": range(len(rows))}  # fmt: skip
+    z = dataset.quantise(torch.from_numpy(z))
+    np.savez(
+        path, z_128x128=z, z_small=z[:, :, ::2, ::2], captions_128x128=dataset.join_captions(captions),
+        **{f"{name}_128x128": np.array(column) for name, column in columns.items()},
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +49,7 @@ def runs(tmp_path_factory):
     text.train_clip_tokenizer(lines, folder / "tokenizers" / "clip")
     text.train_t5_tokenizer(lines, folder / "tokenizers" / "t5")
     z = rng.standard_normal((len(ROWS), picture_vae.LATENTS, 16, 16)).astype(np.float16)
-    labels = np.array([[c, s, -1 if colour is None else 0] for c, s, colour, _ in ROWS])
-    np.savez(folder / "latents.npz", z128=z, z64=z[:, :, ::2, ::2], row=np.arange(len(ROWS)),
-             concept=labels[:, 0], style=labels[:, 1], colour=labels[:, 2])  # fmt: skip
+    write_latents(folder / "latents.npz", ROWS, z)
     return folder
 
 
@@ -129,11 +140,11 @@ def test_long_and_empty_prompts_fill_exactly_the_sequence(prompts):
 
 
 def test_pairs_cut_the_same_window_from_pictures_and_latents(runs):
-    data = vae.Pairs(runs / "data", runs / "latents.npz", 0)
+    data = pairs.Pairs(runs / "data", runs / "latents.npz", 0)
     x, z = data.window(np.array([1, 4]), top=3, left=5, cells=8)
     pictures = np.load(runs / "data" / "pictures.npy")
-    assert torch.equal(x, vae.to_tensor(pictures[[1, 4], 24:88, 40:104]))
-    assert torch.equal(z, data.z[[1, 4], :, 3:11, 5:13].float())
+    assert torch.equal(x, pairs.to_tensor(pictures[[1, 4], 24:88, 40:104]))
+    assert torch.equal(z, data.z[[1, 4], :, 3:11, 5:13].float() / dataset.QUANTA)
     x, z = data.batch(5, vae.CROP)
     assert (x.shape, z.shape) == ((5, 3, 64, 64), (5, 8, 8, 8))
 
@@ -164,24 +175,27 @@ def test_a_fresh_model_ignores_guidance(micro):
 
 
 def test_half_resolution_tokens_sit_at_the_centres_of_groups(awake_dit):
-    full, half = (fast_dit.rope(awake_dit, 0, grid) for grid in (8, 4))
+    full, half = fast_dit.rope(awake_dit, 0), fast_dit.rope(awake_dit, 0, (4, 4), 2)
     angle = torch.atan2(full.sin, full.cos).unflatten(0, (8, 8))[:2, :2, 4:10]
     expected = angle[:, 0, :].mean(0)[:1]  # fastest row frequency, rows 0 and 1
     assert torch.allclose(torch.atan2(half.sin, half.cos)[0, 4:5], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("index", [0, 5])
+@pytest.mark.parametrize("index", [0, 6])
 def test_skipped_blocks_are_the_identity_for_their_sample_only(awake_dit, index):
     latents, sigma, words = inputs(awake_dit)
     angles, scales = fast_dit.rope(awake_dit), torch.tensor([3.5, 3.5])
     units = awake_dit.single_transformer_blocks[0].mlp_hidden_dim
-    keep, masks = torch.ones(12, 2, 1, 1), torch.ones(12, 2, 1, units)
+    double, single = len(awake_dit.transformer_blocks), len(awake_dit.single_transformer_blocks)
+    keep, masks = torch.ones(double + single, 2, 1, 1), torch.ones(double + single, 2, 1, units)
     keep[index, 1] = 0
     mixed = fast_dit.dit_forward(awake_dit, latents, sigma, words, angles, scales, None, keep, masks)
     dense = fast_dit.dit_forward(awake_dit, latents, sigma, words, angles, scales)
     assert torch.allclose(mixed[0], dense[0], atol=1e-5)
-    blocks = awake_dit.transformer_blocks if index < 4 else awake_dit.single_transformer_blocks
-    del blocks[index % 4]  # 4 double blocks, so index 5 is the single block 1
+    if index < double:
+        del awake_dit.transformer_blocks[index]
+    else:
+        del awake_dit.single_transformer_blocks[index - double]
     without = fast_dit.dit_forward(awake_dit, latents, sigma, words, angles, scales)
     assert torch.allclose(mixed[1], without[1], atol=1e-5)
     assert (mixed[1] - dense[1]).abs().max() > 1e-3
@@ -192,7 +206,8 @@ def test_width_masks_are_what_the_routers_slice(awake_dit, ratio):
     latents, sigma, words = inputs(awake_dit)
     scales = torch.tensor([2.0, 5.0])
     units = awake_dit.single_transformer_blocks[0].mlp_hidden_dim
-    keep, masks = fixed_subnetwork(f"width {ratio}", 12, units)
+    blocks = len(awake_dit.transformer_blocks) + len(awake_dit.single_transformer_blocks)
+    keep, masks = fixed_subnetwork(f"width {ratio}", blocks, units)
     masked = fast_dit.dit_forward(
         awake_dit, latents, sigma, words, fast_dit.rope(awake_dit), scales, None, keep, masks
     )
@@ -201,7 +216,7 @@ def test_width_masks_are_what_the_routers_slice(awake_dit, ratio):
         for spec in TRANSFORMER.blocks
         for block in awake_dit.get_submodule(spec.path)
     ]
-    assert len(slicers) == 12
+    assert len(slicers) == blocks
     for slicer in slicers:
         slicer.attach()
         slicer._units = slicer.units(ratio)
@@ -227,6 +242,17 @@ def test_guided_velocity_is_plain_guidance_or_keeps_the_length():
     assert torch.allclose(torch.cosine_similarity(kept, plain, dim=-1), torch.ones(3, 4), atol=1e-5)
 
 
+def test_an_anchored_velocity_has_the_guided_velocity_of_the_data_as_its_mean():
+    cond, uncond, noise = torch.randn(3, 3, 4, 8).unbind(0)
+    scales = torch.tensor([1.0, 2.0, 6.0])
+    guided = teacher.guided_velocity(cond, uncond, scales)
+    anchored = [teacher.guided_velocity(cond, uncond, scales, anchor=cond + n) for n in (noise, -noise)]
+    assert torch.allclose(sum(anchored) / 2, guided, atol=1e-5)
+    assert (anchored[0] - guided).norm() > 0.1 * guided.norm()
+    plain = teacher.guided_velocity(cond, uncond, scales, anchor=noise)
+    assert torch.allclose(plain[0], noise[0], atol=1e-5)  # at scale 1 the target is the data's own
+
+
 def test_scales_cover_the_range_and_include_one():
     scales = dit.draw_scales(2000, torch.Generator().manual_seed(0))
     assert 0.05 < (scales == 1.0).float().mean() < 0.15
@@ -241,7 +267,9 @@ def test_muon_takes_the_matrices_inside_blocks_and_nothing_else(prompts, micro):
     names = [name for name, p in dit.TinyFlux(prompts).named_parameters() if dit.muon_takes(name, p)]
     count = {part: sum(name.startswith(part) for name in names) for part in ("dit.", "clip.", "t5.")}
     # Double: 8 attention, 4 MLP; single: 3 attention, 2 MLP; CLIP: 4 attention, 2 MLP in 2 layers.
-    assert count == {"dit.": 4 * 12 + 8 * 5, "clip.": 2 * 6, "t5.": 0}
+    config = fast_dit.DIT_CONFIG
+    matrices = config["num_layers"] * 12 + config["num_single_layers"] * 5
+    assert count == {"dit.": matrices, "clip.": 2 * 6, "t5.": 0}
 
 
 def test_teacher_is_the_packaged_pipelines_guidance():
@@ -253,7 +281,7 @@ def test_teacher_is_the_packaged_pipelines_guidance():
     latents = torch.randn(2, 64, pipe.transformer.config.in_channels, generator=generator)
     sigma, scales = torch.tensor([0.3, 0.9]), torch.tensor([1.0, 4.0])
     captions = ["a cat", "a red car"]
-    mine = teacher.Teacher(compile=False).velocity(latents, sigma, captions, scales)
+    mine = teacher.Teacher(compile=False).velocity(latents, sigma, captions, scales, (8, 8))
     parts = []
     for prompts in (captions, [" ", " "]):
         states, mask = pipe.encode_prompt(prompts)
@@ -291,11 +319,11 @@ def test_dit_probe_grid_export(runs, tmp_path, micro, monkeypatch, capsys):
               "--tokenizer", runs / "tokenizers", "--out", tmp_path, "--batch", 4, "--small-batch", 4,
               "--no-compile")  # fmt: skip
     run_step(monkeypatch, dit, *shared, "--max-steps", 2, "--small-share", 0.9)
-    assert "grid 4" in capsys.readouterr().out
+    assert "step 2" in capsys.readouterr().out
     run_step(monkeypatch, dit, *shared, "--max-steps", 4, "--elastic-from", 0, "--small-share", 0.5)
     out = capsys.readouterr().out
     assert "resumed at step 2" in out
-    assert "whole" in out
+    assert "real" in out
     assert "sub" in out
     checkpoint = tmp_path / "dit" / "last.pt"
     files = ("--checkpoint", checkpoint, "--vae", tmp_path / "vae" / "model",

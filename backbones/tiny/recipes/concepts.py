@@ -1,7 +1,8 @@
-"""The core concepts: which picture each word means, and in which tier it is trained. Torch-free."""
+"""The core concepts: which pictures each word means. Torch-free."""
 
 import json
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -13,7 +14,10 @@ STYLES: dict[str, tuple[str, ...]] = {
     "noto": ("noto", "noto", "glossy"),
     "fluent-emoji-flat": ("flat", "flat", "fluent"),
     "twemoji": ("twemoji", "twemoji", "twitter"),
+    "fluent-emoji": ("shaded", "shaded", "3d"),
 }
+# How often a caption without a style word means each style.
+STYLE_WEIGHTS = (0.34, 0.27, 0.27, 0.12)
 # Colour name -> sRGB target of a recoloured picture (0-255).
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (222, 40, 48),
@@ -25,6 +29,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "pink": (246, 128, 186),
     "brown": (134, 82, 44),
     "black": (52, 52, 58),
+    "white": (238, 240, 243),
+    "grey": (150, 156, 164),
 }
 
 
@@ -32,15 +38,18 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 class Concept:
     """One thing that can be asked for.
 
-    name: the plain English name, as in "a cat". emoji: the character whose picture it is.
+    name: the plain English name, as in "a cat". emoji: the character whose picture it is; empty if there is none.
     synonyms: hand-chosen words that mean the same picture. keywords: emojilib keywords that no other
-    core concept has (filled in by `add_keywords`).
+    core concept has (filled in by `add_keywords`). art: other pictures, as in the file. section: the file's
+    heading above it.
     """
 
     name: str
     emoji: str
     synonyms: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()
+    art: tuple[str, ...] = ()
+    section: str = ""
 
     @property
     def code(self) -> str:
@@ -49,20 +58,30 @@ class Concept:
 
 
 def load_concepts(path: Path = CONCEPTS_FILE) -> list[Concept]:
-    """Read `emoji | name | synonym, synonym` lines; '#' starts a comment. ValueError names a bad line."""
+    """Read `emoji | name | synonym, synonym | art art` lines below `# section` lines.
+
+    Art may be missing; '-' stands for no emoji. ValueError names a bad line.
+    """
     concepts: list[Concept] = []
+    section = ""
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if line.startswith("#"):
+            section = line.lstrip("# ").removeprefix("more ")
         if not line.strip() or line.startswith("#"):
             continue
         fields = [field.strip() for field in line.split("|")]
-        if len(fields) != 3:
-            raise ValueError(f"{path.name}:{number}: expected 'emoji | name | synonyms', got {line!r}")
+        if len(fields) not in (3, 4):
+            raise ValueError(f"{path.name}:{number}: expected 'emoji | name | synonyms | art', got {line!r}")
+        emoji = "" if fields[0] == "-" else fields[0]
+        art = tuple(fields[3].split()) if len(fields) == 4 else ()
+        if not emoji and not art:
+            raise ValueError(f"{path.name}:{number}: {fields[1]!r} has neither an emoji nor other art")
         synonyms = tuple(word.strip() for word in fields[2].split(",") if word.strip())
-        concepts.append(Concept(fields[1], fields[0], synonyms))
-    names = [concept.name for concept in concepts]
-    doubled = {name for name in names if names.count(name) > 1}
+        concepts.append(Concept(fields[1], emoji, synonyms, art=art, section=section))
+    words = [word for concept in concepts for word in (concept.name, *concept.synonyms)]
+    doubled = sorted(word for word, count in Counter(words).items() if count > 1)
     if doubled:
-        raise ValueError(f"{path.name}: concept names must be unique, repeated: {sorted(doubled)}")
+        raise ValueError(f"{path.name}: a word may mean one concept only, repeated: {doubled}")
     return concepts
 
 
@@ -79,17 +98,14 @@ def add_keywords(concepts: list[Concept], packages: Path) -> list[Concept]:
     }
     candidates: list[set[str]] = []
     for concept in concepts:
-        words = list(words_of.get(concept.emoji.replace("\ufe0f", ""), [])) + list(
-            short_names.get(concept.code, [])
-        )
-        words = {word.replace("_", " ").replace("-", " ").lower().strip() for word in words}
+        names = [*words_of.get(concept.emoji.replace("\ufe0f", ""), []), *short_names.get(concept.code, [])]
+        words = {word.replace("_", " ").replace("-", " ").lower().strip() for word in names if concept.emoji}
         candidates.append(
             {word for word in words if word.replace(" ", "").isalpha() and len(word.split()) <= 3}
         )
     taken = {word for concept in concepts for word in (concept.name, *concept.synonyms)}
-    extended = []
-    for index, concept in enumerate(concepts):
-        others = set().union(*(candidates[:index] + candidates[index + 1 :]))
-        unique = sorted(word for word in candidates[index] - others - taken if len(word) > 2)
-        extended.append(Concept(concept.name, concept.emoji, concept.synonyms, tuple(unique)))
-    return extended
+    uses = Counter(word for words in candidates for word in words)
+    return [
+        replace(concept, keywords=tuple(sorted(w for w in words - taken if len(w) > 2 and uses[w] == 1)))
+        for concept, words in zip(concepts, candidates, strict=True)
+    ]

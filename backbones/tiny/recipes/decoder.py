@@ -21,46 +21,35 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
 from torch import Tensor
 
+from backbones.tiny.recipes.pairs import Pairs
 from backbones.tiny.recipes.picture_vae import decode, largest_difference
 from backbones.tiny.recipes.training import Loop, Step, arguments, cosine
-from backbones.tiny.recipes.vae import CONV_ADAM, is_kernel, load_pictures, picture_loss, to_tensor
+from backbones.tiny.recipes.vae import CONV_ADAM, is_kernel, picture_loss
 
 NOISE = 0.15
-PLAIN_SHARE = 0.6  # of each batch is original art
 
 
 def train(args: argparse.Namespace) -> None:
     """Run or resume until `args.minutes` of training time are used up."""
     torch.manual_seed(args.seed)
-    pictures, _ = load_pictures(args.data)
-    cached = np.load(args.latents)
-    rows, plain = cached["row"], cached["colour"] < 0
+    pairs = Pairs(args.data, args.latents, args.seed)
     vae = AutoencoderKLQwenImage.from_pretrained(args.vae)
     shift, scale = (
         torch.tensor(values).view(1, -1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    z_all = torch.from_numpy(cached["z128"])
     for name, p in vae.named_parameters():
         p.requires_grad_(name.startswith(("decoder", "post_quant")) and "time_conv" not in name)
     loop = Loop.from_args(
         "decoder", vae, is_kernel, args, adam={**CONV_ADAM, "weight_decay": 0.01},
         schedule=partial(cosine, warm_up=100), adam_factor=1.0,
     )  # fmt: skip
-    rng = np.random.default_rng(args.seed + loop.step)
-    groups = np.flatnonzero(plain), np.flatnonzero(~plain)
-    print(
-        f"decoder: before {measure(vae, z_all, scale, shift, pictures, rows, groups[0]):.2f} dB", flush=True
-    )
+    pairs.rng = np.random.default_rng(args.seed + loop.step)
+    show("before", vae, pairs, scale, shift)
 
     def take(progress: float) -> Step:
         # Crops first: four times the optimiser steps for the same pixels; whole pictures at the end.
         crop, batch = (64, args.batch) if progress < args.crop_share else (128, args.batch // 2)
-        art = round(PLAIN_SHARE * batch)
-        ids = np.concatenate([rng.choice(groups[0], art), rng.choice(groups[1], batch - art)])
-        top, left = 8 * rng.integers(0, (128 - crop) // 8 + 1, 2)
-        x = to_tensor(pictures[rows[ids], top : top + crop, left : left + crop])
-        part = slice(top // 8, (top + crop) // 8), slice(left // 8, (left + crop) // 8)
-        z = z_all[torch.from_numpy(ids)][:, :, part[0], part[1]].float()
+        x, z = pairs.batch(batch, crop)
         z = z + torch.randn(z.shape) * torch.rand(batch, 1, 1, 1) * NOISE
         with torch.autocast("cpu", torch.bfloat16):
             y = decode(vae, z * scale + shift).float()
@@ -69,20 +58,26 @@ def train(args: argparse.Namespace) -> None:
 
     loop.run(take)
     loop.load_average()
-    print(f"decoder: after {measure(vae, z_all, scale, shift, pictures, rows, groups[0]):.2f} dB", flush=True)
-    sample = to_tensor(pictures[rows[groups[0][:4]]])
+    show("after", vae, pairs, scale, shift)
+    sample, _ = pairs.window(pairs.some("plain", 4)[:4])
     print(f"decoder: off the real class by {largest_difference(vae, sample):.1e}")
     vae.save_pretrained(args.out / "model")
 
 
+def show(when: str, vae, pairs: Pairs, scale: Tensor, shift: Tensor) -> None:
+    """Print the PSNR of plain and of composed pictures."""
+    kinds = [kind for kind in ("plain", "scene") if len(pairs.some(kind, 1))]
+    numbers = ", ".join(f"{kind} {measure(vae, pairs, kind, scale, shift):.2f} dB" for kind in kinds)
+    print(f"decoder: {when} {numbers}", flush=True)
+
+
 @torch.no_grad()
-def measure(vae, z: Tensor, scale: Tensor, shift: Tensor, pictures, rows, plain) -> float:
-    """PSNR in dB over some 512 pictures of original art from their cached latents."""
-    chosen = plain[:: max(1, len(plain) // 512)]
-    error = 0.0
+def measure(vae, pairs: Pairs, kind: str, scale: Tensor, shift: Tensor, count: int = 256) -> float:
+    """PSNR in dB over about `count` pictures of one kind from their cached latents."""
+    chosen, error = pairs.some(kind, count), 0.0
     for ids in np.array_split(chosen, max(1, len(chosen) // 32)):
-        x = to_tensor(pictures[rows[ids]])
-        y = decode(vae, z[torch.from_numpy(ids)].float() * scale + shift).clamp(-1, 1)
+        x, z = pairs.window(ids)
+        y = decode(vae, z * scale + shift).clamp(-1, 1)
         error += F.mse_loss(y, x).item() * len(ids)
     return 10 * math.log10(4 * len(chosen) / error)
 

@@ -1,10 +1,12 @@
-"""Step `dit`: train the text encoder and the diffusion transformer together, from scratch.
+"""Step `dit`: train the text encoder and the diffusion transformer together.
 
-    python -m backbones.tiny.recipes.dit [--minutes 65]
+    python -m backbones.tiny.recipes.dit [--minutes 600] [--start FOLDER]
+    python -m backbones.tiny.recipes.dit --device cuda --batch 2048 --minutes 7     # on a GPU
 
 Rectified flow (sigma = t, velocity = noise - data), logit-normal times, Muon beside AdamW, EMA, bf16
-autocast, compiled blocks. The first part of the wall time runs on 64 px latents (16 tokens), the rest on
-128 px (64).
+autocast, compiled blocks. Every step draws one picture size: mostly 128 px (64 tokens), in the first part of the
+time half of the steps 64 px (16 tokens), which are cheap, and now and then another size. `--start` begins with the
+weights of a pipeline folder, grown to this size (grow.py).
 Writes runs/dit/last.pt (to resume) with the EMA weights under "ema".
 
 Shapes: B batch, N image tokens, L text tokens, C packed latent channels.
@@ -12,76 +14,23 @@ Shapes: B batch, N image tokens, L text tokens, C packed latent channels.
 
 import argparse
 import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer
 
-from backbones.tiny.recipes.captions import caption, common_prompts
-from backbones.tiny.recipes.concepts import COLOURS
-from backbones.tiny.recipes.fast_dit import block_forward, build_dit, dit_forward, pack, rope
+from backbones.tiny.recipes.dataset import SMALL, SQUARE, TrainingSet
+from backbones.tiny.recipes.fast_dit import block_forward, build_dit, dit_forward, rope
+from backbones.tiny.recipes.grow import grow
 from backbones.tiny.recipes.text import PromptTokens, build_text_encoder, encode_text, train_tokenizer
 from backbones.tiny.recipes.training import Loop, Step, constant
 from backbones.tiny.recipes.training import arguments as common_arguments
 
-TEXT_TOKENS = 11  # user tokens plus the template's 5-token tail; longer captions are drawn again
-COMMON_WEIGHT = 2.0  # sampling weight of the concepts of the quality bar's prompts
-PLAIN_SHARE = 0.68  # share of original art among the samples; the rest are recoloured copies
-
-
-@dataclass
-class Batch:
-    """latents (B, N, C) packed, ids (B, L), mask (B, L) bool."""
-
-    latents: Tensor
-    ids: Tensor
-    mask: Tensor
-
-
-class TrainingSet:
-    """Seeded batches of latents and fresh captions."""
-
-    def __init__(self, latents: Path, index: dict, tokens: PromptTokens, seed: int, common_weight: float):
-        data = np.load(latents)
-        self.packed = {
-            8: pack(torch.from_numpy(data["z128"]).float()),
-            4: pack(torch.from_numpy(data["z64"]).float()),
-        }
-        self.concept, self.style, self.colour = data["concept"], data["style"], data["colour"]
-        self.concepts, self.tokens, self.colours = index["concepts"], tokens, list(COLOURS)
-        self.rng = random.Random(seed)
-        self.generator = torch.Generator().manual_seed(seed)
-        common = {name for _, name in common_prompts()}
-        weight = np.array(
-            [common_weight if self.concepts[c]["name"] in common else 1.0 for c in self.concept]
-        )
-        plain = self.colour < 0
-        weight[plain] *= PLAIN_SHARE / weight[plain].sum()
-        weight[~plain] *= (1 - PLAIN_SHARE) / weight[~plain].sum()
-        self.weight = torch.from_numpy(weight)
-
-    def caption(self, row: int) -> str:
-        """A fresh caption of at most TEXT_TOKENS tokens."""
-        colour = self.colours[self.colour[row]] if self.colour[row] >= 0 else None
-        while True:
-            text = caption(self.concepts[self.concept[row]], int(self.style[row]), colour, self.rng)
-            if len(self.tokens.ids(text)) <= TEXT_TOKENS:
-                return text
-
-    def batch(self, size: int, grid: int) -> Batch:
-        """`size` samples on a grid x grid token grid."""
-        rows = torch.multinomial(self.weight, size, replacement=True, generator=self.generator)
-        ids, mask = self.tokens.batch([self.caption(int(row)) for row in rows], TEXT_TOKENS)
-        return Batch(self.packed[grid][rows], ids, mask)
-
-    def reseed(self, seed: int) -> None:
-        """Other captions and rows, for a resumed run."""
-        self.rng = random.Random(seed)
-        self.generator.manual_seed(seed)
+TEXT_TOKENS = 20  # user tokens plus the template's 5-token tail; longer captions are not drawn
+OTHER_SIZE_SHARE = 0.12  # of the steps on sizes other than the square one
+TOKENS = 84  # image and text tokens of the square size, whose batch is --batch
 
 
 class TinyModel(nn.Module):
@@ -95,6 +44,52 @@ class TinyModel(nn.Module):
             p.requires_grad_(False)
 
 
+@dataclass
+class Batch:
+    """latents (B, N, C) packed, ids (B, L), mask (B, L) bool, on the training device; grid and rope step."""
+
+    latents: Tensor
+    ids: Tensor
+    mask: Tensor
+    grid: tuple[int, int]
+    step: int = 1
+
+
+class PromptBatches:
+    """Batches of the training set, tokenised."""
+
+    def __init__(self, data: TrainingSet, tokens: PromptTokens):
+        self.data, self.tokens = data, tokens
+        tokens.prefix = tokens.prefix.to(data.device)
+
+    def __call__(self, size: int, key: str = SQUARE) -> Batch:
+        """`size` samples of one picture size."""
+        batch = self.data.batch(size, key)
+        ids, mask = self.tokens.batch(batch.captions, TEXT_TOKENS)
+        device = self.data.device
+        return Batch(batch.latents, ids.to(device), mask.to(device), batch.grid, batch.step)
+
+
+class Sizes:
+    """Which picture size a step trains on, and how many pictures make a batch of about the same work."""
+
+    def __init__(self, data: TrainingSet, generator: torch.Generator, small_share: float, batch: int):
+        self.buckets, self.generator = data.buckets, generator
+        self.small_share, self.size = small_share, batch
+        self.others = sorted(key for key in data.buckets if key not in (SQUARE, SMALL))
+
+    def draw(self, progress: float) -> tuple[str, int]:
+        """A size and its number of pictures. progress: in [0, 1], of the training."""
+        pick = float(torch.rand((), generator=self.generator))
+        key = SQUARE
+        if self.others and pick < OTHER_SIZE_SHARE:
+            key = self.others[int(pick / OTHER_SIZE_SHARE * len(self.others))]
+        elif progress < self.small_share and SMALL in self.buckets and pick > 0.5:
+            key = SMALL
+        rows, cols = self.buckets[key].grid
+        return key, max(1, round(self.size * TOKENS / (rows * cols + TEXT_TOKENS)))
+
+
 def draw_times(size: int, generator: torch.Generator) -> Tensor:
     """Logit-normal sigmas (Esser et al. 2024), a tenth of them uniform to cover both ends."""
     normal = torch.sigmoid(torch.randn(size, generator=generator))
@@ -102,18 +97,27 @@ def draw_times(size: int, generator: torch.Generator) -> Tensor:
     return torch.where(torch.rand(size, generator=generator) < 0.1, uniform, normal)
 
 
+def add_noise(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents, their sigma (B,), and the velocity that leads there from the data."""
+    sigma = draw_times(len(latents), generator).to(latents.device)
+    if latents.device.type == "cpu":
+        noise = torch.randn(latents.shape, generator=generator)
+    else:  # the CPU's generator would be the slowest part of a step
+        noise = torch.randn_like(latents)
+    return torch.lerp(latents, noise, sigma[:, None, None]), sigma, noise - latents
+
+
 def flow_loss(
-    model: TinyModel, tokens: PromptTokens, batch: Batch, grid: int, generator, encode_fn, block_fn
+    model: TinyModel, tokens: PromptTokens, batch: Batch, generator: torch.Generator, block_fn=block_forward
 ) -> Tensor:
     """Mean squared error of the predicted velocity."""
-    size = len(batch.latents)
-    sigma = draw_times(size, generator)
-    noise = torch.randn(batch.latents.shape, generator=generator)
-    noisy = torch.lerp(batch.latents, noise, sigma[:, None, None])
-    with torch.autocast("cpu", torch.bfloat16):
-        states = encode_fn(model.text, tokens.prefix, batch.ids)
-        velocity = dit_forward(model.dit, noisy, sigma, states, batch.mask, rope(TEXT_TOKENS, grid), block_fn)
-    return (velocity.float() - (noise - batch.latents)).square().mean()
+    device = batch.latents.device.type
+    noisy, sigma, goal = add_noise(batch.latents, generator)
+    with torch.autocast(device, torch.bfloat16):
+        states = encode_text(model.text, tokens.prefix, batch.ids)
+        angles = rope(TEXT_TOKENS, batch.grid, batch.step, device)
+        velocity = dit_forward(model.dit, noisy, sigma, states, batch.mask, angles, block_fn)
+    return (velocity.float() - goal).square().mean()
 
 
 def muon_takes(name: str, p: Tensor) -> bool:
@@ -122,35 +126,43 @@ def muon_takes(name: str, p: Tensor) -> bool:
     return p.dim() == 2 and inside
 
 
-def setup(
-    args: argparse.Namespace, common_weight: float = COMMON_WEIGHT
-) -> tuple[TinyModel, Qwen2Tokenizer, TrainingSet]:
-    """Tokenizer (trained once), model and data."""
+def compiled(enabled: bool):
+    """The block's forward pass, compiled once per picture size."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(block_forward, dynamic=False) if enabled else block_forward
+
+
+def setup(args: argparse.Namespace) -> tuple[TinyModel, PromptBatches]:
+    """Model and data; the tokenizer is trained once."""
     torch.manual_seed(args.seed)
     index = json.loads((args.data / "pictures.json").read_text())
     folder = args.tokenizer
     tokenizer = Qwen2Tokenizer.from_pretrained(folder) if folder.exists() else train_tokenizer(index, folder)
-    return (
-        TinyModel(tokenizer),
-        tokenizer,
-        TrainingSet(args.latents, index, PromptTokens(tokenizer), args.seed, common_weight),
+    tokens = PromptTokens(tokenizer)
+    model = TinyModel(tokenizer)
+    data = TrainingSet(
+        args.latents, index, args.seed, lambda text: len(tokens.ids(text)) <= TEXT_TOKENS, args.device
     )
+    return model, PromptBatches(data, tokens)
 
 
 def train(args: argparse.Namespace) -> None:
     """Run or resume training until `args.minutes` of training time are used up."""
-    model, _, data = setup(args)
+    model, batches = setup(args)
+    if args.start and not (args.out / "last.pt").exists():
+        grow(model, args.start, batches.tokens.tokenizer)
+    model.to(args.device)
     loop = Loop.from_args("dit", model, muon_takes, args, schedule=constant, ema_start=1)
-    data.reseed(args.seed + loop.step)
+    batches.data.reseed(args.seed + loop.step)
     sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.dit, model.text)]
     print(f"dit: {sizes[0]:.2f} M DiT, {sizes[1]:.2f} M text, step {loop.step}", flush=True)
-    block_fn = torch.compile(block_forward) if args.compile else block_forward
+    block_fn = compiled(args.compile)
+    draws = Sizes(batches.data, loop.generator, args.small_share, args.batch)
 
     def take(progress: float) -> Step:
-        grid, size = (4, args.small_batch) if progress < args.small_share else (8, args.batch)
-        batch = data.batch(size, grid)
-        loss = flow_loss(model, data.tokens, batch, grid, loop.generator, encode_text, block_fn)
-        return Step(loss, size, {"grid": grid})
+        key, size = draws.draw(progress)
+        loss = flow_loss(model, batches.tokens, batches(size, key), loop.generator, block_fn)
+        return Step(loss, size, {key: loss.item()} if key in (SQUARE, SMALL) else {})
 
     loop.run(take)
 
@@ -168,11 +180,11 @@ def arguments(
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = arguments(__doc__, Path("runs/dit"), 65.0, 2e-3)
+    parser = arguments(__doc__, Path("runs/dit"), 600.0, 1.6e-3, 0.9995)
+    parser.add_argument("--start", type=Path, help="a pipeline folder whose weights to begin with")
     parser.add_argument(
-        "--small-share", type=float, default=0.4, help="share of the time spent on 64 px latents"
+        "--small-share", type=float, default=0.15, help="share of the time with 64 px latents"
     )
-    parser.add_argument("--small-batch", type=int, default=96)
     train(parser.parse_args())
 
 

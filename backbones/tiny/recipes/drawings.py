@@ -63,7 +63,9 @@ def drawing_svg(name: str, look: str, colours: dict[str, str] | None = None) -> 
     """A drawing as SVG. colours: other paint for some letters of the palette, as hex."""
     palette = {**PALETTE, **(colours or {})}
     shapes = [shape.strip() for shape in load_drawings()[name].split(";") if shape.strip()]
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {SIDE} {SIDE}" width="{SIDE}" height="{SIDE}">'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {SIDE} {SIDE}" width="{SIDE}" height="{SIDE}">'
+    )
     if look == "noto":
         stops = "".join(
             f'<linearGradient id="{letter}" x1="0" y1="0" x2="0" y2="{SIDE}" gradientUnits="userSpaceOnUse">'

@@ -24,29 +24,29 @@ from torch import Tensor
 from backbones.tiny.recipes.captions import common_prompts
 from backbones.tiny.recipes.dit import (
     TEXT_TOKENS,
+    PromptBatches,
     TinyModel,
-    TrainingSet,
+    add_noise,
     arguments,
-    draw_times,
+    compiled,
     muon_takes,
     setup,
 )
-from backbones.tiny.recipes.fast_dit import GRID, block_forward, dit_forward, rope
+from backbones.tiny.recipes.fast_dit import GRID, dit_forward, rope
 from backbones.tiny.recipes.sampling import Sampler
 from backbones.tiny.recipes.text import encode_text
 from backbones.tiny.recipes.training import Loop, Step, constant
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 SUB_SHARE = 0.3  # rows of a batch that repeat others in a sub-network
-COMMON_WEIGHT = 4.0  # sampling weight of the quality bar's concepts, twice that of step `dit`
-MAX_SKIPS = 5  # of 12 blocks, in training
+MAX_SKIPS = 5  # of the blocks, in training
 
 
 @torch.no_grad()
-def order_units(model: TinyModel, data: TrainingSet, batches: int = 8, size: int = 64) -> None:
+def order_units(model: TinyModel, batches: PromptBatches, count: int = 8, size: int = 64) -> None:
     """Permute every image MLP's hidden units in place, most important first; the function stays the same."""
     blocks = model.dit.transformer_blocks
-    activity = [torch.zeros(block.img_mlp.net[2].in_features) for block in blocks]
+    activity = [torch.zeros_like(block.img_mlp.net[0].proj.bias) for block in blocks]
 
     def watch(total: Tensor):
         return lambda _module, inputs: total.add_(inputs[0].float().abs().mean((0, 1)))
@@ -56,13 +56,10 @@ def order_units(model: TinyModel, data: TrainingSet, batches: int = 8, size: int
         for block, total in zip(blocks, activity, strict=False)
     ]
     generator = torch.Generator().manual_seed(0)
-    for _ in range(batches):
-        batch = data.batch(size, GRID)
-        sigma = draw_times(size, generator)
-        noisy = torch.lerp(
-            batch.latents, torch.randn(batch.latents.shape, generator=generator), sigma[:, None, None]
-        )
-        states = encode_text(model.text, data.tokens.prefix, batch.ids)
+    for _ in range(count):
+        batch = batches(size)
+        noisy, sigma, _ = add_noise(batch.latents, generator)
+        states = encode_text(model.text, batches.tokens.prefix, batch.ids)
         model.dit(noisy, states, batch.mask, sigma, img_shapes=[[(1, GRID, GRID)]] * size, return_dict=False)
     for hook in hooks:
         hook.remove()
@@ -147,61 +144,62 @@ def show(title: str, psnr: dict[str, float]) -> None:
 
 
 def elastic_loss(
-    model: TinyModel, data: TrainingSet, size: int, generator, block_fn
+    model: TinyModel, batches: PromptBatches, size: int, generator: torch.Generator, block_fn
 ) -> tuple[Tensor, Tensor]:
     """Mean squared velocity errors: the whole model to the data, the sub-networks to the whole model."""
     blocks, hidden = dimensions(model)
     narrow = round(size * SUB_SHARE)
     whole = size - narrow
-    batch = data.batch(whole, GRID)
-    sigma = draw_times(whole, generator)
-    noise = torch.randn(batch.latents.shape, generator=generator)
-    noisy = torch.lerp(batch.latents, noise, sigma[:, None, None])
+    batch = batches(whole)
+    device = batch.latents.device
+    noisy, sigma, goal = add_noise(batch.latents, generator)
     some_keep, some_masks = draw_subnetworks(narrow, blocks, hidden, generator)
-    keep = torch.cat([torch.ones(blocks, whole, 1, 1), some_keep], dim=1)
-    masks = torch.cat([torch.ones(blocks, whole, 1, hidden), some_masks], dim=1)
+    keep = torch.cat([torch.ones(blocks, whole, 1, 1), some_keep], dim=1).to(device)
+    masks = torch.cat([torch.ones(blocks, whole, 1, hidden), some_masks], dim=1).to(device)
 
     def repeat(rows: Tensor) -> Tensor:
         return torch.cat([rows, rows[:narrow]])
 
-    with torch.autocast("cpu", torch.bfloat16):
-        states = encode_text(model.text, data.tokens.prefix, batch.ids)
+    with torch.autocast(device.type, torch.bfloat16):
+        states = encode_text(model.text, batches.tokens.prefix, batch.ids)
         velocity = dit_forward(
-            model.dit, repeat(noisy), repeat(sigma), repeat(states), repeat(batch.mask), rope(TEXT_TOKENS),
-            block_fn, keep, masks,
+            model.dit, repeat(noisy), repeat(sigma), repeat(states), repeat(batch.mask),
+            rope(TEXT_TOKENS, device=device.type), block_fn, keep, masks,
         ).float()  # fmt: skip
-    dense = (velocity[:whole] - (noise - batch.latents)).square().mean()
+    dense = (velocity[:whole] - goal).square().mean()
     sub = (velocity[whole:] - velocity[:narrow].detach()).square().mean()
     return dense, sub
 
 
 def train(args: argparse.Namespace) -> None:
     """Run or resume until `args.minutes` of training time are used up."""
-    model, _, data = setup(args, COMMON_WEIGHT)
+    model, batches = setup(args)
+    model.to(args.device)
+    tokens = batches.tokens
     vae = AutoencoderKLQwenImage.from_pretrained(args.vae)
     prompts = [prompt for prompt, _ in common_prompts()][:: max(1, 100 // max(1, args.probe_prompts))]
     if not (args.out / "last.pt").exists():
-        model.load_state_dict(torch.load(args.dense, weights_only=True)["model"])
+        model.load_state_dict(torch.load(args.dense, weights_only=True, map_location=args.device)["model"])
         if args.order_units:
-            order_units(model, data)
+            order_units(model, batches)
     schedule = partial(constant, decay_from=0.35)
     loop = Loop.from_args("elastic", model, muon_takes, args, schedule=schedule, ema_start=1)
     if loop.step:
-        data.reseed(args.seed + loop.step)
+        batches.data.reseed(args.seed + loop.step)
     elif args.probe_prompts:
-        show("before", probe(model, data.tokens, vae, prompts))
-    block_fn = torch.compile(block_forward) if args.compile else block_forward
+        show("before", probe(model, tokens, vae, prompts))
+    block_fn = compiled(args.compile)
     loop.generator.manual_seed(args.seed + 7 + loop.step)
 
     def take(progress: float) -> Step:
-        dense, sub = elastic_loss(model, data, args.batch, loop.generator, block_fn)
+        dense, sub = elastic_loss(model, batches, args.batch, loop.generator, block_fn)
         shown = {"dense loss": dense.item(), "sub-network mse": sub.item()}
         return Step((1 - SUB_SHARE) * dense + SUB_SHARE * sub, args.batch, shown)
 
     loop.run(take)
     loop.load_average()
     if args.probe_prompts:
-        show("after", probe(model, data.tokens, vae, prompts))
+        show("after", probe(model, tokens, vae, prompts))
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ GRID = 8  # image tokens per side at 128 px: 8x VAE, 2x2 packing
 AXES = (8, 12, 12)
 DIT_CONFIG = {
     "patch_size": 2, "in_channels": 4 * VAE_CONFIG["z_dim"], "out_channels": VAE_CONFIG["z_dim"],
-    "num_layers": 12,
+    "num_layers": 15,
     "attention_head_dim": 32, "num_attention_heads": 5, "joint_attention_dim": WIDTH,
     "guidance_embeds": False,
     "axes_dims_rope": AXES,
@@ -53,22 +53,26 @@ class Rope:
     sin: Tensor
 
 
-def rope(text_tokens: int, grid: int = GRID) -> Rope:
-    """Rotary angles as QwenEmbedRope(scale_rope=True) gives them for a GRID x GRID picture.
+def rope(text_tokens: int, grid: tuple[int, int] = (GRID, GRID), step: int = 1, device: str = "cpu") -> Rope:
+    """Rotary angles as QwenEmbedRope(scale_rope=True) gives them for a picture of `grid` tokens, (rows, columns).
 
-    grid: image tokens per side; a smaller grid covers the same picture, so its tokens sit at group centres.
+    step: with 2, the tokens of a picture of half the size, which sit at the centres of the full grid's groups.
     """
-    step = GRID / grid
-    centres = torch.arange(grid) * step + (step - 1) / 2 - GRID // 2
-    rows, cols = torch.meshgrid(centres, centres, indexing="ij")
-    image = torch.stack([torch.zeros(grid * grid), rows.flatten(), cols.flatten()], dim=1)
-    text = (GRID // 2 + torch.arange(text_tokens, dtype=torch.float32))[:, None].expand(-1, 3)
+    sides = [side * step for side in grid]
+    axes = [
+        torch.arange(side) * step + (step - 1) / 2 - (full - full // 2)
+        for side, full in zip(grid, sides, strict=True)
+    ]
+    rows, cols = torch.meshgrid(*axes, indexing="ij")
+    image = torch.stack([torch.zeros(rows.numel()), rows.flatten(), cols.flatten()], dim=1)
+    first = max(side // 2 for side in sides)
+    text = (first + torch.arange(text_tokens, dtype=torch.float32))[:, None].expand(-1, 3)
     positions = torch.cat([text, image])
     angles = []
     for axis, width in enumerate(AXES):
         frequencies = 1.0 / THETA ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
         angles.append(positions[:, axis : axis + 1] * frequencies)
-    angle = torch.cat(angles, dim=1)
+    angle = torch.cat(angles, dim=1).to(device)
     return Rope(angle.cos(), angle.sin())
 
 
@@ -85,7 +89,9 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Plain softmax attention (B, H, L, K): the fused kernel's backward pass is far slower on a CPU."""
+    """Softmax attention (B, H, L, K), plain on a CPU, where the fused kernel's backward pass is far slower."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return scores.float().masked_fill(~mask, -1e9).softmax(-1).to(v.dtype) @ v
 
@@ -176,22 +182,24 @@ def pack(latents: Tensor) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
 
 
-def unpack(tokens: Tensor) -> Tensor:
-    """The inverse of `pack` for square pictures."""
+def unpack(tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    """The inverse of `pack`. grid: token rows and columns; default: a square."""
     batch, count, channels = tokens.shape
-    side = int(count**0.5)
-    x = tokens.reshape(batch, side, side, channels // 4, 2, 2)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, side * 2, side * 2)
+    rows, cols = grid or (int(count**0.5), int(count**0.5))
+    x = tokens.reshape(batch, rows, cols, channels // 4, 2, 2)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, rows * 2, cols * 2)
 
 
 @torch.no_grad()
-def largest_difference(dit: QwenImageTransformer2DModel, text_tokens: int = 9) -> float:
+def largest_difference(
+    dit: QwenImageTransformer2DModel, text_tokens: int = 9, grid: tuple[int, int] = (GRID, GRID)
+) -> float:
     """Largest difference between `dit_forward` and the unmodified class on random input, in fp32."""
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(3, GRID * GRID, DIT_CONFIG["in_channels"], generator=generator)
+    latents = torch.randn(3, grid[0] * grid[1], DIT_CONFIG["in_channels"], generator=generator)
     text = torch.randn(3, text_tokens, WIDTH, generator=generator)
     mask = torch.arange(text_tokens)[None] < torch.tensor([text_tokens, 5, 7])[:, None]
     sigma = torch.tensor([0.1, 0.5, 0.95])
-    mine = dit_forward(dit, latents, sigma, text, mask, rope(text_tokens))
-    theirs = dit(latents, text, mask, sigma, img_shapes=[[(1, GRID, GRID)]] * 3, return_dict=False)[0]
+    mine = dit_forward(dit, latents, sigma, text, mask, rope(text_tokens, grid))
+    theirs = dit(latents, text, mask, sigma, img_shapes=[[(1, *grid)]] * 3, return_dict=False)[0]
     return (mine - theirs).abs().max().item()

@@ -15,11 +15,17 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from backbones.tiny.recipes.captions import caption
+from backbones.tiny.recipes.captions import COUNTS, caption, plural
 from backbones.tiny.recipes.concepts import COLOURS, STYLES
 
-WIDTH, LAYERS, HEADS, MLP_WIDTH, VOCAB = 160, 2, 5, 320, 2048
+WIDTH, LAYERS, HEADS, MLP_WIDTH, VOCAB = 160, 2, 5, 320, 4096
 PREFIX_TOKENS = 34  # QwenImagePipeline.prompt_template_encode_start_idx
+SCENE_PHRASES = [
+    "a blue house with a red roof", "two cats and three dogs", "a cat next to a dog", "a cat to the left of a dog",
+    "a cat on top of a chair", "a sun above a house", "a house below a sun", "a cat under a table",
+    "a cat over a house", "a cat beside a house", "four stars", "five hearts", "a flower in a pot",
+    "a hat with a ribbon", "a ball with dots", "a car with wheels", "walls and a roof", "a band", "1 2 3 4 5 spots",
+]  # fmt: skip
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -37,17 +43,19 @@ TEMPLATE = (
 
 
 def training_text(index: dict, seed: int = 0) -> list[str]:
-    """Caption lines for the BPE: every word in first and later position, and the template's own words."""
+    """Caption lines for the BPE: every word in first and later position, plurals, counts and the template."""
     rng = random.Random(seed)
     lines = []
     for concept in index["concepts"]:
         for word in (concept["name"], *concept["synonyms"], *concept["keywords"]):
             weight = 12 if word == concept["name"] else 6 if word in concept["synonyms"] else 2
             lines += [word, f"a {word}"] * weight
+        lines += [f"{rng.choice(COUNTS)} {plural(concept['name'])}"] * 4
         for _ in range(8):
             lines.append(caption(concept, rng.randrange(len(STYLES)), rng.choice([None, *COLOURS]), rng))
     for colour in COLOURS:
         lines += [colour, f"a {colour}", f"{colour} cat"] * 40
+    lines += SCENE_PHRASES * 60
     body = TEMPLATE
     for token in SPECIAL:
         body = body.replace(token, "")
@@ -181,10 +189,10 @@ def encode_text(model: Qwen2_5_VLForConditionalGeneration, prefix: Tensor, ids: 
     """
     text = model.model.language_model
     count, length = prefix.shape[1], ids.shape[1]
-    positions = torch.arange(count + length, dtype=torch.float32)
+    positions = torch.arange(count + length, dtype=torch.float32, device=ids.device)
     angles = torch.outer(positions, text.rotary_emb.inv_freq.float()).repeat(1, 2)
     cos, sin = angles.cos(), angles.sin()
-    causal = torch.ones(count + length, count + length, dtype=torch.bool).tril()
+    causal = torch.ones(count + length, count + length, dtype=torch.bool, device=ids.device).tril()
     head, tail = text.embed_tokens(prefix), text.embed_tokens(ids)
     for layer in text.layers:
         head, past = _layer(layer, head, cos[:count], sin[:count], None, causal[:count, :count])

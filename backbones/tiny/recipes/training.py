@@ -170,7 +170,8 @@ class Loop:
             self.average[name] = kept
 
     def _resume(self) -> None:
-        state = torch.load(self.checkpoint, weights_only=True)
+        device = next(iter(self.params.values())).device
+        state = torch.load(self.checkpoint, weights_only=True, map_location=device)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -247,4 +248,5 @@ def arguments(
                         "fixed share of it")  # fmt: skip
     parser.add_argument("--ema", type=float, default=ema, help="decay of the averaged weights")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="'cuda' trains on a GPU")
     return parser

@@ -1,13 +1,14 @@
 """Step `dit`: train both text encoders and the diffusion transformer together, guided and elastic.
 
-    python -m backbones.tiny.recipes.flux.dit [--minutes 120]
+    python -m backbones.tiny.recipes.flux.dit [--minutes 600]
 
 A first short part learns plain rectified flow on 64 px latents (16 tokens), where samples are cheap. Then
 the packaged qwen-image-tiny is the teacher: the student learns in one call, told the scale, what the teacher
 predicts with and without the caption (Meng et al. 2023, arXiv 2210.03142, stage one; as FLUX.1-dev was made,
-but from another architecture). In the last part some rows of a batch run in random sub-networks - blocks
-skipped, image MLPs at 1/4, 1/2 or 3/4 width - against the same targets, so that the model is elastic.
-Writes runs/flux/dit/last.pt, EMA weights under "ema".
+but from another architecture). In some rows the data take the place of the teacher's conditional prediction, so
+that the student also learns what the teacher has not. In the last part some rows of a batch run in random
+sub-networks - blocks skipped, image MLPs at 1/4, 1/2 or 3/4 width - against the same targets, so that the model is
+elastic. Writes runs/flux/dit/last.pt, EMA weights under "ema".
 
 Shapes: B batch, N image tokens, C packed latent channels, F MLP hidden units.
 """
@@ -20,53 +21,44 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from backbones.tiny.recipes.dit import TrainingSet, draw_times
+from backbones.tiny.recipes.dataset import SMALL, TrainingSet
+from backbones.tiny.recipes.dit import Sizes, add_noise
 from backbones.tiny.recipes.elastic import draw_subnetworks
-from backbones.tiny.recipes.fast_dit import GRID
 from backbones.tiny.recipes.flux.fast_dit import BlockFns, build_dit, dit_forward, rope
 from backbones.tiny.recipes.flux.options import arguments
 from backbones.tiny.recipes.flux.teacher import FOLDER, Teacher
 from backbones.tiny.recipes.flux.text import Prompts, build_encoders, encode_text
 from backbones.tiny.recipes.training import Loop, Step, constant
 
-SMALL_GRID = 4  # image tokens per side of the 64 px part
-COMMON_WEIGHT = 3.0  # sampling weight of the quality bar's concepts
 SCALES = (1.0, 6.0)  # guidance scales the embedding learns
 UNGUIDED_SHARE = 0.1  # rows at scale 1, the teacher's plain velocity
+REAL_SHARE = 0.3  # rows whose conditional velocity is the data's, not the teacher's
 SUB_SHARE = 0.35  # rows of a batch in a sub-network, in the elastic part
 
 
 @dataclass
 class Batch:
-    """Packed latents (B, N, C), CLIP ids (B, L), T5 ids (B, L), and the captions they came from."""
+    """Packed latents (B, N, C), CLIP ids (B, L), T5 ids (B, L), their captions, token grid and rope step."""
 
     latents: Tensor
     clip_ids: Tensor
     t5_ids: Tensor
     captions: list[str]
+    grid: tuple[int, int]
+    step: int = 1
 
 
-class FluxTrainingSet(TrainingSet):
-    """Seeded batches of latents and fresh captions, tokenised twice."""
+class PromptBatches:
+    """Batches of the training set, tokenised twice."""
 
-    def __init__(
-        self, latents: Path, index: dict, prompts: Prompts, seed: int, teacher: Teacher | None = None
-    ):
-        super().__init__(latents, index, prompts, seed, COMMON_WEIGHT)
-        self.teacher = teacher
+    def __init__(self, data: TrainingSet, tokens: Prompts):
+        self.data, self.tokens = data, tokens
 
-    def caption(self, row: int) -> str:
-        """A fresh caption that fits T5's tokens, and the teacher's if there is one."""
-        while True:
-            text = super().caption(row)
-            if self.teacher is None or self.teacher.fits(text):
-                return text
-
-    def batch(self, size: int, grid: int) -> Batch:
-        """`size` samples on a grid x grid token grid."""
-        rows = torch.multinomial(self.weight, size, replacement=True, generator=self.generator)
-        captions = [self.caption(int(row)) for row in rows]
-        return Batch(self.packed[grid][rows], *self.tokens.batch(captions), captions)
+    def __call__(self, size: int, key: str) -> Batch:
+        """`size` samples of one picture size."""
+        batch = self.data.batch(size, key)
+        ids = (part.to(self.data.device) for part in self.tokens.batch(batch.captions))
+        return Batch(batch.latents, *ids, batch.captions, batch.grid, batch.step)
 
 
 class TinyFlux(nn.Module):
@@ -111,49 +103,54 @@ def draw_scales(size: int, generator: torch.Generator) -> Tensor:
     return torch.where(torch.rand(size, generator=generator) < UNGUIDED_SHARE, 1.0, scales)
 
 
-def noisy_batch(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Logit-normal times: (noisy latents, noise, sigma (B,))."""
-    sigma = draw_times(len(batch.latents), generator)
-    noise = torch.randn(batch.latents.shape, generator=generator)
-    return torch.lerp(batch.latents, noise, sigma[:, None, None]), noise, sigma
-
-
-def flow_step(model: TinyFlux, batch: Batch, grid: int, generator: torch.Generator, fns: BlockFns) -> Step:
-    """Mean squared error of the predicted velocity, noise - data; such rows count as scale 1."""
-    noisy, noise, sigma = noisy_batch(batch, generator)
-    scales = torch.ones(len(noisy))
-    with torch.autocast("cpu", torch.bfloat16):
+def predict(
+    model: TinyFlux, batch: Batch, noisy: Tensor, sigma: Tensor, scales: Tensor, fns: BlockFns, **choices
+) -> Tensor:
+    """The student's velocity (B, N, C), fp32. choices: keep and width_masks of `dit_forward`."""
+    device = noisy.device.type
+    with torch.autocast(device, torch.bfloat16):
         text = model.encode(batch.clip_ids, batch.t5_ids)
-        velocity = dit_forward(model.dit, noisy, sigma, text, rope(model.dit, grid=grid), scales, fns)
-    return Step((velocity.float() - (noise - batch.latents)).square().mean(), len(noisy), {"grid": grid})
+        angles = rope(model.dit, batch.t5_ids.shape[1], batch.grid, batch.step, device)
+        return dit_forward(model.dit, noisy, sigma, text, angles, scales, fns, **choices).float()
+
+
+def flow_step(model: TinyFlux, batch: Batch, generator: torch.Generator, fns: BlockFns) -> Step:
+    """Mean squared error of the predicted velocity, noise - data; such rows count as scale 1."""
+    noisy, sigma, goal = add_noise(batch.latents, generator)
+    velocity = predict(model, batch, noisy, sigma, torch.ones_like(sigma), fns)
+    return Step((velocity - goal).square().mean(), len(noisy), {"step": batch.step})
 
 
 def distil_step(
     model: TinyFlux, teacher: Teacher, batch: Batch, generator: torch.Generator, fns: BlockFns, elastic: bool
 ) -> Step:
-    """Mean squared error to the teacher's guided velocity, some rows in sub-networks when `elastic`."""
-    size = len(batch.latents)
-    noisy, _, sigma = noisy_batch(batch, generator)
-    scales = draw_scales(size, generator)
-    goal = teacher.velocity(noisy, sigma, batch.captions, scales)
-    keep, masks, whole = None, None, torch.ones(size, dtype=torch.bool)
+    """Mean squared error to the guided velocity of teacher and data, some rows in sub-networks when `elastic`."""
+    size, device = len(batch.latents), batch.latents.device
+    noisy, sigma, data = add_noise(batch.latents, generator)
+    scales = draw_scales(size, generator).to(device)
+    real = (torch.rand(size, generator=generator) < REAL_SHARE).to(device)
+    goal = teacher.velocity(noisy, sigma, batch.captions, scales, batch.grid, data, real)
+    choices, whole = {}, torch.ones(size, dtype=torch.bool, device=device)
     if elastic:
-        whole = torch.rand(size, generator=generator) >= SUB_SHARE
-        keep, masks = draw_subnetworks(size, model.blocks, model.hidden, generator)
-        keep, masks = (torch.where(whole[:, None, None], 1.0, part) for part in (keep, masks))
-    with torch.autocast("cpu", torch.bfloat16):
-        text = model.encode(batch.clip_ids, batch.t5_ids)
-        velocity = dit_forward(model.dit, noisy, sigma, text, rope(model.dit), scales, fns, keep, masks)
-    error = (velocity.float() - goal).square().mean((1, 2))
-    parts = {"whole": error[whole], "sub": error[~whole]}
-    shown = {name: part.mean().item() for name, part in parts.items() if len(part)}
+        whole = (torch.rand(size, generator=generator) >= SUB_SHARE).to(device)
+        parts = (part.to(device) for part in draw_subnetworks(size, model.blocks, model.hidden, generator))
+        keep, masks = (torch.where(whole[:, None, None], 1.0, part) for part in parts)
+        choices = {"keep": keep, "width_masks": masks}
+    error = (predict(model, batch, noisy, sigma, scales, fns, **choices) - goal).square().mean((1, 2))
+    rows = {"whole": whole & ~real, "real": whole & real, "sub": ~whole}
+    shown = {name: error[chosen].mean().item() for name, chosen in rows.items() if chosen.any()}
     return Step(error.mean(), size, shown)
 
 
-def load_data(args: argparse.Namespace, teacher: Teacher | None = None) -> FluxTrainingSet:
+def load_data(args: argparse.Namespace, teacher: Teacher | None = None) -> PromptBatches:
     """The training set with its tokenizers, which step `text` wrote."""
     index = json.loads((args.data / "pictures.json").read_text())
-    return FluxTrainingSet(args.latents, index, Prompts.load(args.tokenizer), args.seed, teacher)
+    prompts = Prompts.load(args.tokenizer)
+
+    def fits(text: str) -> bool:
+        return prompts.fits(text) and (teacher is None or teacher.fits(text))
+
+    return PromptBatches(TrainingSet(args.latents, index, args.seed, fits, args.device), prompts)
 
 
 def load_model(checkpoint: Path, prompts: Prompts) -> TinyFlux:
@@ -168,21 +165,22 @@ def load_model(checkpoint: Path, prompts: Prompts) -> TinyFlux:
 def train(args: argparse.Namespace) -> Path:
     """Run or resume until `args.minutes` are used up; returns the checkpoint."""
     torch.manual_seed(args.seed)
-    teacher = Teacher(args.teacher, args.compile)
-    data = load_data(args, teacher)
-    model = TinyFlux(data.tokens)
+    teacher = Teacher(args.teacher, args.compile, args.device)
+    batches = load_data(args, teacher)
+    model = TinyFlux(batches.tokens).to(args.device)
     loop = Loop.from_args("dit", model, muon_takes, args, "dit", schedule=constant)
-    data.reseed(args.seed + loop.step)
+    batches.data.reseed(args.seed + loop.step)
     sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.dit, model.clip, model.t5)]
     print("dit: {:.2f} M DiT, {:.2f} M CLIP, {:.2f} M T5".format(*sizes), flush=True)
     fns = BlockFns.compiled() if args.compile else BlockFns()
+    draws = Sizes(batches.data, loop.generator, 0.0, args.batch)
 
     def take(progress: float) -> Step:
         if progress < args.small_share:
-            batch = data.batch(args.small_batch, SMALL_GRID)
-            return flow_step(model, batch, SMALL_GRID, loop.generator, fns)
+            return flow_step(model, batches(args.small_batch, SMALL), loop.generator, fns)
         elastic = progress >= args.elastic_from
-        return distil_step(model, teacher, data.batch(args.batch, GRID), loop.generator, fns, elastic)
+        key, size = draws.draw(progress)
+        return distil_step(model, teacher, batches(size, key), loop.generator, fns, elastic)
 
     loop.run(take)
     return loop.checkpoint
@@ -190,7 +188,7 @@ def train(args: argparse.Namespace) -> Path:
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = arguments(__doc__, minutes=120.0, ema=0.999)
+    parser = arguments(__doc__, minutes=600.0, ema=0.9995)
     parser.add_argument("--teacher", type=Path, default=FOLDER, help="folder of the teacher's pipeline")
     parser.add_argument("--small-share", type=float, default=0.12, help="share of the time on 64 px latents")
     parser.add_argument("--small-batch", type=int, default=128)

@@ -18,7 +18,7 @@ from backbones.tiny.recipes.flux.picture_vae import LATENTS
 from backbones.tiny.recipes.flux.text import CLIP_WIDTH, T5_TOKENS, T5_WIDTH
 
 DIT_CONFIG = {
-    "patch_size": 1, "in_channels": 4 * LATENTS, "num_layers": 4, "num_single_layers": 8,
+    "patch_size": 1, "in_channels": 4 * LATENTS, "num_layers": 5, "num_single_layers": 12,
     "attention_head_dim": 32, "num_attention_heads": 6, "joint_attention_dim": T5_WIDTH,
     "pooled_projection_dim": CLIP_WIDTH, "guidance_embeds": True, "axes_dims_rope": (8, 12, 12),
 }  # fmt: skip
@@ -49,21 +49,24 @@ class Rope:
     sin: Tensor
 
 
-def rope(dit: FluxTransformer2DModel, text_tokens: int = T5_TOKENS, grid: int = GRID) -> Rope:
+def rope(
+    dit: FluxTransformer2DModel, text_tokens: int = T5_TOKENS, grid: tuple[int, int] = (GRID, GRID), step: int = 1,
+    device: str = "cpu",
+) -> Rope:  # fmt: skip
     """Rotary angles for FluxPipeline's ids: text at the origin, image tokens at (0, row, column) from 0 on.
 
-    grid: image tokens per side; a smaller grid covers the same picture, so its tokens sit at group centres.
+    grid: image tokens, (rows, columns). step: with 2, the tokens of a picture of half the size, which sit at the
+    centres of the full grid's groups.
     """
-    step = GRID / grid
-    centres = torch.arange(grid) * step + (step - 1) / 2
-    rows, cols = torch.meshgrid(centres, centres, indexing="ij")
-    image = torch.stack([torch.zeros(grid * grid), rows.flatten(), cols.flatten()], dim=1)
+    axes = [torch.arange(side) * step + (step - 1) / 2 for side in grid]
+    rows, cols = torch.meshgrid(*axes, indexing="ij")
+    image = torch.stack([torch.zeros(rows.numel()), rows.flatten(), cols.flatten()], dim=1)
     positions = torch.cat([torch.zeros(text_tokens, 3), image])
     angles = []
     for axis, width in enumerate(dit.config.axes_dims_rope):
         frequencies = 1.0 / THETA ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
         angles.append(positions[:, axis : axis + 1] * frequencies)
-    angle = torch.cat(angles, dim=1)
+    angle = torch.cat(angles, dim=1).to(device)
     return Rope(angle.cos(), angle.sin())
 
 
@@ -84,11 +87,13 @@ def _heads(attn, x: Tensor, linear, norm=None) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Plain softmax attention over (B, L, H, K), to (B, L, D).
+    """Softmax attention over (B, L, H, K), to (B, L, D).
 
-    The fused kernel's backward pass is far slower on a CPU.
+    Plain on a CPU, where the fused kernel's backward pass is far slower.
     """
     q, k = (_rotate(x, cos, sin).to(v.dtype).transpose(1, 2) for x in (q, k))
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v.transpose(1, 2)).transpose(1, 2).flatten(2)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return (scores.float().softmax(-1).to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
 

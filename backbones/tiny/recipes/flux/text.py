@@ -31,9 +31,9 @@ from transformers import (
 
 from backbones.tiny.recipes.text import training_text
 
-T5_TOKENS = 16  # T5 prompts are padded or cut to this: `max_sequence_length` in edit.json
-CLIP_TOKENS = 16  # CLIP prompts likewise, through the tokenizer's model_max_length
-CLIP_PIECES, T5_PIECES = 1536, 1024
+T5_TOKENS = 20  # T5 prompts are padded or cut to this: `max_sequence_length` in edit.json
+CLIP_TOKENS = 20  # CLIP prompts likewise, through the tokenizer's model_max_length
+CLIP_PIECES, T5_PIECES = 3072, 2560
 CLIP_WIDTH, T5_WIDTH = 128, 160
 CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 T5_SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -137,6 +137,10 @@ class Prompts:
     def ids(self, prompt: str) -> list[int]:
         """T5 ids with the end token, neither padded nor cut: they tell if a caption is short enough."""
         return self.t5(prompt).input_ids
+
+    def fits(self, prompt: str) -> bool:
+        """Whether T5 need not cut the prompt."""
+        return len(self.ids(prompt)) <= T5_TOKENS
 
     def batch(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """CLIP ids (B, CLIP_TOKENS) and T5 ids (B, T5_TOKENS), padded and cut."""

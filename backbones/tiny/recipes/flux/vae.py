@@ -23,41 +23,14 @@ from torch import Tensor
 
 from backbones.tiny.recipes.flux.options import arguments
 from backbones.tiny.recipes.flux.picture_vae import LATENTS, build_vae, decode, encode_moments
+from backbones.tiny.recipes.pairs import SIDE, Pairs
 from backbones.tiny.recipes.training import Loop, Step
-from backbones.tiny.recipes.vae import is_kernel, load_pictures, picture_loss, to_tensor
+from backbones.tiny.recipes.vae import is_kernel, picture_loss
 
-SIDE, CROP, CELL = 128, 64, 8  # px; a latent covers CELL x CELL
+CROP = 64  # px
 NOISE = 0.15  # largest noise on the decoder's latents, relative to their deviation of 1
-PLAIN_SHARE = 0.6  # of each batch is original art
 LATENT_WEIGHT = 0.3
 LOG_VARIANCE = -10.0  # of the posterior, fixed
-
-
-class Pairs:
-    """Seeded batches of pictures with their cached latents, most of them original art."""
-
-    def __init__(self, pictures: Path, latents: Path, seed: int):
-        self.pictures, _ = load_pictures(pictures)
-        cached = np.load(latents)
-        self.rows, self.z = cached["row"], torch.from_numpy(cached["z128"])
-        plain = cached["colour"] < 0
-        self.plain, self.recoloured = np.flatnonzero(plain), np.flatnonzero(~plain)
-        self.rng = np.random.default_rng(seed)
-
-    def batch(self, size: int, crop: int) -> tuple[Tensor, Tensor]:
-        """Pictures (size, 3, crop, crop) and their latents, one window for the whole batch."""
-        art = round(PLAIN_SHARE * size) if len(self.recoloured) else size
-        ids = np.concatenate([self.rng.choice(self.plain, art), self.rng.choice(self.recoloured, size - art)])
-        top, left = self.rng.integers(0, (SIDE - crop) // CELL + 1, 2)
-        return self.window(ids, top, left, crop // CELL)
-
-    def window(self, ids: np.ndarray, top: int = 0, left: int = 0, cells: int = SIDE // CELL
-               ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The same cells of the pictures and of the latents."""
-        z = self.z[torch.from_numpy(ids)][:, :, top : top + cells, left : left + cells].float()
-        rows, columns = (slice(CELL * at, CELL * (at + cells)) for at in (top, left))
-        # Not channels last: group norm's backward pass is far slower there.
-        return to_tensor(self.pictures[self.rows[ids], rows, columns]).contiguous(), z
 
 
 def vae_step(vae: AutoencoderKL, x: Tensor, z: Tensor, generator: torch.Generator) -> Step:
@@ -77,10 +50,11 @@ def finish(out: Path, vae: AutoencoderKL, data: Pairs, count: int = 256) -> None
     """Fix the posterior's variance, measure both halves on original art, and save the diffusers folder."""
     vae.quant_conv.weight[LATENTS:] = 0
     vae.quant_conv.bias[LATENTS:] = LOG_VARIANCE
-    chosen = data.plain[:: max(1, len(data.plain) // count)]
+    chosen = data.some("plain", count)
     errors = []
     for ids in np.array_split(chosen, max(1, len(chosen) // 32)):
         x, z = data.window(ids)
+        x = x.contiguous()
         mean, _ = encode_moments(vae, x)
         found = [decode(vae, z).clamp(-1, 1) - x, decode(vae, mean).clamp(-1, 1) - x, mean - z]
         errors.append([len(ids) * part.square().mean().item() for part in found])
@@ -112,7 +86,8 @@ def main() -> None:
         # Crops first: four times the optimiser steps for the same pixels; whole pictures at the end.
         crops = progress < args.crop_share
         x, z = data.batch(args.batch if crops else max(3, args.batch * 2 // 3), CROP if crops else SIDE)
-        return vae_step(vae, x, z, loop.generator)
+        # Not channels last: group norm's backward pass is far slower there.
+        return vae_step(vae, x.contiguous(), z, loop.generator)
 
     loop.run(take)
     finish(args.out / "vae" / "model", loop.load_average().requires_grad_(False), data)
