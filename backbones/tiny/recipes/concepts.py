@@ -38,8 +38,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 class Concept:
     """One thing that can be asked for.
 
-    name: the plain English name, as in "a cat". emoji: the character whose picture it is; empty if there is none.
-    synonyms: hand-chosen words that mean the same picture. keywords: emojilib keywords that no other
+    name: the plain English name, as in "a cat". emoji: the character whose picture it is; empty if there is
+    none. synonyms: hand-chosen words that mean the same picture. keywords: emojilib keywords that no other
     core concept has (filled in by `add_keywords`). art: other pictures, as in the file. section: the file's
     heading above it.
     """

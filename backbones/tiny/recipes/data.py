@@ -3,9 +3,9 @@
     python -m backbones.tiny.recipes.data [--packages node_modules] [--out runs/data]
 
 Writes `pictures.npy` (N, 128, 128, 3) uint8 on white and `pictures.json`: the concepts and one row
-[concept index, style index, colour name or null, variant] per picture. Things always stand in the middle at one
-size: a model of this size then draws them whole, where one that has seen them a few px apart mixes the two (a third
-eye between two). About two minutes on two cores.
+[concept index, style index, colour name or null, variant] per picture. Things always stand in the middle at
+one size: a model of this size then draws them whole, where one that has seen them a few px apart mixes the
+two (a third eye between two). About two minutes on two cores.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from backbones.tiny.recipes.concepts import COLOURS, STYLES, Concept, add_keywor
 SIZE = 128  # picture side, px
 BOX = 116  # icon box side, px
 MIN_DOMINANT = 0.33  # share of the object that one hue must cover for a recoloured copy
-# Colours are applied in the first three styles, one picture per colour and two for the first part of the file.
+# Colours are applied in the first three styles, one picture per colour and two for the first part of the
+# file.
 RECOLOURED_STYLES, COMMON_CONCEPTS = 3, 308
 # People keep their own colours: a tinted skin is not what anyone means by "a blue princess".
 NOT_RECOLOURED = {

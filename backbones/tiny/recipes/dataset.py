@@ -1,9 +1,11 @@
-"""The training set of the picture models: one compact file of latents and captions, and seeded batches from it.
+"""The training set of the picture models: one compact file of latents and captions, and seeded batches from
+it.
 
-The file (`latents.npz`, step `latents`) holds for every picture size `WxH`: `z_WxH` (N, C, H/8, W/8) int8, latents
-times QUANTA; `kind_WxH` (N,), an index into KINDS; `concept_WxH` and `style_WxH` (N,), -1 for scenes; `row_WxH`
-(N,), the row of pictures.npy, -1 for composed pictures; `captions_WxH`, UTF-8 bytes: a line per picture, its
-captions apart by tabs. `z_small` is the square size again from pictures of half the side, for the cheap phase.
+The file (`latents.npz`, step `latents`) holds for every picture size `WxH`: `z_WxH` (N, C, H/8, W/8) int8,
+latents times QUANTA; `kind_WxH` (N,), an index into KINDS; `concept_WxH` and `style_WxH` (N,), -1 for scenes;
+`row_WxH` (N,), the row of pictures.npy, -1 for composed pictures; `captions_WxH`, UTF-8 bytes: a line per
+picture, its captions apart by tabs. `z_small` is the square size again from pictures of half the side, for
+the cheap phase.
 
 Shapes: B batch, N image tokens, C packed latent channels, L text tokens.
 """

@@ -4,9 +4,9 @@
     python -m backbones.tiny.recipes.dit --device cuda --batch 2048 --minutes 7     # on a GPU
 
 Rectified flow (sigma = t, velocity = noise - data), logit-normal times, Muon beside AdamW, EMA, bf16
-autocast, compiled blocks. Every step draws one picture size: mostly 128 px (64 tokens), in the first part of the
-time half of the steps 64 px (16 tokens), which are cheap, and now and then another size. `--start` begins with the
-weights of a pipeline folder, grown to this size (grow.py).
+autocast, compiled blocks. Every step draws one picture size: mostly 128 px (64 tokens), in the first part
+of the time half of the steps 64 px (16 tokens), which are cheap, and now and then another size. `--start`
+begins with the weights of a pipeline folder, grown to this size (grow.py).
 Writes runs/dit/last.pt (to resume) with the EMA weights under "ema".
 
 Shapes: B batch, N image tokens, L text tokens, C packed latent channels.

@@ -1,7 +1,7 @@
 """Our own drawings of everyday things that emoji sets lack, from `drawings.txt`, in three looks. Torch-free.
 
-The looks stand in for the emoji styles: "flat" has plain colours, "noto" shades every shape from top to bottom,
-"twemoji" is the mirror image in cooler colours.
+The looks stand in for the emoji styles: "flat" has plain colours, "noto" shades every shape from top to
+bottom, "twemoji" is the mirror image in cooler colours.
 """
 
 import colorsys
@@ -39,6 +39,8 @@ def shift(colour: str, light: float = 1.0, hue: float = 0.0, saturation: float =
 def shape_svg(shape: str, paint: dict[str, str]) -> str:
     """One shape of the file's language as SVG. ValueError names a shape that is not in the language."""
     kind, *words = shape.split()
+    if kind not in ("r", "c", "e", "p", "d", "l", "s"):
+        raise ValueError(f"{shape!r} starts with none of r, c, e, p, d, l, s")
     if kind == "r":
         x, y, width, height, radius, c = words
         return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="{radius}" fill="{paint[c]}"/>'
@@ -54,9 +56,7 @@ def shape_svg(shape: str, paint: dict[str, str]) -> str:
     line = f'fill="none" stroke="{paint[words[0]]}" stroke-width="{words[1]}" stroke-linecap="round"'
     if kind == "l":
         return f'<polyline points="{" ".join(words[2:])}" {line} stroke-linejoin="round"/>'
-    if kind == "s":
-        return f'<path d="{" ".join(words[2:])}" {line}/>'
-    raise ValueError(f"{shape!r} starts with none of r, c, e, p, d, l, s")
+    return f'<path d="{" ".join(words[2:])}" {line}/>'
 
 
 def drawing_svg(name: str, look: str, colours: dict[str, str] | None = None) -> str:

@@ -54,9 +54,11 @@ class Rope:
 
 
 def rope(text_tokens: int, grid: tuple[int, int] = (GRID, GRID), step: int = 1, device: str = "cpu") -> Rope:
-    """Rotary angles as QwenEmbedRope(scale_rope=True) gives them for a picture of `grid` tokens, (rows, columns).
+    """Rotary angles as QwenEmbedRope(scale_rope=True) gives them for a picture of `grid` tokens, (rows,
+    columns).
 
-    step: with 2, the tokens of a picture of half the size, which sit at the centres of the full grid's groups.
+    step: with 2, the tokens of a picture of half the size, which sit at the centres of the full grid's
+    groups.
     """
     sides = [side * step for side in grid]
     axes = [
@@ -89,7 +91,9 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention (B, H, L, K), plain on a CPU, where the fused kernel's backward pass is far slower."""
+    """Softmax attention (B, H, L, K), plain on a CPU, where the fused kernel's backward pass is far
+    slower.
+    """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)

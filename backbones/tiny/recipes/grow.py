@@ -1,8 +1,8 @@
 """Begin training with the weights of a smaller qwen-image-tiny: more blocks, and another tokenizer's words.
 
-The grown model computes what the smaller one did (for words whose tokens it knew), so that nothing learnt is lost:
-added blocks are copies whose gates are shut, and a new token's embedding is the mean of the tokens that the old
-tokenizer cuts it into (net2net, Chen et al. 2016, arXiv 1511.05641).
+The grown model computes what the smaller one did (for words whose tokens it knew), so that nothing learnt
+is lost: added blocks are copies whose gates are shut, and a new token's embedding is the mean of the tokens
+that the old tokenizer cuts it into (net2net, Chen et al. 2016, arXiv 1511.05641).
 """
 
 from pathlib import Path
@@ -14,7 +14,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 
 def spread(old: int, new: int) -> list[int]:
-    """For each of `new` blocks the old block it is, or minus one minus the old block it copies with shut gates.
+    """For each of `new` blocks the old block it is, or minus one minus the old block it copies with shut
+    gates.
 
     Copies follow their originals, evenly spread.
     """

@@ -125,9 +125,8 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(args.out, **columns)
     size = args.out.stat().st_size
-    print(
-        f"latents: {encoder.done} pictures in {time.time() - encoder.started:.0f} s, {size / 1e6:.1f} MB -> {args.out}"
-    )
+    seconds = time.time() - encoder.started
+    print(f"latents: {encoder.done} pictures in {seconds:.0f} s, {size / 1e6:.1f} MB -> {args.out}")
     if size > MAX_BYTES:
         raise SystemExit(
             f"latents: {args.out} is {size} bytes, the limit is {MAX_BYTES}: take fewer --coloured"

@@ -21,10 +21,12 @@ from backbones.tiny.recipes.concepts import COLOURS, STYLES
 WIDTH, LAYERS, HEADS, MLP_WIDTH, VOCAB = 160, 2, 5, 320, 4096
 PREFIX_TOKENS = 34  # QwenImagePipeline.prompt_template_encode_start_idx
 SCENE_PHRASES = [
-    "a blue house with a red roof", "two cats and three dogs", "a cat next to a dog", "a cat to the left of a dog",
+    "a blue house with a red roof", "two cats and three dogs", "a cat next to a dog",
+    "a cat to the left of a dog",
     "a cat on top of a chair", "a sun above a house", "a house below a sun", "a cat under a table",
     "a cat over a house", "a cat beside a house", "four stars", "five hearts", "a flower in a pot",
-    "a hat with a ribbon", "a ball with dots", "a car with wheels", "walls and a roof", "a band", "1 2 3 4 5 spots",
+    "a hat with a ribbon", "a ball with dots", "a car with wheels", "walls and a roof", "a band",
+    "1 2 3 4 5 spots",
 ]  # fmt: skip
 SPECIAL = (
     "<|endoftext|>",

@@ -40,7 +40,7 @@ def load_pictures(folder: Path) -> tuple[np.ndarray, dict]:
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1], channels last."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.tensor(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:

@@ -5,10 +5,10 @@
 A first short part learns plain rectified flow on 64 px latents (16 tokens), where samples are cheap. Then
 the packaged qwen-image-tiny is the teacher: the student learns in one call, told the scale, what the teacher
 predicts with and without the caption (Meng et al. 2023, arXiv 2210.03142, stage one; as FLUX.1-dev was made,
-but from another architecture). In some rows the data take the place of the teacher's conditional prediction, so
-that the student also learns what the teacher has not. In the last part some rows of a batch run in random
-sub-networks - blocks skipped, image MLPs at 1/4, 1/2 or 3/4 width - against the same targets, so that the model is
-elastic. Writes runs/flux/dit/last.pt, EMA weights under "ema".
+but from another architecture). In some rows the data take the place of the teacher's conditional
+prediction, so that the student also learns what the teacher has not. In the last part some rows of a batch
+run in random sub-networks - blocks skipped, image MLPs at 1/4, 1/2 or 3/4 width - against the same targets,
+so that the model is elastic. Writes runs/flux/dit/last.pt, EMA weights under "ema".
 
 Shapes: B batch, N image tokens, C packed latent channels, F MLP hidden units.
 """
@@ -124,7 +124,9 @@ def flow_step(model: TinyFlux, batch: Batch, generator: torch.Generator, fns: Bl
 def distil_step(
     model: TinyFlux, teacher: Teacher, batch: Batch, generator: torch.Generator, fns: BlockFns, elastic: bool
 ) -> Step:
-    """Mean squared error to the guided velocity of teacher and data, some rows in sub-networks when `elastic`."""
+    """Mean squared error to the guided velocity of teacher and data, some rows in sub-networks when
+    `elastic`.
+    """
     size, device = len(batch.latents), batch.latents.device
     noisy, sigma, data = add_noise(batch.latents, generator)
     scales = draw_scales(size, generator).to(device)

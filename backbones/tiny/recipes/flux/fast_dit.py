@@ -50,13 +50,13 @@ class Rope:
 
 
 def rope(
-    dit: FluxTransformer2DModel, text_tokens: int = T5_TOKENS, grid: tuple[int, int] = (GRID, GRID), step: int = 1,
-    device: str = "cpu",
+    dit: FluxTransformer2DModel, text_tokens: int = T5_TOKENS, grid: tuple[int, int] = (GRID, GRID), step:
+    int = 1, device: str = "cpu",
 ) -> Rope:  # fmt: skip
     """Rotary angles for FluxPipeline's ids: text at the origin, image tokens at (0, row, column) from 0 on.
 
-    grid: image tokens, (rows, columns). step: with 2, the tokens of a picture of half the size, which sit at the
-    centres of the full grid's groups.
+    grid: image tokens, (rows, columns). step: with 2, the tokens of a picture of half the size, which sit
+    at the centres of the full grid's groups.
     """
     axes = [torch.arange(side) * step + (step - 1) / 2 for side in grid]
     rows, cols = torch.meshgrid(*axes, indexing="ij")

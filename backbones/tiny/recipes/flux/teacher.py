@@ -30,7 +30,8 @@ def guided_velocity(
     keep_norm: 1 gives each token the length of its conditional velocity, as QwenImagePipeline does, which
     keeps high scales from oversaturating; 0 is plain guidance; between, a blend.
     anchor: stands in for the conditional velocity, scaled and guided as that would be. With the data's own
-    velocity, noise - data, its mean over the data is the guided velocity of the data instead of the teacher's.
+    velocity, noise - data, its mean over the data is the guided velocity of the data instead of the
+    teacher's.
     """
     if isinstance(scale, Tensor):
         scale = scale[:, None, None]
