@@ -77,8 +77,8 @@ def test_the_everyday_prompts_are_two_hundred_and_nothing_reads_them():
     ("noun", "many"),
     [
         ("cat", "cats"), ("mouse", "mice"), ("cherry", "cherries"), ("toy", "toys"), ("bus", "buses"),
-        ("box", "boxes"), ("fire engine", "fire engines"), ("old man", "old men"), ("paint brush", "paint brushes"),
-        ("tomato", "tomatoes"), ("fish", "fish"), ("baby", "babies"),
+        ("box", "boxes"), ("fire engine", "fire engines"), ("old man", "old men"),
+        ("paint brush", "paint brushes"), ("tomato", "tomatoes"), ("fish", "fish"), ("baby", "babies"),
     ],
 )  # fmt: skip
 def test_plurals(noun, many):
@@ -213,9 +213,17 @@ def write(path, rows: int = 6) -> torch.Tensor:
     z = torch.randn(rows, 8, 16, 16, generator=torch.Generator().manual_seed(0))
     kinds = [0, 0, 0, 1, 2, 2][:rows]
     columns = {"kind": kinds, "concept": [0, 0, 1, 1, -1, -1][:rows], "style": [0, 1, 0, 2, -1, -1][:rows]}
-    texts = [["a cat", "kitty"], ["cat"], ["a dog"], ["a red dog"], ["two cats"], ["a cat and a dog on a mat"]]
+    texts = [
+        ["a cat", "kitty"],
+        ["cat"],
+        ["a dog"],
+        ["a red dog"],
+        ["two cats"],
+        ["a cat and two dogs on a mat"],
+    ]
     arrays = {f"{name}_128x128": np.array(column) for name, column in columns.items()}
-    wide = {f"{name}_192x128": np.array([value]) for name, value in (("kind", 0), ("concept", 1), ("style", 0))}
+    one = {"kind": 0, "concept": 1, "style": 0}
+    wide = {f"{name}_192x128": np.array([value]) for name, value in one.items()}
     np.savez(
         path, z_128x128=dataset.quantise(z), captions_128x128=dataset.join_captions(texts[:rows]),
         z_small=dataset.quantise(z[:, :, ::2, ::2]), z_192x128=np.zeros((1, 8, 16, 24), np.int8),
@@ -259,7 +267,7 @@ def test_batches_are_seeded_drop_captions_and_leave_out_long_ones(tmp_path):
     assert torch.equal(first.latents, second.latents)
     empty = sum(not text.strip() for text in first.captions) / 400
     assert 0.05 < empty < 0.16
-    assert "a cat and a dog on a mat" not in first.captions
+    assert "a cat and two dogs on a mat" not in first.captions
     assert first.latents.shape == (400, 64, 32)
     assert make().batch(3, dataset.SMALL).latents.shape == (3, 16, 32)
     assert make().batch(3, dataset.SMALL).step == 2

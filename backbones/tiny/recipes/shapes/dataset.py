@@ -31,8 +31,8 @@ from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
 from backbones.hunyuan3d.image_processor import ImageProcessor, resize_cubic
-from backbones.tiny.recipes.concepts import STYLES
-from backbones.tiny.recipes.data import IconSet, check_versions, install_packages, render
+from backbones.tiny.recipes.art import IconSet, check_versions, install_packages, render
+from backbones.tiny.recipes.drawings import LOOKS
 from backbones.tiny.recipes.shapes.inflate import BORDER, Puff, inflate, warp
 from backbones.tiny.recipes.shapes.render import normals, render_solid
 from backbones.tiny.recipes.shapes.solids import Solid, kinds, make_solid
@@ -175,7 +175,7 @@ def list_jobs(packages: Path, seed: int, solids: int, warps: int) -> list[Job]:
         jobs += [Job("solid", name, i, "train") for i in range(solids)]
         jobs += [Job("solid", name, HELD_OUT_SEED + i, "held-out") for i in range(3)]
     for code in codes:
-        for style in STYLES:
+        for style in LOOKS:
             split, copies = ("held-out", 1) if code in held_out else ("train", 1 + warps)
             jobs += [Job("puff", f"{style}/{code}", i, split) for i in range(copies)]
     rng.shuffle(jobs)

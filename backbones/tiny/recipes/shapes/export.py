@@ -26,7 +26,7 @@ from torch import Tensor
 from backbones.hunyuan3d.checkpoints import load_pipeline, save_checkpoint
 from backbones.hunyuan3d.config import build
 from backbones.hunyuan3d.shape_vae import ENCODER_KEYS, ShapeVAE
-from backbones.tiny.recipes.data import check_versions
+from backbones.tiny.recipes.art import check_versions
 from backbones.tiny.recipes.export import MAX_BYTES, check_half
 from backbones.tiny.recipes.shapes.dataset import (
     ELEVATIONS,
