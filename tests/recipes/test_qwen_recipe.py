@@ -10,7 +10,18 @@ import pytest
 import torch
 from transformers import Qwen2Tokenizer
 
-from backbones.tiny.recipes import decoder, dit, elastic, fast_dit, grow, latents, picture_vae, text
+from backbones.tiny.recipes import (
+    decoder,
+    dit,
+    elastic,
+    fast_dit,
+    grow,
+    latents,
+    parcel,
+    picture_vae,
+    text,
+    training,
+)  # fmt: skip
 from tests.recipes.test_flux_recipe import CONCEPTS, wake, write_latents
 
 ROWS = [[c, s, colour, 0] for c in range(3) for s in range(2) for colour in (None, "red")]
@@ -144,3 +155,28 @@ def test_latents_dit_elastic_decoder(runs, tmp_path, micro, monkeypatch, capsys)
     assert "after plain" in out
     assert "scene" in out
     assert (tmp_path / "decoder" / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("bits", "error"), [(16, 1e-3), (8, 1e-2)])
+def test_a_parcel_carries_the_average_in_small_files(runs, tmp_path, micro, bits, error):
+    tokens = Qwen2Tokenizer.from_pretrained(runs / "tokenizer")
+    model = dit.TinyModel(tokens)
+    wake(model)
+    ema = {name: value + 1 for name, value in model.dit.named_parameters(prefix="dit")}
+    training.save(tmp_path / "last.pt", model=model.state_dict(), ema=ema)
+    weights = {name: v for name, v in parcel.average(tmp_path / "last.pt").items() if "lm_head" not in name}
+    paths = parcel.write_parts(parcel.compress(weights, bits), tmp_path / "parts", limit=1_400_000)
+    assert len(paths) > 1
+    assert max(path.stat().st_size for path in paths) <= 1_400_000
+    other = dit.TinyModel(tokens)
+    dit.begin(other, tmp_path / "parts", tokens)
+    for name, value in other.dit.named_parameters(prefix="dit"):
+        assert (value - ema[name]).abs().max() <= error * ema[name].abs().max(), name
+    assert other.text.lm_head.weight is other.text.get_input_embeddings().weight
+
+
+def test_a_parcel_of_another_model_is_refused(runs, tmp_path, micro):
+    tokens = Qwen2Tokenizer.from_pretrained(runs / "tokenizer")
+    parcel.write_parts({"dit.img_in.weight": torch.zeros(32, 32)}, tmp_path)
+    with pytest.raises(ValueError, match="not of this model"):
+        dit.begin(dit.TinyModel(tokens), tmp_path, tokens)

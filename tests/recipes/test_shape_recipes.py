@@ -244,3 +244,31 @@ def test_the_steps_train_resume_evaluate_and_export(data, tmp_path, capsys, monk
     sheet = tmp_path / "sheet.png"
     evaluate.contact_sheet(chained, trained, stats, held_out, 1, sheet, steps=2, guidance=2.0)
     assert sheet.stat().st_size > 1000
+
+
+def test_thin_solids_are_one_piece_and_are_sampled_where_they_are_thin():
+    from backbones.tiny.recipes.shapes import dataset, evaluate, solids
+    from backbones.tiny.recipes.shapes.solids_thin import THIN
+
+    assert set(THIN) < set(solids.kinds())
+    for name in ("door_key", "thin_chair", "spoked_wheel"):
+        solid = solids.make_solid(name, 1)
+        inside, points, normal, distance = dataset.solid_samples(solid, 0)
+        assert evaluate.pieces(inside[None]).tolist() == [1], name
+        thin = dataset.thin_places(points, normal, distance)
+        assert thin.mean() > 0.1, name
+        volume = dataset.volume_samples(points, normal, distance, np.random.default_rng(0))
+        assert volume.shape == (dataset.VOLUME_POINTS, 4)
+    ball = solids.make_solid("ball", 0)
+    _, points, normal, distance = dataset.solid_samples(ball, 0)
+    assert not dataset.thin_places(points, normal, distance).any()
+
+
+def test_pieces_are_counted_and_crumbs_are_not():
+    from backbones.tiny.recipes.shapes import dataset, evaluate
+
+    grid = np.zeros((2, dataset.GRID, dataset.GRID, dataset.GRID), bool)
+    grid[:, 2:8, 2:8, 2:8] = True
+    grid[1, 20:24, 20:24, 20:24] = True
+    grid[1, 40, 40, 40] = True
+    assert evaluate.pieces(grid.reshape(2, -1)).tolist() == [1, 2]

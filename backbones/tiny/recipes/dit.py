@@ -1,7 +1,7 @@
 """Step `dit`: train the text encoder and the diffusion transformer together.
 
     python -m backbones.tiny.recipes.dit [--minutes 600] [--start FOLDER]
-    python -m backbones.tiny.recipes.dit --device cuda --batch 2048 --minutes 7     # on a GPU
+    python -m backbones.tiny.recipes.dit --device cuda --batch 2048 --lr 3e-3 --small-share 0 --minutes 7
 
 Rectified flow (sigma = t, velocity = noise - data), logit-normal times, Muon beside AdamW, EMA, bf16
 autocast, compiled blocks. Every step draws one picture size: mostly 128 px (64 tokens), in the first part
@@ -24,6 +24,7 @@ from transformers import Qwen2Tokenizer
 from backbones.tiny.recipes.dataset import SMALL, SQUARE, TrainingSet
 from backbones.tiny.recipes.fast_dit import block_forward, build_dit, dit_forward, rope
 from backbones.tiny.recipes.grow import grow
+from backbones.tiny.recipes.parcel import read_parts
 from backbones.tiny.recipes.text import PromptTokens, build_text_encoder, encode_text, train_tokenizer
 from backbones.tiny.recipes.training import Loop, Step, constant
 from backbones.tiny.recipes.training import arguments as common_arguments
@@ -146,11 +147,22 @@ def setup(args: argparse.Namespace) -> tuple[TinyModel, PromptBatches]:
     return model, PromptBatches(data, tokens)
 
 
+def begin(model: TinyModel, start: Path, tokenizer: Qwen2Tokenizer) -> None:
+    """Fill the model with the weights of a parcel, or of a pipeline folder, grown to its size."""
+    if not list(start.glob("part-*.safetensors")):
+        grow(model, start, tokenizer)
+        return
+    missing, unexpected = model.load_state_dict(read_parts(start), strict=False)
+    if unexpected or [name for name in missing if "lm_head" not in name]:
+        raise ValueError(f"{start} is not of this model: missing {missing}, unexpected {unexpected}")
+    print(f"dit: begins with {start}", flush=True)
+
+
 def train(args: argparse.Namespace) -> None:
     """Run or resume training until `args.minutes` of training time are used up."""
     model, batches = setup(args)
     if args.start and not (args.out / "last.pt").exists():
-        grow(model, args.start, batches.tokens.tokenizer)
+        begin(model, args.start, batches.tokens.tokenizer)
     model.to(args.device)
     loop = Loop.from_args("dit", model, muon_takes, args, schedule=constant, ema_start=1)
     batches.data.reseed(args.seed + loop.step)
@@ -181,7 +193,9 @@ def arguments(
 def main() -> None:
     """Parse the command line and train."""
     parser = arguments(__doc__, Path("runs/dit"), 600.0, 1.6e-3, 0.9995)
-    parser.add_argument("--start", type=Path, help="a pipeline folder whose weights to begin with")
+    parser.add_argument(
+        "--start", type=Path, help="a pipeline folder or a parcel (parcel.py) whose weights to begin with"
+    )
     parser.add_argument(
         "--small-share", type=float, default=0.15, help="share of the time with 64 px latents"
     )

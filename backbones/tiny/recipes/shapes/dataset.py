@@ -43,6 +43,7 @@ SURFACE_POINTS, VOLUME_POINTS = 1024, 2048
 BOX = 1.01  # half side of the published box
 GRID = 48  # occupancy samples per axis
 NEAR_SHARE, NEAR_SPREADS = 0.6, (0.025, 0.09)  # volume points near the surface, and how near, box units
+THIN = 0.1  # box units; parts about as thick count as thin
 MAX_DISTANCE = 0.25
 ELEVATIONS = (17.0, 27.0)  # degrees from which solids are seen
 SHARD = 100  # shapes per file of finished work
@@ -113,11 +114,26 @@ def puff_samples(puff: Puff, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     return puff.sign_field(grid_points()) > 0, points, normal, distance
 
 
-def volume_samples(surface: np.ndarray, distance: Distance, rng: np.random.Generator) -> np.ndarray:
-    """Points near the surface and all over the box, with distances: (Q, 4) float16, shuffled."""
+def thin_places(surface: np.ndarray, normal: np.ndarray, distance: Distance) -> np.ndarray:
+    """Which surface points (P,) lie on a thin part: THIN below them, the shape has ended or is about to."""
+    return distance(surface - THIN * normal) > -0.5 * THIN
+
+
+def volume_samples(
+    surface: np.ndarray, normal: np.ndarray, distance: Distance, rng: np.random.Generator
+) -> np.ndarray:
+    """Points near the surface and all over the box, with distances: (Q, 4) float16, shuffled.
+
+    Half of those near the surface are near its thin parts, if there are any: a rod is a hundredth of the
+    surface, and without it the shape falls apart.
+    """
     near = int(NEAR_SHARE * VOLUME_POINTS)
+    thin = np.flatnonzero(thin_places(surface, normal, distance))
+    picked = rng.integers(0, len(surface), near)
+    if len(thin):
+        picked[: near // 2] = rng.choice(thin, near // 2)
     spread = rng.choice(NEAR_SPREADS, (near, 1))
-    close = surface[rng.integers(0, len(surface), near)] + spread * rng.standard_normal((near, 3))
+    close = surface[picked] + spread * rng.standard_normal((near, 3))
     points = np.concatenate([close, rng.uniform(-BOX, BOX, (VOLUME_POINTS - near, 3))])
     points = np.clip(points, -BOX, BOX).astype(np.float16).astype(np.float64)
     value = np.clip(distance(points), -MAX_DISTANCE, MAX_DISTANCE)
@@ -155,7 +171,7 @@ def make(job: Job, packages: Path) -> dict[str, np.ndarray] | None:
     return {
         "images": condition_image(picture),
         "surface": np.concatenate([points, normal], axis=1).astype(np.float16),
-        "volume": volume_samples(points, distance, rng),
+        "volume": volume_samples(points, normal, distance, rng),
         "occupancy": np.packbits(occupancy),
     }
 

@@ -22,8 +22,9 @@ from backbones.hunyuan3d.shape_vae import ShapeVAE
 from backbones.tiny.recipes.shapes.dataset import BOX, GRID
 from backbones.tiny.recipes.shapes.model import GUIDANCE, STEPS, ShapeModel, chain_iou, load_model, sample
 from backbones.tiny.recipes.shapes.render import render_volume
+from backbones.tiny.recipes.shapes.solids_thin import THIN
 from backbones.tiny.recipes.shapes.store import KINDS, ShapeSet
-from backbones.tiny.recipes.shapes.vae import Stats, held_out_iou, iou, load_vae
+from backbones.tiny.recipes.shapes.vae import Stats, held_out_iou, iou, load_vae, occupied
 
 BAR = {"puff": 0.75, "solid": 0.70}
 TILE = 96  # px
@@ -43,6 +44,41 @@ def nearest_training_rows(train: ShapeSet, images: np.ndarray) -> np.ndarray:
         best[closer] = part[nearest[closer]]
         best_gap[closer] = gap.min(1)[closer]
     return best
+
+
+def pieces(inside: np.ndarray, least: int = 8) -> np.ndarray:
+    """How many pieces (B,) of at least `least` grid points the shapes (B, G^3) bool fall into."""
+    counts = []
+    for row in inside:
+        regions, _ = ndimage.label(row.reshape(GRID, GRID, GRID), np.ones((3, 3, 3)))
+        counts.append(int((np.bincount(regions.ravel())[1:] >= least).sum()))
+    return np.array(counts)
+
+
+def thin_rows(held_out: ShapeSet, count: int) -> np.ndarray:
+    """The first `count` held-out solids of thin rods and rings, in turn by kind."""
+    rows = held_out.rows["solid"]
+    names = [held_out.info[row]["name"] for row in rows]
+    seen: dict[str, int] = {}
+    rank = []
+    for name in names:
+        seen[name] = seen.get(name, -1) + 1
+        rank.append(seen[name])
+    order = sorted((turn, row) for turn, row, name in zip(rank, rows, names, strict=True) if name in THIN)
+    return np.array([row for _, row in order[:count]], int)
+
+
+def thin_report(
+    model: ShapeModel, vae: ShapeVAE, stats: Stats, held_out: ShapeSet, count: int, **options: Any
+) -> dict[str, float]:
+    """Mean IoU of thin solids from their pictures, and the share with as many pieces as the true shape."""
+    rows = thin_rows(held_out, count)
+    if not len(rows):
+        return {}
+    batch = held_out.batch(rows, 1, 1, augment=False)
+    latents = sample(model, batch.image, vae.latent_shape[0], **options) * stats[1] + stats[0]
+    made, truth = occupied(vae, latents), held_out.occupancy(rows)
+    return {"iou": float(iou(made, truth).mean()), "whole": float((pieces(made) == pieces(truth)).mean())}
 
 
 def baseline_iou(train: ShapeSet, held_out: ShapeSet, count: int) -> dict[str, float]:
@@ -110,6 +146,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, default=Path("runs/shapes/vae/model.pt"))
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/shapes/dit/last.pt"))
     parser.add_argument("--count", type=int, default=64, help="held-out shapes of each kind")
+    parser.add_argument("--thin", type=int, default=40, help="held-out solids of rods and rings")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, nargs="+", default=[GUIDANCE], help="one row for each")
     parser.add_argument("--seed", type=int, default=0)
@@ -135,8 +172,11 @@ def main() -> None:
     assert best is not None
     scores["chain"] = best[1]
     report(scores)
+    options = {"steps": args.steps, "guidance": best[0], "seed": args.seed}
+    print(
+        f"evaluate: thin solids: {thin_report(model, vae, stats, held_out, args.thin, **options)}", flush=True
+    )
     if args.sheet_count:
-        options = {"steps": args.steps, "guidance": best[0], "seed": args.seed}
         contact_sheet(model, vae, stats, held_out, args.sheet_count, args.sheet, **options)
 
 

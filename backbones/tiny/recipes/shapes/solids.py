@@ -11,6 +11,7 @@ from backbones.tiny.recipes.shapes.part import Builder, Draw, Part
 from backbones.tiny.recipes.shapes.sdf import rotation
 from backbones.tiny.recipes.shapes.solids_home import HOME
 from backbones.tiny.recipes.shapes.solids_outdoors import OUTDOORS
+from backbones.tiny.recipes.shapes.solids_thin import THIN
 
 HALF_EXTENT = 0.9  # the longest side of every shape spans [-0.9, 0.9], inside the published box of +-1.01
 YAW_RANGE = (-50.0, 50.0)  # degrees; a mirrored picture is then also a picture of this kind
@@ -69,7 +70,7 @@ def place(name: str, parts: list[Part], yaw: float) -> Solid:
 
 def kinds() -> dict[str, Builder]:
     """All builders by name."""
-    return {**HOME, **OUTDOORS}
+    return {**HOME, **OUTDOORS, **THIN}
 
 
 def make_solid(name: str, seed: int) -> Solid:

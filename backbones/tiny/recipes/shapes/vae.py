@@ -31,8 +31,9 @@ from backbones.tiny.recipes.shapes.training import arguments, compile_blocks, pl
 from backbones.tiny.recipes.training import Loop, Step, constant, save
 
 VAE_PARAMS: dict[str, Any] = {
-    "num_latents": 32, "embed_dim": 16 + CODE_CHANNELS, "width": 128, "heads": 4, "num_decoder_layers": 6,
-    "num_encoder_layers": 0, "pc_size": 512, "pc_sharpedge_size": 0, "point_feats": 3, "downsample_ratio": 16,
+    "num_latents": 64, "embed_dim": 16 + CODE_CHANNELS, "width": 128, "heads": 4, "num_decoder_layers": 6,
+    "num_encoder_layers": 0,
+    "pc_size": 1024, "pc_sharpedge_size": 0, "point_feats": 3, "downsample_ratio": 16,
     "num_freqs": 8, "include_pi": False, "qkv_bias": False, "qk_norm": True,
 }  # fmt: skip
 BCE_WEIGHT, BCE_SHARPNESS, KL_WEIGHT = 0.1, 8.0, 1e-3
