@@ -24,7 +24,7 @@ CONCEPTS = load_concepts()
 def test_every_concept_has_a_picture_and_a_synonym():
     assert len(CONCEPTS) > 600
     assert [c.name for c in CONCEPTS if not c.synonyms] == []
-    own = [word.removeprefix("own:") for c in CONCEPTS for word in c.art if word.startswith("own:")]
+    own = [c.art.removeprefix("own:") for c in CONCEPTS if c.art.startswith("own:")]
     assert sorted(set(own) - set(drawings.load_drawings())) == []
     parts = [name for name, _, _ in scene_plan.PARTS]
     assert sorted(set(drawings.load_drawings()) - set(own) - set(parts)) == []
@@ -34,7 +34,7 @@ def test_every_concept_has_a_picture_and_a_synonym():
     ("lines", "message"),
     [
         ("🐱 | cat | kitty\n- | pet | kitty | own:table", "repeated.*kitty"),
-        ("- | table | desk", "neither an emoji nor other art"),
+        ("- | table | desk", "neither an emoji nor art"),
         ("🐱 | cat", "expected 'emoji"),
     ],
 )
@@ -48,7 +48,7 @@ def test_a_bad_concept_line_is_named(tmp_path, lines, message):
 def test_sections_are_the_headings(tmp_path):
     file = tmp_path / "concepts.txt"
     file.write_text("# animals\n🐱 | cat | kitty\n# more food\n- | soup | broth | own:soup\n", "utf-8")
-    assert [(c.section, c.art) for c in load_concepts(file)] == [("animals", ()), ("food", ("own:soup",))]
+    assert [(c.section, c.art) for c in load_concepts(file)] == [("animals", ""), ("food", "own:soup")]
 
 
 def test_keywords_are_those_that_no_other_concept_has(tmp_path):
@@ -58,7 +58,7 @@ def test_keywords_are_those_that_no_other_concept_has(tmp_path):
     )
     (tmp_path / "emoji-datasource").mkdir()
     (tmp_path / "emoji-datasource" / "emoji.json").write_text("[]")
-    both = [Concept("cat", "🐱"), Concept("dog", "🐶"), Concept("table", "", art=("own:table",))]
+    both = [Concept("cat", "🐱"), Concept("dog", "🐶"), Concept("table", "", art="own:table")]
     assert [c.keywords for c in add_keywords(both, tmp_path)] == [("meow",), ("woof",), ()]
 
 

@@ -17,7 +17,6 @@ PACKAGES = {
     "@iconify-json/twemoji": "1.2.5",
     "@iconify-json/fluent-emoji": "1.2.7",
     "@iconify-json/mdi": "1.2.3",
-    "@iconify-json/icon-park": "1.2.4",
     "emoji-datasource": "16.0.0",
     "emojilib": "4.0.3",
 }
@@ -92,9 +91,9 @@ class Art:
         drawn = [self.drawing(concept.art, number) for number in range(len(LOOKS))]
         return {list(STYLES).index(look): svg for look, svg in zip(LOOKS, drawn, strict=True)}
 
-    def drawing(self, art: tuple[str, ...], number: int) -> str:
-        """A picture without an emoji in look `number`: our drawing, or else the icon that `art` names."""
-        source, _, name = art[0].partition(":")
+    def drawing(self, art: str, number: int) -> str:
+        """A picture without an emoji in look `number`: our drawing, or the icon that `art` names."""
+        source, _, name = art.partition(":")
         if source == "own":
             return drawing_svg(name, LOOKS[number])
         if source not in self.others:

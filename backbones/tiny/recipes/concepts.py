@@ -40,15 +40,15 @@ class Concept:
 
     name: the plain English name, as in "a cat". emoji: the character whose picture it is; empty if there is
     none. synonyms: hand-chosen words that mean the same picture. keywords: emojilib keywords that no other
-    core concept has (filled in by `add_keywords`). art: other pictures, as in the file. section: the file's
-    heading above it.
+    core concept has (filled in by `add_keywords`). art: the picture, if there is no emoji: `own:drawing` or
+    `set:icon`. section: the file's heading above it.
     """
 
     name: str
     emoji: str
     synonyms: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()
-    art: tuple[str, ...] = ()
+    art: str = ""
     section: str = ""
 
     @property
@@ -73,9 +73,9 @@ def load_concepts(path: Path = CONCEPTS_FILE) -> list[Concept]:
         if len(fields) not in (3, 4):
             raise ValueError(f"{path.name}:{number}: expected 'emoji | name | synonyms | art', got {line!r}")
         emoji = "" if fields[0] == "-" else fields[0]
-        art = tuple(fields[3].split()) if len(fields) == 4 else ()
+        art = fields[3] if len(fields) == 4 else ""
         if not emoji and not art:
-            raise ValueError(f"{path.name}:{number}: {fields[1]!r} has neither an emoji nor other art")
+            raise ValueError(f"{path.name}:{number}: {fields[1]!r} has neither an emoji nor art")
         synonyms = tuple(word.strip() for word in fields[2].split(",") if word.strip())
         concepts.append(Concept(fields[1], emoji, synonyms, art=art, section=section))
     words = [word for concept in concepts for word in (concept.name, *concept.synonyms)]
