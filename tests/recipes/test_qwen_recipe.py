@@ -14,14 +14,16 @@ from backbones.tiny.recipes import (
     decoder,
     dit,
     elastic,
+    export,
     fast_dit,
+    frechet,
     grow,
     latents,
     parcel,
     picture_vae,
     text,
     training,
-)  # fmt: skip
+)
 from tests.recipes.test_flux_recipe import CONCEPTS, wake, write_latents
 
 ROWS = [[c, s, colour, 0] for c in range(3) for s in range(2) for colour in (None, "red")]
@@ -180,3 +182,27 @@ def test_a_parcel_of_another_model_is_refused(runs, tmp_path, micro):
     parcel.write_parts({"dit.img_in.weight": torch.zeros(32, 32)}, tmp_path)
     with pytest.raises(ValueError, match="not of this model"):
         dit.begin(dit.TinyModel(tokens), tmp_path, tokens)
+
+
+def test_frechet_distance_is_that_of_gaussians():
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    one, other = rng.standard_normal((2, 4000, 3))
+    assert frechet.frechet_distance(one, other) < 0.05
+    # Means 2 apart in one of three directions, deviations 1 and 3 in all: 2^2 + 3 (3 - 1)^2.
+    assert frechet.frechet_distance(one, 3 * other + [2, 0, 0]) == pytest.approx(16, rel=0.05)
+
+
+def test_a_folder_or_transformer_that_is_too_large_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "weights").write_bytes(b"0" * 100)
+    (tmp_path / "vae").write_bytes(b"0" * 50)
+    assert export.check_size(tmp_path) == 150
+    monkeypatch.setattr(export, "MAX_TRANSFORMER_BYTES", 100)
+    with pytest.raises(ValueError, match="transformer is 100 bytes"):
+        export.check_size(tmp_path)
+    monkeypatch.setattr(export, "MAX_TRANSFORMER_BYTES", 101)
+    monkeypatch.setattr(export, "MAX_BYTES", 150)
+    with pytest.raises(ValueError, match="is 150 bytes"):
+        export.check_size(tmp_path)

@@ -2,10 +2,11 @@
 
     python -m backbones.tiny.recipes.evaluate [--seeds 0 1] [--out docs/images/tiny-qwen-grid.png]
     python -m backbones.tiny.recipes.evaluate --folder backbones/tiny/flux_tiny
+    python -m backbones.tiny.recipes.evaluate --prompts FILE --seeds 0 1 --out runs/look.png
 
 Runs the plain diffusers pipeline, without elasticity, at the folder's defaults (`edit.json`), prints the
 classifier's top-1 and top-5 accuracy and the concepts it missed, and writes the first seed's pictures as a
-grid.
+grid. With --prompts, one prompt a line, it only draws: one sheet for each seed, to judge by eye.
 """
 
 import argparse
@@ -70,10 +71,19 @@ def main() -> None:
     parser.add_argument(
         "--words", type=Path, help="also draw the colour, style and synonym prompts to this file"
     )
+    parser.add_argument("--prompts", type=Path, help="draw these prompts, one a line, and do nothing else")
     args = parser.parse_args()
     pipe = DiffusionPipeline.from_pretrained(args.folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     options = call_options(pipe, args.folder, args.steps, args.guidance)
+    if args.prompts:
+        lines = [line for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
+        for seed in args.seeds:
+            path = args.out.with_stem(f"{args.out.stem}-{seed}")
+            pictures = np.stack(generate(pipe, lines, seed, args.batch, **options))
+            contact_sheet(pictures, lines, path, columns=min(10, len(lines)), side=128)
+            print(f"evaluate: {len(lines)} pictures -> {path}", flush=True)
+        return
     names, classifier = concept_of(), load_classifier()
     prompts = [prompt for prompt, _ in common_prompts()]
     labels = [names[noun.removeprefix("ear of ")] for _, noun in common_prompts()]

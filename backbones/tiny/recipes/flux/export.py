@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-from backbones.tiny.recipes.export import MAX_BYTES, PROMPTS, check_half
+from backbones.tiny.recipes.export import PROMPTS, check_half, check_size
 from backbones.tiny.recipes.fast_dit import pack
 from backbones.tiny.recipes.flux.dit import TinyFlux, load_model
 from backbones.tiny.recipes.flux.fast_dit import largest_difference
@@ -70,9 +70,7 @@ def write(pipe: FluxPipeline, out: Path) -> int:
                 "max_sequence_length": T5_TOKENS}  # fmt: skip
     (part / "edit.json").write_text(json.dumps(defaults, indent=2) + "\n")
     shutil.copyfile(PROMPTS / "calibration.txt", part / "calibration.txt")
-    size = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
-    if size >= MAX_BYTES:
-        raise ValueError(f"{part} is {size} bytes, the limit is {MAX_BYTES}")
+    size = check_size(part)
     shutil.rmtree(out, ignore_errors=True)
     part.rename(out)
     return size
