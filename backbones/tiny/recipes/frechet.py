@@ -4,7 +4,8 @@ classifier's features.
     python -m backbones.tiny.recipes.frechet [--folder FOLDER] [--count 1000]
 
 Both sides show the same concepts, drawn at random: the real original art of step `data`, and what the
-pipeline makes of "a cat" at its defaults. Half of the real pictures against the other half is printed too: no model can do better.
+pipeline makes of "a cat" at its defaults. Half of the real pictures against the other half is printed too: no
+model can do better.
 """
 
 import argparse
