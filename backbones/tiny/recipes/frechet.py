@@ -17,10 +17,10 @@ import torch
 from diffusers import DiffusionPipeline
 from scipy.linalg import sqrtm
 
-from backbones.tiny.classifier import Classifier, load_classifier, to_input
 from backbones.tiny.recipes.captions import with_article
 from backbones.tiny.recipes.evaluate import PACKAGED, call_options, generate
 from backbones.tiny.recipes.vae import load_pictures
+from benchmarks.classifier import Classifier, load_classifier, to_input
 
 
 @torch.no_grad()
