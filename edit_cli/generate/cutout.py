@@ -78,7 +78,7 @@ def read_object(path: str, how: str) -> tuple[Image.Image, str]:
 
 
 def cut_out(picture: Image.Image, how: str, name: str) -> tuple[Image.Image, str]:
-    """The picture with its background transparent, and in a word how that was found.
+    """The picture with its background transparent, and in a word how.
 
     how: "no" takes the alpha channel as it is; "auto" removes a background only where there is no alpha;
     "yes" always. A plain background is flood filled from the border; any other needs rembg.
@@ -91,16 +91,16 @@ def cut_out(picture: Image.Image, how: str, name: str) -> tuple[Image.Image, str
         raise EditError(f"IMAGE {name!r} is fully transparent; give a picture with something in it")
     has_alpha = bool((rgba[..., 3] < 255).any())
     if how == "no" or (how == "auto" and has_alpha):
-        done, found = rgba, "alpha" if has_alpha else "kept"
+        done, way = rgba, "alpha" if has_alpha else "kept"
     else:
         plain = flood_background(rgba)
         if plain is not None:
             rgba[..., 3] = np.where(plain, 0, rgba[..., 3])
-            done, found = rgba, "plain colour"
+            done, way = rgba, "plain colour"
         else:
-            done, found = _rembg(picture, how, name)
+            done, way = _rembg(picture, how, name)
     _check_foreground(done, name)
-    return Image.fromarray(done, "RGBA"), found
+    return Image.fromarray(done, "RGBA"), way
 
 
 def flood_background(rgba_HW4: Bytes) -> NDArray[np.bool_] | None:

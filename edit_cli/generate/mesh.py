@@ -167,7 +167,7 @@ class Mesh:
         except RunError as error:
             return error
         except NoSurfaceError as error:
-            # the level is no option here: what helps is another seed, more steps or another picture
+            # the level is not an option: what helps is another seed, more steps or another picture
             reason = str(error).split(";")[0]
             return RunError(f"{job.images[0]}: {reason}; try another --seed, more --steps or another picture")
         with session.clock.stage("clean"):

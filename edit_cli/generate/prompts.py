@@ -28,7 +28,7 @@ def read_lines(source: str, medium: Medium, option: str = "--prompts") -> list[F
     # not splitlines: JSON strings may hold the other characters that it takes for line ends
     lines = [(i, line) for i, line in enumerate(_read_text(source, option).split("\n"), 1) if line.strip()]
     if not lines:
-        raise EditError(f"{option} {name!r} holds no {subject}; write one {subject} a line")
+        raise EditError(f"{option} {name!r} is empty; write one {subject} a line")
     is_json = lines[0][1].lstrip().startswith("{") if source == "-" else suffix == ".jsonl"
     if is_json:
         return [_parse_json(line, f"{name} line {i}", medium) for i, line in lines]

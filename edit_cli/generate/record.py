@@ -177,7 +177,7 @@ def read_picture(path: str | Path) -> dict[str, Any]:
         record = None
     if not isinstance(record, dict) or "prompt" not in record:
         raise EditError(
-            f"--from {str(path)!r} holds no `edit` metadata; it was not made by `edit`, or was re-saved"
+            f"--from {str(path)!r} has no `edit` metadata; it was not made by `edit`, or was re-saved"
         )
     return record
 
@@ -214,7 +214,5 @@ def read_mesh(path: str | Path) -> dict[str, Any]:
     extras = (tree.get("asset") or {}).get("extras")
     record = extras.get("edit") if isinstance(extras, dict) else None
     if not isinstance(record, dict) or "images" not in record:
-        raise EditError(
-            f"--from {str(path)!r} holds no `edit` metadata; it was not made by `edit generate-3d`"
-        )
+        raise EditError(f"--from {str(path)!r} has no `edit` metadata; it was not made by `edit generate-3d`")
     return record

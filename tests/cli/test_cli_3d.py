@@ -283,7 +283,7 @@ BAD = [
     (["alpha.png", "-m", "hunyuan3d-2"], "is not in the local cache and the hub cannot be reached"),
     (["--from", "nowhere.glb"], "--from 'nowhere.glb' does not exist"),
     (["--from", "alpha.png"], "--from 'alpha.png' is not a readable GLB"),
-    (["--from", "old.glb"], "--from 'old.glb' holds no `edit` metadata"),
+    (["--from", "old.glb"], "--from 'old.glb' has no `edit` metadata"),
     (["noise.png"], "background of several colours, which needs rembg"),
 ]
 

@@ -112,7 +112,7 @@ QUICK = [
     (["--prompts", "range.jsonl"], "range.jsonl line 2: budget 2 is out of range"),
     (["--prompts", "unknown.jsonl"], "unknown.jsonl line 1: sede is unknown; allowed are prompt"),
     (["--prompts", "list.jsonl"], "list.jsonl line 1 is not a JSON object"),
-    (["--prompts", "empty.txt"], "--prompts 'empty.txt' holds no prompt; write one prompt a line"),
+    (["--prompts", "empty.txt"], "--prompts 'empty.txt' is empty; write one prompt a line"),
     (["--prompts", "latin.txt"], "--prompts 'latin.txt' is not UTF-8 text (byte 3); save it as UTF-8"),
     (["--prompts", "missing.txt"], "--prompts 'missing.txt' cannot be read: no such file"),
     (["--from", "missing.png"], "--from 'missing.png' does not exist"),

@@ -145,7 +145,7 @@ def test_a_comment_too_long_for_a_jpeg_is_cut(tmp_path):
 
 def test_pictures_without_metadata_are_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    with pytest.raises(EditError, match="holds no `edit` metadata"):
+    with pytest.raises(EditError, match="has no `edit` metadata"):
         record.read_picture(tmp_path / "x.png")
 
 
