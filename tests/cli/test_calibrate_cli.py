@@ -79,7 +79,7 @@ BAD_LATER = [
     (["-o", "b", "-m", MESHES, "--images", "damaged"], "a.png' is not a readable picture"),
     (["-o", "b", "-m", MESHES, "--images", "clear"], "a.png' is fully transparent"),
     (["-o", "b", "-m", MESHES, "--images", "folders"], "a.png' is not a file"),
-    (["-o", "b", "-m", PICTURES, "--prompts", "empty.txt"], "--prompts 'empty.txt' holds no prompt"),
+    (["-o", "b", "-m", PICTURES, "--prompts", "empty.txt"], "--prompts 'empty.txt' is empty"),
     (["-o", "b", "-m", PICTURES, "--prompts", "gone.txt"], "--prompts 'gone.txt' cannot be read"),
     (["--evaluate", "nowhere", "-m", PICTURES], "nowhere is not a bundle folder"),
     (["-o", "/proc/b", "-m", PICTURES, *SHORT], "bundle folder '/proc/b' cannot be written"),
