@@ -72,7 +72,7 @@ def denoise(
             velocity = uncond + guidance_scale * (cond - uncond)
         latents = scheduler.step(velocity, index, latents)
         if on_step is not None:
-            on_step(index + 1, num_steps, latents)
+            on_step(index + 1, len(scheduler.timesteps), latents)
     return latents
 
 

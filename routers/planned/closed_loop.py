@@ -11,19 +11,27 @@ over all latent values of one or a few samples: a handful of weights from thousa
 sample is enough. The target is a recorded trajectory: the pipeline's own run of all steps, or the exact
 solution, which is a run of many steps.
 
-Shapes: m samples, R regressors (P outputs, then the state).
+Shapes: M samples, R regressors (P outputs, then the state), D latent values.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .timeplan import PASSES, Array, TimePlan, adams_bashforth
+
+SMALL = 1e-9
+"""Share of a goal's energy below which an error is none."""
+REWEIGHTED = 5
+"""Rounds of least squares; a sixth changes weights by less than 0.01."""
 
 Velocity = Callable[[Tensor, float], Tensor]
 """The guided velocity at (x, s)."""
@@ -32,13 +40,14 @@ Velocity = Callable[[Tensor, float], Tensor]
 @dataclass(frozen=True)
 class FitSettings:
     """passes: P. ridge: of the difference to the prior weights, relative to the regressors' mean square.
-    state: whether x itself is a regressor. consistent: weights of the outputs sum to 1.
+    state: whether x itself is a regressor. order: how many moments in time of the prior's weights are kept:
+    1, their sum (exact for a constant v); 2, also what makes Adams-Bashforth exact for a linear one; 0, none.
     """
 
     passes: int = PASSES
     ridge: float = 1e-5
     state: bool = False
-    consistent: bool = False
+    order: int = 0
 
 
 @dataclass
@@ -67,28 +76,41 @@ class Trajectory:
         return keep * a + (1 - keep) * b + h * (turn * va - r**2 * (1 - r) * vb)
 
 
-def solve_weights(
-    gram: Array, moment: Array, prior: Array, ridge: float, *, sums_to: Array | None = None
-) -> Array:
+def solve_weights(gram: Array, moment: Array, prior: Array, ridge: float, kept: Array) -> Array:
     """[R]: weights w of least |A w - y|^2 + ridge mean(diag) |w - prior|^2 with gram = A'A, moment = A'y.
 
-    sums_to [R]: 0/1, the weights whose sum is kept as the prior's.
+    kept [C, R]: w has the prior's products with these rows.
     """
-    count = len(gram)
-    system = gram + ridge * np.trace(gram) / count * np.eye(count)
-    rest = moment - gram @ prior
-    if sums_to is None:
-        return prior + np.linalg.solve(system, rest)
-    bordered = np.zeros((count + 1, count + 1))
-    bordered[:count, :count], bordered[count, :count], bordered[:count, count] = system, sums_to, sums_to
-    return prior + np.linalg.solve(bordered, np.append(rest, 0.0))[:count]
+    count, held = len(gram), len(kept)
+    system = np.zeros((count + held, count + held))
+    system[:count, :count] = gram + ridge * np.trace(gram) / count * np.eye(count)
+    system[count:, :count], system[:count, count:] = kept, kept.T
+    rest = np.concatenate([moment - gram @ prior, np.zeros(held)])
+    return np.asarray(prior + np.linalg.solve(system, rest)[:count])
+
+
+def stage_weights(
+    gram: Array, moment: Array, near: TimePlan, step: int, outputs: int, settings: FitSettings
+) -> tuple[Array, float]:
+    """Weights of `outputs` outputs [P], newest first, and of x, for one step, near a plan's.
+
+    gram [R, R], moment [R]: of the outputs, and of x after them if it is a regressor.
+    """
+    prior = np.zeros(len(gram))
+    prior[: min(outputs, near.passes)] = near.weights[step, :outputs][: near.passes]
+    known = near.times[step - outputs + 1 : step + 1][::-1] - near.times[step]
+    moments = min(settings.order, outputs)
+    kept = np.zeros((moments, len(gram)))
+    kept[:, :outputs] = (known / (near.times[step + 1] - near.times[step])) ** np.arange(moments)[:, None]
+    solved = solve_weights(gram, moment, prior, settings.ridge, kept)
+    return solved[:outputs], float(solved[outputs]) if settings.state else 0.0
 
 
 class StageFit:
     """The weights of one plan, step after step, while a run is under way.
 
     times [n + 1]. target: x* of the first `samples` rows of the run. prior: weights to stay near, by
-    default Adams-Bashforth's of order two.
+    default Adams-Bashforth's of order two. snr: how near the end came to the target's, in dB, once there.
     """
 
     def __init__(
@@ -102,6 +124,7 @@ class StageFit:
         self.settings = settings or FitSettings()
         self.prior = prior or adams_bashforth(self.times, 2)
         self.samples = len(target.states[0])
+        self.snr = -math.inf
         count = len(self.times) - 1
         self._weights, self._state = np.zeros((count, self.settings.passes)), np.zeros(count)
 
@@ -113,21 +136,37 @@ class StageFit:
     def row(self, step: int, x: Tensor, outputs: Sequence[Tensor]) -> tuple[Array, float]:
         """Weights of the outputs [<= P], newest first, and of x, for the step from times[step]."""
         settings, m = self.settings, self.samples
-        outputs = outputs[: settings.passes]
         start, end = self.times[step : step + 2]
         regressors = [v[:m].float() for v in outputs] + [x[:m].float()] * settings.state
         goal = (self.target.at(float(end)).to(x.device) - x[:m].float()) / float(end - start)
-        matrix = torch.stack([r.reshape(-1) for r in regressors]).double()
-        gram, moment = (matrix @ matrix.T).cpu().numpy(), (matrix @ goal.reshape(-1).double()).cpu().numpy()
-        prior, kept = np.zeros(len(gram)), np.zeros(len(gram))
-        known = min(len(outputs), self.prior.passes)
-        prior[:known], kept[: len(outputs)] = self.prior.weights[step, :known], 1
-        solved = solve_weights(
-            gram, moment, prior, settings.ridge, sums_to=kept if settings.consistent else None
-        )
-        self._weights[step, : len(outputs)] = solved[: len(outputs)]
-        self._state[step] = solved[-1] if settings.state else 0.0
-        return solved[: len(outputs)], float(self._state[step])
+        row, weight = self._solve(step, regressors, goal, len(outputs))
+        self._weights[step, : len(row)], self._state[step] = row, weight
+        if step == len(self.times) - 2:
+            reached = advance(
+                x[:m].float(), [v[:m].float() for v in outputs], row, weight, float(end - start)
+            )
+            self.snr = mean_snr(reached, self.target.at(float(end)).to(x.device))
+        return row, weight
+
+    def _solve(
+        self, step: int, regressors: Sequence[Tensor], goal: Tensor, outputs: int
+    ) -> tuple[Array, float]:
+        """The least mean *logarithm* of samples' squared errors, by least squares weighted anew: a sample
+        whose run comes to a fork has an error that would outweigh all others'.
+        """
+        a_MRD = torch.stack([r.flatten(1) for r in regressors], dim=1).double()
+        y_MD = goal.flatten(1).double()
+        gram_MRR = (a_MRD @ a_MRD.mT).cpu().numpy()
+        moment_MR = (a_MRD @ y_MD[:, :, None]).squeeze(-1).cpu().numpy()
+        energy_M = y_MD.square().sum(dim=1).cpu().numpy()
+        share_M = 1 / np.maximum(energy_M, SMALL)
+        for _ in range(REWEIGHTED if len(y_MD) > 1 else 1):
+            gram, moment = np.tensordot(share_M, gram_MRR, 1), np.tensordot(share_M, moment_MR, 1)
+            row, weight = stage_weights(gram, moment, self.prior, step, outputs, self.settings)
+            w = np.append(row, weight)[: len(regressors)]
+            error_M = energy_M - 2 * moment_MR @ w + np.einsum("r,mrs,s->m", w, gram_MRR, w)
+            share_M = 1 / np.maximum(error_M, SMALL * energy_M + SMALL)
+        return row, weight
 
     @property
     def plan(self) -> TimePlan:
@@ -135,25 +174,88 @@ class StageFit:
         return TimePlan(self.times, self._weights, self._state)
 
 
-def run(velocity: Velocity, x: Tensor, plan: TimePlan | StageFit, record: Trajectory | None = None) -> Tensor:
-    """Follow a plan, or fit one on the way, from x at times[0] to times[-1]; every state goes to `record`."""
-    outputs: list[Tensor] = []
-    for step, (start, end) in enumerate(zip(plan.times[:-1], plan.times[1:], strict=True)):
-        outputs = [velocity(x, float(start)), *outputs][: plan.passes]
-        if record is not None:
-            record.times.append(float(start))
-            record.states.append(x)
-            record.velocities.append(outputs[0])
-        row, state = plan.row(step, x, outputs)
-        x = advance(x, outputs, row, state, float(end - start))
-    if record is not None:
-        record.times.append(float(plan.times[-1]))
-        record.states.append(x)
+def mean_snr(x: Tensor, truth: Tensor) -> float:
+    """Signal-to-noise ratio of states [m, ...] in dB, the mean over samples."""
+    error, signal = ((v.double() ** 2).flatten(1).sum(dim=1) for v in (x - truth, truth))
+    return float((10 * torch.log10(signal / error.clamp_min(1e-30))).mean())
+
+
+class Recording:
+    """A plan that keeps the states and outputs of the run that follows it. samples: rows kept; None: all."""
+
+    def __init__(self, plan: TimePlan, samples: int | None = None) -> None:
+        self.plan, self.samples, self.trajectory = plan, samples, Trajectory()
+
+    @property
+    def times(self) -> Array:
+        """The plan's."""
+        return self.plan.times
+
+    @property
+    def passes(self) -> int:
+        """The plan's."""
+        return self.plan.passes
+
+    def row(self, step: int, x: Tensor, outputs: Sequence[Tensor]) -> tuple[Array, float]:
+        """The plan's row; x and the newest output are kept, after the last step also where it leads."""
+        row, state = self.plan.row(step)
+        kept, path = slice(self.samples), self.trajectory
+        if step == 0:
+            path.times, path.states, path.velocities = [], [], []
+        path.times.append(float(self.times[step]))
+        path.states.append(x[kept].float())
+        path.velocities.append(outputs[0][kept].float())
+        if step == self.plan.evaluations - 1:
+            size = float(self.times[-1] - self.times[-2])
+            path.times.append(float(self.times[-1]))
+            path.states.append(advance(x, outputs, row, state, size)[kept].float())
+        return row, state
+
+
+class Steps(Protocol):
+    """What a run can follow: `TimePlan`, `StageFit`, `Recording`."""
+
+    @property
+    def times(self) -> Array:
+        """[n + 1]."""
+        ...
+
+    @property
+    def passes(self) -> int:
+        """Outputs that a step is made from."""
+        ...
+
+    def row(self, step: int, x: Tensor, outputs: Sequence[Tensor]) -> tuple[Array, float]:
+        """Weights of the outputs, newest first, and of x, for the step from times[step]."""
+        ...
+
+
+class Follower:
+    """One run of a plan: keeps the outputs that its next steps are made from."""
+
+    def __init__(self, plan: Steps) -> None:
+        self.plan = plan
+        self._outputs: list[Tensor] = []
+
+    def step(self, index: int, x: Tensor, v: Tensor, size: float) -> Tensor:
+        """The next state, at least in float32: a step of a (negative) size from x, where v is the output."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(exact)
+        self._outputs = [v.to(exact), *self._outputs][: self.plan.passes]
+        row, state = self.plan.row(index, x, self._outputs)
+        return advance(x, self._outputs, row, state, size)
+
+
+def follow(velocity: Velocity, x: Tensor, plan: Steps) -> Tensor:
+    """A whole run on a velocity given as a function, from x at times[0] to times[-1]."""
+    run = Follower(plan)
+    for step, (start, end) in enumerate(pairwise(plan.times.tolist())):
+        x = run.step(step, x, velocity(x, start), end - start)
     return x
 
 
 def advance(x: Tensor, outputs: Sequence[Tensor], weights: Array, state: float, size: float) -> Tensor:
-    """Returns x + size (sum of weights times outputs + state x), in x's dtype."""
+    """Returns x + size (sum of weights times outputs + state x)."""
     total: Tensor | None = None
     for weight, v in zip(weights.tolist(), outputs, strict=False):
         if weight:

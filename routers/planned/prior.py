@@ -21,7 +21,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from .closed_loop import FitSettings, solve_weights
+from .closed_loop import FitSettings, stage_weights
 from .timeplan import Array, TimePlan, adams_bashforth, moving
 
 LEAST = 1e-3
@@ -104,14 +104,11 @@ def simulated(near: TimePlan, targets: list[Array], flow: Flow, settings: FitSet
         count = len(outputs)
         rows = np.stack([r.ravel() for r in [*outputs, *[x] * settings.state]])
         goal = ((targets[step + 1] - x) / (end - start)).ravel()
-        prior, kept = np.zeros(len(rows)), np.zeros(len(rows))
-        prior[: min(count, 2)], kept[:count] = near.weights[step, : min(count, 2)], 1
-        solved = solve_weights(
-            rows @ rows.T, rows @ goal, prior, settings.ridge, sums_to=kept if settings.consistent else None
+        weights[step, :count], state[step] = stage_weights(
+            rows @ rows.T, rows @ goal, near, step, count, settings
         )
-        weights[step, :count] = solved[:count]
-        state[step] = solved[-1] if settings.state else 0.0
-        x = x + (end - start) * (solved @ rows).reshape(x.shape)
+        used = np.append(weights[step, :count], state[step])[: len(rows)]
+        x = x + (end - start) * (used @ rows).reshape(x.shape)
     return TimePlan(times, weights, state)
 
 

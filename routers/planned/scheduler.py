@@ -22,10 +22,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
-from .closed_loop import StageFit, advance
+from .closed_loop import Follower, Steps
 from .timeplan import Array, TimePlan
 
-Planner = Callable[[Array], "TimePlan | StageFit"]
+Planner = Callable[[Array], Steps]
 """From the times of a run's own grid [N + 1] to what is done instead."""
 
 
@@ -37,11 +37,11 @@ class ElasticFlowScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mis
     """
 
     planner: Planner
-    plan: TimePlan | StageFit
+    plan: Steps
     timesteps: Tensor
     sigmas: Tensor
     grid: Array
-    _outputs: list[Tensor]
+    _run: Follower
 
     def set_timesteps(
         self,
@@ -64,7 +64,7 @@ class ElasticFlowScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mis
         return self.timesteps
 
     def _offer(self, grid: Array) -> None:
-        self.grid, self.plan, self._outputs = grid, self.planner(grid), []
+        self.grid, self.plan = grid, self.planner(grid)
         device = self.timesteps.device
         self.sigmas = torch.tensor(self.plan.times.tolist(), dtype=torch.float32, device=device)
         self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
@@ -72,9 +72,9 @@ class ElasticFlowScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mis
 
     def _init_step_index(self, timestep: Any) -> None:
         super()._init_step_index(timestep)
-        self._outputs = []
         if self._step_index and isinstance(self.plan, TimePlan):
             self.plan = self.plan.begun_at(self._step_index)
+        self._run = Follower(self.plan)
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, *, return_dict: bool = True, **kwargs: Any
@@ -84,12 +84,9 @@ class ElasticFlowScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mis
             raise ValueError("a plan has one time for all tokens; detach it where tokens have their own")
         if self.step_index is None:
             self._init_step_index(timestep)
-        step, x = self.step_index, sample.float()
-        passes = self.plan.passes
-        self._outputs = [model_output.float(), *self._outputs][:passes]
-        row, state = self.plan.row(step, x, self._outputs)
+        step = self.step_index
         size = float(self.sigmas[step + 1].double() - self.sigmas[step].double())
-        after = advance(x, self._outputs, row, state, size).to(model_output.dtype)
+        after = self._run.step(step, sample, model_output, size).to(model_output.dtype)
         self._step_index += 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=after) if return_dict else (after,)
 

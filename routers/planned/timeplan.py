@@ -69,7 +69,7 @@ class TimePlan:
         """Outputs that a step is made from: P."""
         return int(self.weights.shape[1])
 
-    def row(self, step: int, *_: object) -> tuple[Array, float]:
+    def row(self, step: int, x: object = None, outputs: object = ()) -> tuple[Array, float]:
         """Weights of the outputs [P], newest first, and of x, for the step from times[step]."""
         return self.weights[step], float(self.state[step])
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from backbones.hunyuan3d.elastic_scheduler import elastic_mesh_scheduler
+from backbones.hunyuan3d.pipeline import denoise
+from backbones.hunyuan3d.schedulers import FlowMatchEulerScheduler
 from backbones.solvers import AdamsBashforth2
 from routers.planned.closed_loop import StageFit, Trajectory
 from routers.planned.scheduler import ElasticFlowScheduler, elastic_scheduler
@@ -168,3 +171,37 @@ def test_strength_means_the_same_noise_as_without_a_plan(flux) -> None:
         latents(other, **arguments)
         assert len(grids[-1]) - 1 == 6 and scheduler.plan.times[0] == grids[-1][0]
     assert "get_timesteps" not in vars(other) and torch.equal(latents(other, **arguments), before)
+
+
+# -- meshes -------------------------------------------------------------------------------------
+
+
+class Spring(torch.nn.Module):
+    """A model of meshes whose velocity is known: v = -x / 2, in its own time."""
+
+    guidance_embed = False
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, contexts, guidance=None) -> torch.Tensor:
+        self.calls += 1
+        return -x / 2
+
+
+@pytest.mark.parametrize("steps", [2, 7])
+def test_a_mesh_run_of_all_steps_is_its_own_bit_for_bit_and_needs_no_last_evaluation(steps: int) -> None:
+    model = Spring()
+
+    def make(scheduler, evaluations: int) -> torch.Tensor:
+        done: list[tuple[int, int]] = []
+        model.calls = 0
+        made = denoise(model, scheduler, START[None], {}, steps, -1.0, lambda i, n, x: done.append((i, n)))
+        assert model.calls == evaluations
+        assert done == [(i + 1, evaluations) for i in range(evaluations)]
+        return made
+
+    pipe = SimpleNamespace(scheduler=FlowMatchEulerScheduler(shift=2.0))
+    own = make(pipe.scheduler, steps)
+    with elastic_mesh_scheduler(pipe, euler):
+        assert torch.equal(make(pipe.scheduler, steps - 1), own)
+    with elastic_mesh_scheduler(pipe, lambda grid: euler(resampled(grid, 1))):
+        assert torch.allclose(make(pipe.scheduler, 1), START[None] / 2)
+    assert torch.equal(make(pipe.scheduler, steps), own)

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from routers.planned import timeplan
-from routers.planned.closed_loop import FitSettings, StageFit, Trajectory, run, solve_weights
+from routers.planned.choose_times import SHIFTS, choose, fit, polish
+from routers.planned.closed_loop import (
+    FitSettings,
+    Recording,
+    StageFit,
+    Trajectory,
+    follow,
+    mean_snr,
+    solve_weights,
+)
 from routers.planned.flow import Point
 from routers.planned.prior import Flow, exact_states, grid_states, prior
 from routers.planned.timeplan import TimePlan, adams_bashforth, euler, on_grid, resampled, shifted
@@ -49,13 +58,15 @@ def test_adams_bashforth_continues_a_polynomial_of_its_order_exactly(order: int)
         used = zip(plan.weights[step], outputs, strict=False)
         x = x + (t - s) * sum(w * v for w, v in used)
     assert torch.allclose(x, solution(0.0), atol=1e-12)
-    assert not order > 1 or not torch.allclose(run(velocity, START, euler(TIMES)), solution(0.0), atol=1e-3)
+    assert not order > 1 or not torch.allclose(
+        follow(velocity, START, euler(TIMES)), solution(0.0), atol=1e-3
+    )
 
 
 def test_second_order_is_more_exact_than_euler() -> None:
     velocity, solution = decay()
     errors = {
-        order: float((run(velocity, START, adams_bashforth(TIMES, order)) - solution(0.0)).abs().max())
+        order: float((follow(velocity, START, adams_bashforth(TIMES, order)) - solution(0.0)).abs().max())
         for order in (1, 2, 3)
     }
     assert errors[1] > 3 * errors[2] > 3 * errors[3]
@@ -75,7 +86,7 @@ def test_steps_left_out_of_a_grid_are_longer_steps() -> None:
         x = x + (grid[step + 1] - grid[step]) * sum(w * v for w, v in used)
     plan = on_grid(grid, computed, weights)
     assert plan.evaluations == 3 and plan.is_consistent()
-    assert torch.allclose(run(velocity, START, plan), x, atol=1e-12)
+    assert torch.allclose(follow(velocity, START, plan), x, atol=1e-12)
 
 
 def test_what_makes_no_plan_is_refused() -> None:
@@ -113,8 +124,13 @@ def test_adams_bashforth_on_a_grid_sums_eulers_steps() -> None:
     assert np.allclose(adams_bashforth(grid, 2, grid).weights, [[1, 0]] * 8)
     times = grid[[0, 2, 5, 8]]
     velocity, _ = polynomial(1)
-    whole, few = run(velocity, START, euler(grid)), run(velocity, START, adams_bashforth(times, 2, grid))
-    first = run(velocity, START, euler(grid[:3])) - run(velocity, START, euler(times[:2]))  # Euler's own
+    whole, few = (
+        follow(velocity, START, euler(grid)),
+        follow(velocity, START, adams_bashforth(times, 2, grid)),
+    )
+    first = follow(velocity, START, euler(grid[:3])) - follow(
+        velocity, START, euler(times[:2])
+    )  # Euler's own
     assert torch.allclose(whole - first, few, atol=1e-12)
 
 
@@ -138,10 +154,10 @@ def test_fitted_weights_reach_the_target_where_outputs_can() -> None:
     velocity, solution = decay()
     target = Trajectory(TIMES.tolist(), [solution(s)[:1].float() for s in TIMES])
     fit = StageFit(TIMES, target, FitSettings(ridge=1e-12))
-    fitted = run(velocity, START, fit)
+    fitted = follow(velocity, START, fit)
     assert torch.allclose(fitted, solution(0.0), atol=1e-5)
-    assert torch.allclose(run(velocity, START, fit.plan), fitted, atol=1e-6)
-    assert not torch.allclose(run(velocity, START, adams_bashforth(TIMES)), solution(0.0), atol=1e-3)
+    assert torch.allclose(follow(velocity, START, fit.plan), fitted, atol=1e-6)
+    assert not torch.allclose(follow(velocity, START, adams_bashforth(TIMES)), solution(0.0), atol=1e-3)
 
 
 def test_the_state_is_one_more_regressor() -> None:
@@ -150,7 +166,7 @@ def test_the_state_is_one_more_regressor() -> None:
     ends = {}
     for state in (False, True):
         fit = StageFit(TIMES, target, FitSettings(passes=1, state=state, ridge=1e-12))
-        ends[state] = run(lambda x, s: torch.ones_like(x), START, fit)
+        ends[state] = follow(lambda x, s: torch.ones_like(x), START, fit)
         assert fit.plan.state.any() == state
     assert torch.allclose(ends[True], START / 2, atol=1e-5)
     assert not torch.allclose(ends[False], START / 2, atol=0.1)
@@ -158,34 +174,65 @@ def test_the_state_is_one_more_regressor() -> None:
 
 def test_consistent_weights_keep_their_sum() -> None:
     velocity, solution = decay()
-    fits = {
-        consistent: StageFit(TIMES, exact(solution), FitSettings(consistent=consistent))
-        for consistent in (False, True)
+    fits = {order: StageFit(TIMES, exact(solution), FitSettings(order=order)) for order in (0, 1, 2)}
+    for stages in fits.values():
+        follow(velocity, START, stages)
+    assert not fits[0].plan.is_consistent() and fits[1].plan.is_consistent() and fits[2].plan.is_consistent()
+    linear, line = polynomial(1)
+    drift = {
+        k: float((follow(linear, START, stages.plan) - line(0.0)).abs().max()) for k, stages in fits.items()
     }
-    for fit in fits.values():
-        run(velocity, START, fit)
-    assert fits[True].plan.is_consistent() and not fits[False].plan.is_consistent()
+    first = float(
+        (follow(linear, START, adams_bashforth(TIMES)) - line(0.0)).abs().max()
+    )  # Euler's first step
+    assert drift[2] == pytest.approx(first, abs=1e-6) and drift[1] > 2 * first
 
 
 def test_a_ridge_holds_weights_that_nothing_tells_apart_at_the_prior() -> None:
     gram, prior_weights = np.ones((2, 2)), np.array([1.6, -0.6])
-    solved = solve_weights(gram, np.array([1.0, 1.0]), prior_weights, 1e-9)
+    solved = solve_weights(gram, np.array([1.0, 1.0]), prior_weights, 1e-9, np.zeros((0, 2)))
     assert np.allclose(solved, prior_weights, atol=1e-6)
-    assert np.allclose(solve_weights(gram, 2 * np.ones(2), prior_weights, 1e-9).sum(), 2, atol=1e-6)
+    assert np.allclose(
+        solve_weights(gram, 2 * np.ones(2), prior_weights, 1e-9, np.zeros((0, 2))).sum(), 2, atol=1e-6
+    )
 
 
 def test_a_recorded_run_is_known_between_its_times() -> None:
     velocity, solution = decay()
-    record = Trajectory()
-    run(velocity, solution(1.0), adams_bashforth(np.linspace(1, 0, 33), 4), record)
-    record.states = [solution(s) for s in record.times]
-    record.velocities = [velocity(x, s) for s, x in zip(record.times[:-1], record.states, strict=False)]
+    recording = Recording(adams_bashforth(np.linspace(1, 0, 201), 3), samples=1)
+    end, record = follow(velocity, START, recording), recording.trajectory
+    assert torch.equal(record.states[-1], end[:1].float()) and len(record.times) == 201
+    record.states = [solution(s) for s in record.times[::8]]
+    record.velocities = [velocity(x, s) for s, x in zip(record.times[::8], record.states, strict=True)][:-1]
+    record.times = record.times[::8]
     straight = Trajectory(record.times, record.states)
     for s in (1.0, 0.777, 0.504, 0.003, 0.0):
-        assert torch.allclose(record.at(s), solution(s), atol=1e-5)
+        assert torch.allclose(record.at(s), solution(s), atol=1e-4)
     middle = (record.times[7] + record.times[8]) / 2
     curved, lines = ((r.at(middle) - solution(middle)).abs().max() for r in (record, straight))
     assert curved < lines / 100
+
+
+def test_the_best_of_a_few_candidates_is_kept_and_polished_times_end_nearer() -> None:
+    """dx/ds = 6 x: most happens near the noise, so shifted times are better; AB2 is no match for a fit."""
+    velocity, solution = decay(6.0)
+    grid = np.linspace(1, 0, 9)
+    fine = Trajectory(np.linspace(1, 0, 201).tolist(), [solution(s) for s in np.linspace(1, 0, 201)])
+    fine.velocities = [velocity(x, s) for s, x in zip(fine.times, fine.states, strict=True)]
+
+    def run(plan: object) -> None:
+        follow(velocity, START, plan)
+
+    held = FitSettings(passes=2, order=2)
+    at = {shift: fit(run, shifted(resampled(grid, 4), shift), fine, held) for shift in SHIFTS}
+    assert max(at, key=lambda shift: at[shift].snr) > 1
+    best = choose(run, fine, grid, 4, euler_target=False)
+    assert best.settings != held and best.snr > max(fitted.snr for fitted in at.values())
+    polished = polish(run, at[1.0], fine, most=40)
+    assert polished.snr > at[1.0].snr + 3 and polished.settings == held
+    assert np.array_equal(polished.plan.times[[0, -1]], [1, 0])
+    end = follow(velocity, START, polished.plan)
+    assert polished.snr == pytest.approx(mean_snr(end, solution(0.0)), abs=0.1)
 
 
 # -- the prior ----------------------------------------------------------------------------------
@@ -196,7 +243,7 @@ def test_the_prior_beats_adams_bashforth_on_its_own_flow_and_is_the_same_every_t
     target = exact_states(flow, TIMES)[-1]
 
     def error(plan: TimePlan) -> float:
-        end = run(
+        end = follow(
             lambda x, s: torch.from_numpy(flow.velocity(x.numpy(), s)), torch.from_numpy(flow.noise()), plan
         )
         return float(np.square(end.numpy() - target).mean())
