@@ -15,7 +15,7 @@ import numpy as np
 from .closed_loop import FitSettings, StageFit, Steps, Trajectory
 from .timeplan import Array, TimePlan, adams_bashforth, resampled, shifted
 
-SHIFTS = (1.0, 1.5, 2.2, 3.0)
+SHIFTS = (1.5, 2.2, 3.0)
 """Shifts of the run's own times that are tried."""
 FREEDOMS = (FitSettings(passes=2, order=2), FitSettings(order=1), FitSettings())
 """How far weights may leave Adams-Bashforth's: not at all; keeping their sum; freely."""
