@@ -31,20 +31,26 @@ from benchmarks.pareto_report import markdown
 from benchmarks.pareto_run import measure_quality
 from benchmarks.pareto_store import Point, Store
 from benchmarks.rivals import Rival, Setting, all_rivals
-from routers.planned.choose_times import Fitted, choose
-from routers.planned.closed_loop import Recording, Steps, Trajectory
+from routers.planned.choose_times import Fitted, choose, fit
+from routers.planned.closed_loop import FitSettings, Recording, Steps, Trajectory
 from routers.planned.prior import prior
 from routers.planned.scheduler import elastic_scheduler
 from routers.planned.timeplan import Array, TimePlan, adams_bashforth, euler, resampled, shifted
+from routers.planned.universal import SHIFT, TARGETS, evaluations_for
 
 BUDGETS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 SHIFTS = (1.0, 1.7, 2.2, 3.0)
-TARGETS = ("dense", "exact")
 EXACT_STEPS = 100
 """Evaluations of the recorded exact trajectory: AB2 at `EXACT_SHIFT`, its error far below any plan's."""
 EXACT_SHIFT = 2.0
-PRIOR_SHIFT = 2.2
-"""Of the run's own times where nothing is measured."""
+TRIALS = {
+    "weights free": FitSettings(),
+    "sum kept": FitSettings(order=1),
+    "two moments kept": FitSettings(order=2),
+    "with state": FitSettings(state=True),
+    "sum kept, with state": FitSettings(state=True, order=1),
+}
+"""Name -> freedom of fitted weights, at one shift, for `--trials`."""
 ELASTIC = "packaged bundle"
 
 
@@ -69,7 +75,7 @@ def held_sampler(shift: float, grid: Array, evaluations: int) -> TimePlan:
 
 def simulated(target: str, grid: Array, evaluations: int) -> TimePlan:
     """Weights from a flow known in closed form: nothing measured."""
-    times = shifted(resampled(grid, evaluations), PRIOR_SHIFT)
+    times = shifted(resampled(grid, evaluations), SHIFT)
     return prior(times, grid if target == "dense" else None)
 
 
@@ -100,9 +106,12 @@ def _run_samples(bench: Bench, samples: int) -> None:
     bench.workload(samples, bench.calibration[:samples]).run(0)
 
 
-def fitted(bench: Bench, target: str, samples: int, evaluations: int) -> Fitted:
-    """The plan that closed-loop fitting makes of the first calibration samples."""
-    key = f"fitted {target} {samples} {evaluations}"
+def fitted(bench: Bench, target: str, samples: int, trial: str | None, evaluations: int) -> Fitted:
+    """The plan that closed-loop fitting makes of the first calibration samples.
+
+    trial: one of `TRIALS` at `SHIFT`; None chooses times and freedom as calibration does.
+    """
+    key = f"fitted {target} {samples} {evaluations} {trial}"
     if key not in bench.memo:
         grid, path = recorded(bench, target, samples)
 
@@ -110,7 +119,12 @@ def fitted(bench: Bench, target: str, samples: int, evaluations: int) -> Fitted:
             with planned(bench, lambda grid: steps):
                 _run_samples(bench, samples)
 
-        bench.memo[key] = choose(run, path, grid, evaluations, euler_target=target == "dense")
+        held = grid if target == "dense" else None
+        if trial is None:
+            bench.memo[key] = choose(run, path, grid, evaluations, euler_target=held is not None)
+        else:
+            times = shifted(resampled(grid, evaluations), SHIFT)
+            bench.memo[key] = fit(run, times, path, TRIALS[trial], held)
     best: Fitted = bench.memo[key]
     return best
 
@@ -118,8 +132,11 @@ def fitted(bench: Bench, target: str, samples: int, evaluations: int) -> Fitted:
 # -- the comparison -----------------------------------------------------------------------------
 
 
-def ways(budgets: Sequence[float], samples: Sequence[int]) -> list[Rival]:
-    """Everything that is compared, as rivals of `benchmarks.pareto` with budgets as settings."""
+def ways(budgets: Sequence[float], samples: Sequence[int], trials: bool = False) -> list[Rival]:
+    """Everything that is compared, as rivals of `benchmarks.pareto` with budgets as settings.
+
+    trials: also every freedom of `TRIALS`, fitted on the largest number of samples.
+    """
     settings: tuple[Setting, ...] = tuple({"budget": budget} for budget in budgets)
     planners: dict[str, Callable[[Array, int], TimePlan]] = {}
     for shift in SHIFTS:
@@ -132,13 +149,16 @@ def ways(budgets: Sequence[float], samples: Sequence[int]) -> list[Rival]:
     for target in TARGETS:
         for count in samples:
             name = f"closed loop, {count} sample{'s' * (count > 1)}, {target}"
-            found.append(Rival(name, settings, functools.partial(_fitted, target, count)))
+            found.append(Rival(name, settings, functools.partial(_fitted, target, count, None)))
+        for trial in TRIALS if trials else ():
+            apply = functools.partial(_fitted, target, max(samples), trial)
+            found.append(Rival(f"{trial}, {target}", settings, apply))
     return found
 
 
 def evaluations_of(bench: Bench, setting: Setting) -> int:
-    """How many evaluations a budget buys: whole ones."""
-    return max(1, int(float(setting["budget"]) * bench.num_steps + 1e-6))
+    """How many evaluations a budget buys."""
+    return evaluations_for(float(setting["budget"]), bench.num_steps)
 
 
 @contextmanager
@@ -148,8 +168,10 @@ def _free(planner: Callable[[Array, int], TimePlan], bench: Bench, setting: Sett
 
 
 @contextmanager
-def _fitted(target: str, samples: int, bench: Bench, setting: Setting) -> Iterator[Attached]:
-    plan = fitted(bench, target, samples, evaluations_of(bench, setting)).plan
+def _fitted(
+    target: str, samples: int, trial: str | None, bench: Bench, setting: Setting
+) -> Iterator[Attached]:
+    plan = fitted(bench, target, samples, trial, evaluations_of(bench, setting)).plan
     with planned(bench, lambda grid: plan):
         yield Attached(bench.num_steps, nullcontext)
 
@@ -201,11 +223,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budgets", type=float, nargs="+", help="shares of the dense run's FLOPs")
     parser.add_argument("--samples", type=int, nargs="+", help="recorded samples to fit on, one way for each")
     parser.add_argument("--ways", nargs="+", metavar="NAME", help="only ways whose names begin so")
+    parser.add_argument("--trials", action="store_true", help="also other freedoms of fitted weights")
     mine, rest = parser.parse_known_args(arguments)
     args = pareto.parse(rest)
     args.budgets = mine.budgets or ([0.5] if args.quick else list(BUDGETS))
     args.samples = mine.samples or ([1] if args.quick else [1, 4])
-    args.ways = mine.ways
+    args.ways, args.trials = mine.ways, mine.trials
     args.phase, args.rounds = "quality", 0
     return args
 
@@ -216,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         bench = pareto.open_bench(args)
         packaged = next(rival for rival in all_rivals(bench) if rival.name == "elastic")
-        rivals = ways(args.budgets, args.samples)
+        rivals = ways(args.budgets, args.samples, args.trials)
         if bench.bundle is not None:
             served = tuple({"budget": b} for b in args.budgets if b >= bench.bundle.min_budget)
             rivals.append(Rival(ELASTIC, served, packaged.apply, elastic=True))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from routers.planned import timeplan
-from routers.planned.choose_times import SHIFTS, choose, fit, polish
+from routers.planned.choose_times import HELD, SHIFTS, choose, fit, polish
 from routers.planned.closed_loop import (
     FitSettings,
     Recording,
@@ -22,6 +22,7 @@ from routers.planned.closed_loop import (
 from routers.planned.flow import Point
 from routers.planned.prior import Flow, exact_states, grid_states, prior
 from routers.planned.timeplan import TimePlan, adams_bashforth, euler, on_grid, resampled, shifted
+from routers.planned.universal import evaluations_for, universal_plan, universal_planner
 
 TIMES = shifted(np.linspace(1, 0, 9), 2.2)
 START = torch.randn(2, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -223,8 +224,8 @@ def test_the_best_of_a_few_candidates_is_kept_and_polished_times_end_nearer() ->
     def run(plan: object) -> None:
         follow(velocity, START, plan)
 
-    held = FitSettings(passes=2, order=2)
-    at = {shift: fit(run, shifted(resampled(grid, 4), shift), fine, held) for shift in SHIFTS}
+    held = HELD
+    at = {shift: fit(run, shifted(resampled(grid, 4), shift), fine, held) for shift in (1.0, *SHIFTS)}
     assert max(at, key=lambda shift: at[shift].snr) > 1
     best = choose(run, fine, grid, 4, euler_target=False)
     assert best.settings != held and best.snr > max(fitted.snr for fitted in at.values())
@@ -259,6 +260,32 @@ def test_a_prior_for_all_steps_of_the_grid_is_euler() -> None:
     assert np.allclose(plan.weights[:, 0], 1, atol=1e-4) and np.allclose(plan.weights[:, 1:], 0, atol=1e-4)
     states = grid_states(Flow(), grid[[0, 5, 10]], grid)
     assert np.array_equal(states[0], Flow().noise()) and len(states) == 3
+
+
+# -- budgets ------------------------------------------------------------------------------------
+
+
+def test_a_budget_buys_whole_evaluations() -> None:
+    assert [evaluations_for(b, 20) for b in (0.01, 0.35, 0.39, 0.4, 1.0)] == [1, 7, 7, 8, 20]
+    assert evaluations_for(3 / 7, 7) == 3
+    for budget in (0.0, 1.2, -1.0):
+        with pytest.raises(ValueError, match="share of the dense"):
+            universal_planner(budget, "exact")
+    for make in (lambda: universal_planner(0.5, "sharp"), lambda: universal_plan(TIMES, 3, "sharp")):
+        with pytest.raises(ValueError, match="'sharp' is not one of dense, exact"):
+            make()
+
+
+def test_a_plan_with_nothing_measured_goes_where_it_is_sent() -> None:
+    velocity, solution = decay()
+    grid = np.append(np.linspace(1, 0, 13), 0.0)
+    dense = follow(velocity, START, euler(grid[:-1]))
+    ends = {t: follow(velocity, START, universal_planner(0.5, t)(grid)) for t in ("dense", "exact")}
+    goals = {"dense": dense, "exact": solution(0.0)}
+    for target, other in (("dense", "exact"), ("exact", "dense")):
+        near, far = ((ends[target] - goals[goal]).abs().max() for goal in (target, other))
+        assert near < far
+    assert torch.equal(follow(velocity, START, universal_planner(1.0, "dense")(grid)), dense)
 
 
 # -- other schedules ----------------------------------------------------------------------------
