@@ -17,9 +17,9 @@ from .timeplan import Array, TimePlan, adams_bashforth, resampled, shifted
 
 SHIFTS = (1.5, 2.2, 3.0)
 """Shifts of the run's own times that are tried."""
-HELD, CONSISTENT = FitSettings(passes=2, order=2), FitSettings(order=1)
-"""How far weights may leave Adams-Bashforth's: not at all; keeping their sum. Weights that keep nothing, and
-the state as a regressor, gained nothing on other samples (docs/notes/solver-plan.md)."""
+HELD, CONSISTENT, STATE = FitSettings(passes=2, order=2), FitSettings(order=1), FitSettings(state=True)
+"""How far weights may leave Adams-Bashforth's: not at all; keeping their sum; freely, x among the regressors.
+Which is best depends on target and evaluations (docs/notes/solver-plan.md)."""
 MOVE, LEAST_MOVE = 0.3, 0.1
 """Steps of `polish`, in the logit of the share of the run that is left."""
 
@@ -42,7 +42,7 @@ def candidates(
     """Times and settings to try: the grid's times at n evaluations, shifted; weights held and fitted."""
     times = resampled(grid, evaluations)
     for shift in shifts:
-        for settings in (HELD, CONSISTENT):
+        for settings in (HELD, CONSISTENT, STATE):
             yield shifted(times, shift), settings
 
 
