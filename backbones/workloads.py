@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from backbones.loading import image_to_image
-from backbones.spec import Backbone, Family
+from backbones.spec import Backbone
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,83 +19,86 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class PipelineWorkload:
-    """Prompts cut into batches of `rows`; row i of all always starts from the same noise (seed + i).
+class _Workload:
+    """Batches of `rows`; row i of all always starts from the same noise (seed + i).
 
-    guidance: the scale given to the family's guidance argument. width, height: px; None: the
-    pipeline's own. The last batch is filled up with the first prompts, so that every batch has `rows` rows.
+    Samples come round again: the last batch is filled up with the first ones. branches: names of what the
+    transformer sees of a sample at each step.
     """
 
     pipe: Any
-    family: Family
-    prompts: Sequence[str]
+    backbone: Backbone
     rows: int
     num_steps: int
     guidance: float
-    width: int | None
-    height: int | None
-    seed: int = 0
-    max_sequence_length: int | None = None
+    seed: int = field(default=0, kw_only=True)
+
+    def _count(self, samples: int, single: str) -> None:
+        """single: name of the only branch where there is no guidance."""
+        self.num_batches = -(-samples // self.rows)
+        doubled = self.backbone.branches(self.guidance) == 2
+        self.branches: tuple[str, ...] = ("cond", "uncond") if doubled else (single,)
+
+    def _batch(self, batch: int, of: int) -> tuple[list[int], list[torch.Generator]]:
+        """For each row of a batch which of so many samples it is, and its noise."""
+        numbers = range(batch * self.rows, (batch + 1) * self.rows)
+        return [i % of for i in numbers], [torch.Generator("cpu").manual_seed(self.seed + i) for i in numbers]
+
+
+@dataclass
+class PipelineWorkload(_Workload):
+    """Pictures of prompts. width, height: px; None: the pipeline's own."""
+
+    prompts: Sequence[str]
+    width: int | None = None
+    height: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("a workload needs at least one prompt")
-        self.num_batches = -(-len(self.prompts) // self.rows)
-        guided = self.family.negative_prompt is not None and self.guidance > 1
-        self.branches: tuple[str, ...] = ("cond", "uncond") if guided else ("cond",)
+        self._count(len(self.prompts), "cond")
 
     def run(self, batch: int, *, num_steps: int | None = None, output_type: str = "latent") -> Any:
         """Latents `[rows, L, C]` float32 of a batch, or pictures with output_type "pil"."""
-        indices = [batch * self.rows + i for i in range(self.rows)]
+        family, longest = self.backbone.family, self.backbone.defaults.max_sequence_length
+        indices, generators = self._batch(batch, len(self.prompts))
         arguments: dict[str, Any] = {
-            "prompt": [self.prompts[i % len(self.prompts)] for i in indices],
-            self.family.guidance_argument: self.guidance,
+            "prompt": [self.prompts[i] for i in indices],
+            family.guidance_argument: self.guidance,
             "num_inference_steps": num_steps or self.num_steps,
             "width": self.width,
             "height": self.height,
-            "generator": [torch.Generator("cpu").manual_seed(self.seed + i) for i in indices],
+            "generator": generators,
             "output_type": output_type,
         }
         if len(self.branches) > 1:
-            arguments["negative_prompt"] = [self.family.negative_prompt] * self.rows
-        if self.max_sequence_length is not None:
-            arguments["max_sequence_length"] = self.max_sequence_length
+            arguments["negative_prompt"] = [family.negative_prompt] * self.rows
+        if longest is not None:
+            arguments["max_sequence_length"] = longest
         images = self.pipe(**arguments).images
         return images.float() if isinstance(images, Tensor) else images
 
 
 @dataclass
-class MeshWorkload:
-    """Shapes of pictures, up to their latents; row i of all always starts from the same noise (seed + i).
+class MeshWorkload(_Workload):
+    """Shapes of pictures, up to their latents. Guidance runs as one doubled batch, inside the pipeline.
 
-    contexts: `{name: [N, S, D]}` of N pictures, made once by `embed`. samples: shapes in all; pictures come
-    round again, each time with other noise. branches: ("main",) where guidance is an input of the model or
-    off, else ("cond", "uncond"), which the pipeline runs as one doubled batch.
+    contexts: `{name: [N, S, D]}` of N pictures, made once by `embed`. samples: shapes in all.
     """
 
-    pipe: Hunyuan3DPipeline
     contexts: Mapping[str, Tensor]
     samples: int
-    rows: int
-    num_steps: int
-    guidance: float
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        self.num_batches = -(-self.samples // self.rows)
-        doubled = not self.pipe.transformer.guidance_embed and self.guidance > 1
-        self.branches: tuple[str, ...] = ("cond", "uncond") if doubled else ("main",)
+        self._count(self.samples, "main")
 
     def run(self, batch: int, *, num_steps: int | None = None) -> Tensor:
         """Latents `[rows, L, C]` float32 of a batch."""
-        indices = [batch * self.rows + i for i in range(self.rows)]
-        generators = [torch.Generator("cpu").manual_seed(self.seed + i) for i in indices]
-        contexts = {name: c[[i % len(c) for i in indices]] for name, c in self.contexts.items()}
-        guidance = self.guidance
-        if not self.pipe.transformer.guidance_embed and guidance <= 1:
-            guidance = -1.0  # the pipeline's word for no unconditional rows
+        indices, generators = self._batch(batch, len(next(iter(self.contexts.values()))))
+        contexts = {name: context[indices] for name, context in self.contexts.items()}
         noise = self.pipe.noise(self.rows, generators)
-        return self.pipe.denoise(contexts, noise, num_steps or self.num_steps, guidance).float()
+        latents: Tensor = self.pipe.denoise(contexts, noise, num_steps or self.num_steps, self.guidance)
+        return latents.float()
 
 
 def embed(pipe: Hunyuan3DPipeline, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:

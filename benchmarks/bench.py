@@ -47,15 +47,14 @@ class Bench:
         """The requests in batches of `rows`."""
         return PipelineWorkload(
             self.pipe,
-            self.backbone.family,
-            prompts or self.prompts,
+            self.backbone,
             rows,
             self.num_steps,
             self.guidance,
+            prompts or self.prompts,
             self.width,
             self.height,
-            self.seed,
-            self.backbone.defaults.max_sequence_length,
+            seed=self.seed,
         )
 
     @property

@@ -62,7 +62,9 @@ class MeshBench(Bench):
         samples, seed = len(self.prompts), self.seed
         if prompts is not None:
             samples, seed = len(prompts), seed + samples
-        return MeshWorkload(self.pipe, self.contexts, samples, rows, self.num_steps, self.guidance, seed)
+        return MeshWorkload(
+            self.pipe, self.backbone, rows, self.num_steps, self.guidance, self.contexts, samples, seed=seed
+        )
 
     def make(self, workload: Any, batch: int, num_steps: int) -> list[Shape]:
         """The shapes of one batch; decoding is no part of what is compared."""

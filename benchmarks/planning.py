@@ -195,8 +195,8 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     prompts, defaults, half = read_prompts(COMMON)[: args.count], backbone.defaults, args.count // 2
     learn = PipelineWorkload(
-        pipe, backbone.family, prompts[:half], args.rows, defaults.steps, defaults.guidance,
-        defaults.width, defaults.height, args.seed, defaults.max_sequence_length,
+        pipe, backbone, args.rows, defaults.steps, defaults.guidance, prompts[:half], defaults.width,
+        defaults.height, seed=args.seed,
     )  # fmt: skip
     judge = replace(learn, prompts=prompts[half:], seed=args.seed + 10_000)
     elastic = Elastic(pipe.transformer, backbone.family.transformer)

@@ -84,8 +84,8 @@ def open_bench(args: argparse.Namespace) -> Bench:
     prompts = scores.read_prompts(args.prompts)[: args.count]
     defaults = backbone.defaults
     workload = PipelineWorkload(
-        pipe, backbone.family, prompts * args.seeds, args.rows, args.steps or defaults.steps,
-        defaults.guidance, defaults.width, defaults.height, args.seed, defaults.max_sequence_length,
+        pipe, backbone, args.rows, args.steps or defaults.steps, defaults.guidance, prompts * args.seeds,
+        defaults.width, defaults.height, seed=args.seed,
     )  # fmt: skip
     reader = CostReader()
     with _attached(pipe, backbone, reader, workload.num_steps):

@@ -29,7 +29,7 @@ def draw(backbone: Backbone, prompts: list[str], seed: int) -> dict[float, list[
     pipe = load(backbone, Placement())
     base = backbone.defaults
     workload = PipelineWorkload(
-        pipe, backbone.family, prompts, len(prompts), base.steps, base.guidance, base.width, base.height, seed
+        pipe, backbone, len(prompts), base.steps, base.guidance, prompts, base.width, base.height, seed=seed
     )
     pictures = {}
     for budget in BUDGETS:

@@ -39,8 +39,8 @@ def make_workload(model: str, rows: int, seed: int) -> PipelineWorkload:
     lines = [entry["prompt"] for entry in read_prompts(str(default_prompts(backbone)))][::-1]
     chosen, defaults = [lines[i % len(lines)] for i in range(rows)], backbone.defaults
     return PipelineWorkload(
-        pipe, backbone.family, chosen, rows, defaults.steps, defaults.guidance, defaults.width,
-        defaults.height, seed, defaults.max_sequence_length,
+        pipe, backbone, rows, defaults.steps, defaults.guidance, chosen, defaults.width, defaults.height,
+        seed=seed,
     )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def attached(
     workload: PipelineWorkload, bundle: Bundle | None, budget: float, policy: Policy
 ) -> Iterator[Any]:
     """The transformer under a bundle, or without one under a policy: yields the trace."""
-    transformer, spec = workload.pipe.transformer, workload.family.transformer
+    transformer, spec = workload.pipe.transformer, workload.backbone.family.transformer
     elastic = (
         Elastic(transformer, spec) if bundle is None else routers.attach(transformer, bundle, budget=budget)
     )

@@ -120,11 +120,6 @@ class SingleImageEncoder(nn.Module):
             )
         self.main_image_encoder = _ENCODERS[kind](**main_image_encoder.get("kwargs", {}))
 
-    @property
-    def multi_view(self) -> bool:
-        """Whether it takes several views per item."""
-        return isinstance(self.main_image_encoder, DinoImageEncoderMV)
-
     def forward(self, image: Tensor, view_idxs: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
         """Contexts of `[B, 3, h, w]` or `[B, V, 3, h, w]` in [-1, 1] -> {"main": [B, S, D]}."""
         return {"main": self.main_image_encoder(image, view_idxs=view_idxs)}

@@ -48,12 +48,11 @@ def denoise(
     """The whole loop, from noise `[B, L, C]` to latents.
 
     A guidance-distilled model takes the scale as an input. Any other runs on a doubled batch, the
-    conditional rows first and zeros as the unconditional embedding, at every scale from 0 on; a negative
-    scale means no guidance at all.
+    conditional rows first and zeros as the unconditional embedding, unless the scale is 1 or less.
     """
     batch = noise.shape[0]
     distilled = bool(model.guidance_embed)
-    paired = not distilled and guidance_scale >= 0
+    paired = not distilled and guidance_scale > 1
     if paired:
         contexts = {name: torch.cat([c, torch.zeros_like(c)]) for name, c in contexts.items()}
     contexts = {name: c.to(noise.dtype) for name, c in contexts.items()}

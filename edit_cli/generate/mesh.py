@@ -146,13 +146,10 @@ class Mesh:
         ]
         with bad_input(), clock.stage("condition", device):
             contexts = pipe.prepare(requests if len(jobs) > 1 else requests[0])
-        guidance = first.guidance
-        if session.plan.backbone.guided and guidance <= 1:
-            guidance = -1.0  # the pipeline's word for no unconditional rows
         # one CPU generator per mesh: the same noise in any batch and on any device
         noise = pipe.noise(len(jobs), [torch.Generator("cpu").manual_seed(job.seed) for job in jobs])
         with memory_errors("while denoising", self.smaller), clock.stage("denoise", device):
-            latents = pipe.denoise(contexts, noise, first.steps, guidance, lambda *_: on_step())
+            latents = pipe.denoise(contexts, noise, first.steps, first.guidance, lambda *_: on_step())
         return [self._finish(session, pipe, job, latents[i : i + 1]) for i, job in enumerate(jobs)]
 
     def _finish(self, session: Session, pipe: Any, job: Any, latents: Any) -> Made | RunError:
@@ -257,7 +254,10 @@ class Mesh:
         first, names = jobs[0], dict.fromkeys(job.images[0] for job in jobs)
         pictures = [read_object(name, first.remove_background)[0] for name in names]
         contexts = embed(session.pipe, pictures)
-        return MeshWorkload(session.pipe, contexts, len(jobs), rows, first.steps, first.guidance, first.seed)
+        return MeshWorkload(
+            session.pipe, session.plan.backbone, rows, first.steps, first.guidance, contexts, len(jobs),
+            seed=first.seed,
+        )  # fmt: skip
 
     def comparison_path(self, path: Path) -> Path:
         """The dense mesh."""

@@ -197,10 +197,10 @@ class Picture:
         """Prompts, at the size and guidance of the first."""
         from backbones.workloads import PipelineWorkload
 
-        first, backbone = jobs[0], session.plan.backbone
+        first, prompts = jobs[0], [job.prompt for job in jobs]
         return PipelineWorkload(
-            session.pipe, backbone.family, [job.prompt for job in jobs], rows, first.steps, first.guidance,
-            first.width, first.height, first.seed, backbone.defaults.max_sequence_length,
+            session.pipe, session.plan.backbone, rows, first.steps, first.guidance, prompts, first.width,
+            first.height, seed=first.seed,
         )  # fmt: skip
 
     def comparison_path(self, path: Path) -> Path:

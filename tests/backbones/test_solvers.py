@@ -116,9 +116,9 @@ def test_solvers_come_nearer_to_many_steps(model: str, request: pytest.FixtureRe
     workload: Any
     if backbone.makes == "mesh":
         pictures = sorted((Path(backbone.source) / "calibration").glob("solid-*.png"))[:2]
-        workload = MeshWorkload(pipe, embed(pipe, [Image.open(p) for p in pictures]), 2, 2, 12, 2.0)
+        workload = MeshWorkload(pipe, backbone, 2, 12, 2.0, embed(pipe, [Image.open(p) for p in pictures]), 2)
     else:
-        workload = PipelineWorkload(pipe, backbone.family, ["a cat"], 1, 8, 2.0, 64, 64)
+        workload = PipelineWorkload(pipe, backbone, 1, 8, 2.0, ["a cat"], 64, 64)
     with torch.no_grad():
         exact = workload.run(0, num_steps=200)
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import routers
+from backbones import registry
 from backbones.hunyuan3d.dit_v21 import HunYuanDiTPlain
 from backbones.hunyuan3d.family import TRANSFORMER_2, TRANSFORMER_21
 from backbones.hunyuan3d.image_processor import ImageProcessor
@@ -52,7 +53,7 @@ def make_workload(version: str, guidance: float = 5.0) -> MeshWorkload:
         parts["model"], parts["vae"], parts["conditioner"], FlowMatchEulerScheduler(), ImageProcessor(32)
     )
     contexts = embed(pipe, [picture("red"), picture("blue"), picture("lime")])
-    return MeshWorkload(pipe, contexts, 4, ROWS, STEPS, guidance, seed=3)
+    return MeshWorkload(pipe, registry.rows()["hunyuan3d-tiny"], ROWS, STEPS, guidance, contexts, 4, seed=3)
 
 
 @pytest.fixture(scope="module", params=SPECS)

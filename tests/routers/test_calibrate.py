@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import routers
-from backbones import qwen_image
+from backbones import qwen_image, registry
 from backbones.workloads import PipelineWorkload
 from routers.calibrate.evaluate import Quality, evaluate, recommend
 from routers.calibrate.fit import FitSettings, first_moments, fit
@@ -37,7 +37,7 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> PipelineWorkload:
             if parameter.dim() == 1:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     prompts = ["a cat", "a red car", "a tree", "the sun"]
-    return PipelineWorkload(pipe, qwen_image.FAMILY, prompts, ROWS, STEPS, 4.0, 64, 64)
+    return PipelineWorkload(pipe, registry.resolve(str(folder)), ROWS, STEPS, 4.0, prompts, 64, 64)
 
 
 @pytest.fixture(scope="module")

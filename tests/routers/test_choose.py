@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import routers
-from backbones import qwen_image
+from backbones import qwen_image, registry
 from backbones.hunyuan3d.family import TRANSFORMER_2
 from backbones.workloads import MeshWorkload, PipelineWorkload
 from routers.calibrate.choose import EVENED, Trials, choose_plans, evened, moves
@@ -32,14 +32,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> PipelineWorkload:
     """Two CFG branches in calls of their own."""
     from diffusers import QwenImagePipeline
 
-    pipe = QwenImagePipeline.from_pretrained(make_qwen_image(tmp_path_factory.mktemp("pipeline") / "qwen"))
+    folder = make_qwen_image(tmp_path_factory.mktemp("pipeline") / "qwen")
+    pipe = QwenImagePipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in pipe.transformer.parameters():  # random modulations are near zero: let blocks matter
             if parameter.dim() == 1:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    return PipelineWorkload(pipe, qwen_image.FAMILY, ["a cat", "a tree"], ROWS, STEPS, 4.0, 64, 64)
+    backbone, prompts = registry.resolve(str(folder)), ["a cat", "a tree"]
+    return PipelineWorkload(pipe, backbone, ROWS, STEPS, 4.0, prompts, 64, 64)
 
 
 def recorded_of(workload: PipelineWorkload | MeshWorkload, spec: object) -> tuple[Elastic, Record, Moments]:

@@ -20,6 +20,7 @@ import routers
 from backbones import registry
 from backbones.hunyuan3d.checkpoints import load_pipeline
 from backbones.hunyuan3d.pipeline import Hunyuan3DPipeline
+from backbones.spec import Backbone
 from backbones.tiny.recipes.shapes.dataset import BOX, GRID
 from backbones.tiny.recipes.shapes.render import render_volume
 from backbones.tiny.recipes.shapes.store import KINDS, ShapeSet
@@ -32,12 +33,14 @@ VIEW = (35.0, 18.0)  # degrees of yaw and elevation
 
 
 def fields(
-    pipe: Hunyuan3DPipeline, contexts: torch.Tensor, budget: float, bundle: Path, steps: int, guidance: float
+    pipe: Hunyuan3DPipeline, backbone: Backbone, contexts: torch.Tensor, budget: float
 ) -> tuple[np.ndarray, list[float]]:
     """Logits (N, G, G, G) of N pictures' contexts at a budget, and what each spent of the dense FLOPs."""
-    count = len(contexts)
-    work = MeshWorkload(pipe, {"main": contexts}, count, count, steps, guidance)
-    elastic = routers.attach(pipe.transformer, bundle, budget=budget)
+    count, steps = len(contexts), backbone.defaults.steps
+    work = MeshWorkload(
+        pipe, backbone, count, steps, backbone.defaults.guidance, {"main": contexts}, samples=count
+    )
+    elastic = routers.attach(pipe.transformer, backbone.bundle, budget=budget)
     try:
         with elastic.scope(num_steps=steps, samples=count) as trace:
             latents = work.run(0)
@@ -95,7 +98,7 @@ def main() -> None:
     if backbone.folder is None or backbone.bundle is None:
         raise ValueError(f"{args.model} is no folder with a bundle in routers/")
     pipe = load_pipeline(backbone.folder, dtype=torch.float32)
-    held_out, defaults = ShapeSet(args.data, "held-out"), backbone.defaults
+    held_out = ShapeSet(args.data, "held-out")
     scores: dict[str, dict[str, dict[str, float]]] = {}
     sheet: list[tuple[np.ndarray, np.ndarray, dict[float, np.ndarray]]] = []
     for kind in KINDS:
@@ -104,9 +107,7 @@ def main() -> None:
             contexts = pipe.conditioner(held_out.batch(rows, 1, 1, augment=False).image)["main"]
         truths, made = held_out.occupancy(rows), {}
         for budget in dict.fromkeys([1.0, *args.budgets]):
-            made[budget], spent = fields(
-                pipe, contexts, budget, backbone.bundle, defaults.steps, defaults.guidance
-            )
+            made[budget], spent = fields(pipe, backbone, contexts, budget)
             inside, dense = (made[b].reshape(len(rows), -1) > 0 for b in (budget, 1.0))
             scores.setdefault(kind, {})[f"{budget:g}"] = {
                 "spent": float(np.mean(spent)),
