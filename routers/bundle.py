@@ -1,23 +1,28 @@
-"""A bundle: what `calibrate` learned about one model. How it lies on disk is in bundle_file.py.
+"""A bundle: what `calibrate` learned about one model, as a folder or as one file for a hub or an attachment.
 
-    tensors        moments ("moments.<name>"); of a trained one also "routers.<i>.<key>" and "profile.<name>"
-    description    block map, base model and its fingerprint, what it was fitted for, measured quality
-    backbone       only where the backbone was trained with the routers: its LoRA or all its weights
+    routers.safetensors    "moments.<name>"; of a trained one also "routers.<i>.<key>" and "profile.<name>"
+    bundle.json            block map, base model and its fingerprint, what it was fitted for, measured quality
+    backbone.safetensors   only where the backbone was trained with the routers: its LoRA or all its weights
 
+In one file the text of bundle.json is the entry `edit_bundle` of the header of routers.safetensors.
 One bundle serves every budget from its minimum to 1: the plan for a budget is solved when a run starts.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
-from . import bundle_file
+from .files import write_whole
 from .planned.moments import Moments
 from .planned.plan import Planner
 from .planned.policy import PlannedPolicy
@@ -26,6 +31,9 @@ from .trained.backbone import FILE as BACKBONE_FILE
 from .trained.bundle import Trained
 from .trained.policy import TrainedPolicy
 
+DESCRIPTION, WEIGHTS = "bundle.json", "routers.safetensors"
+ENTRY = "edit_bundle"
+"""Metadata entry of the description where a bundle is one file."""
 FORMAT, TRAINED_FORMAT, FORMATS = 4, 3, (2, 3, 4)
 """Written for plans and for trained routers, and what is read. Format 2 held routers beside its plans, which
 gained nothing and are left unread; versions that need them refuse format 4."""
@@ -97,14 +105,25 @@ class Bundle:
         text = json.dumps(description, indent=1) + "\n"
         if trained is not None:
             tensors |= trained.tensors()
-        bundle_file.write_folder(folder, text, tensors, {} if trained is None else trained.files(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(
+            {
+                **({} if trained is None else trained.files(folder)),
+                folder / WEIGHTS: partial(save_file, tensors),
+                folder / DESCRIPTION: lambda path: Path(path).write_text(text, encoding="utf-8"),
+            }
+        )
         if trained is None or trained.backbone is None:  # an earlier bundle's
             (folder / BACKBONE_FILE).unlink(missing_ok=True)
 
 
 def load_bundle(path: str | Path) -> Bundle:
-    """Read a bundle folder, or one file of `bundle_file`. Raises ValueError, one line, if it is damaged."""
-    stored = bundle_file.read(path)
+    """Read a bundle folder, or one file. Raises ValueError, one line, if it is damaged or something else."""
+    file = find_file(path)
+    try:
+        stored = _read_folder(Path(path)) if file is None else _read_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable bundle: {type(error).__name__}: {error}") from error
     try:
         data = json.loads(stored.description)
         if data.get("format") not in FORMATS:
@@ -116,7 +135,7 @@ def load_bundle(path: str | Path) -> Bundle:
             moments=_moments(data["branches"], stored.tensors),
             trained=Trained.read(path, data, stored.tensors) if data["format"] == TRAINED_FORMAT else None,
             digest=stored.digest,
-            path=str(bundle_file.find(path) or path),
+            path=str(file or path),
             **{name: data[name] for name in PLAIN_FIELDS},
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -127,3 +146,58 @@ def _moments(branches: list[str], tensors: dict[str, Tensor]) -> Moments:
     plans = tensors[PLANS].to(torch.int8).numpy() if PLANS in tensors else None
     gram, gain, mixing = (tensors[f"moments.{name}"].double().numpy() for name in MOMENTS)
     return Moments(tuple(branches), gram, gain, mixing, plans)
+
+
+class Stored(NamedTuple):
+    """description: text of the JSON. digest: sha256 over the folder's two files, the same for one file."""
+
+    description: str
+    tensors: dict[str, Tensor]
+    digest: str
+
+
+def _read_folder(folder: Path) -> Stored:
+    for file in (folder / DESCRIPTION, folder / WEIGHTS):
+        if not file.is_file():
+            raise ValueError(f"{folder} is not a bundle folder: {file.name} is missing")
+    description, weights = (folder / DESCRIPTION).read_bytes(), (folder / WEIGHTS).read_bytes()
+    return Stored(description.decode(), load(weights), hashlib.sha256(description + weights).hexdigest())
+
+
+def _read_file(file: Path) -> Stored:
+    with safe_open(file, framework="pt") as stored:
+        description = (stored.metadata() or {}).get(ENTRY)
+        if description is None:
+            raise ValueError(
+                f"{file} is not a bundle file: its header has no {ENTRY!r}; "
+                "make one with: edit export BUNDLE --format bundle"
+            )
+        # cloned: the file may go away before the tensors do
+        tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118 - no mapping
+    digest = hashlib.sha256(description.encode() + save(tensors)).hexdigest()
+    return Stored(description, tensors, digest)
+
+
+def find_file(path: str | Path) -> Path | None:
+    """The bundle file that a path means: itself, or the only safetensors file of an exported folder."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir() or (path / DESCRIPTION).exists():
+        return None
+    inside = [file for file in path.glob("*.safetensors") if file.name != WEIGHTS]
+    return inside[0] if len(inside) == 1 else None
+
+
+def pack(folder: str | Path, target: str | Path) -> None:
+    """Write a bundle folder as one file, which appears whole or not at all. Raises ValueError, OSError."""
+    folder = Path(folder)
+    if (folder / BACKBONE_FILE).exists():
+        raise ValueError(
+            f"{folder} holds trained weights of the backbone, which do not go into one file; "
+            "pass the folder on as it is"
+        )
+    stored = _read_folder(folder)
+    # one entry: with more, their order varies
+    metadata = {ENTRY: stored.description}
+    write_whole({Path(target): lambda path: save_file(stored.tensors, path, metadata=metadata)})

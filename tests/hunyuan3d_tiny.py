@@ -9,8 +9,8 @@ from torch import nn
 from backbones.hunyuan3d.checkpoints import save_checkpoint
 from backbones.hunyuan3d.config import build
 from backbones.hunyuan3d.family import TRANSFORMER_2
+from routers.attachment import architecture, fingerprint
 from routers.bundle import Bundle
-from routers.identity import architecture, fingerprint
 from tests.tiny_pipelines import make_moments
 
 VAE_PARAMS: dict[str, Any] = {

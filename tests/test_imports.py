@@ -99,8 +99,8 @@ def test_imports_are_read() -> None:
     """Inside of functions and `from package import module` too; not those for type checkers."""
     assert "routers.planned.plan" in IMPORTS["routers.bundle"]
     assert "routers.train.loop" in IMPORTS["edit_cli.calibrate.training"], "imported where it is needed"
-    assert "routers.bundle_file" in IMPORTS["routers.bundle"], "from . import bundle_file"
-    assert "routers.bundle" not in IMPORTS["routers.identity"], "for type checkers alone"
+    assert "routers.paper.policy" in IMPORTS["edit_cli.generate.session"], "from package import module"
+    assert "routers.block" not in IMPORTS["routers.cost"], "for type checkers alone"
 
 
 def test_no_module_is_in_a_circle() -> None:

@@ -145,8 +145,8 @@ def make_bundle(folder: Path, pipeline: Path, spec, *, steps: int = 4) -> Path:
     """Save a bundle with made-up moments for a pipeline folder's transformer."""
     import diffusers
 
+    from routers.attachment import architecture, fingerprint
     from routers.bundle import Bundle
-    from routers.identity import architecture, fingerprint
 
     transformer_class = getattr(diffusers, spec.transformer_class)
     transformer = transformer_class.from_pretrained(pipeline, subfolder="transformer")

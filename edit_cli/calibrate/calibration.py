@@ -24,12 +24,11 @@ from edit_cli.errors import INTERRUPTED, EditError, RunError, bad_input
 from edit_cli.generate.result import StageClock
 from edit_cli.generate.routers import RouterSource
 from edit_cli.generate.session import Session
-from routers.attachment import attach
+from routers.attachment import architecture, attach, fingerprint
 from routers.calibrate.evaluate import Quality, as_metadata, evaluate, recommend
 from routers.calibrate.fit import FitSettings, fit
 from routers.calibrate.state import State
 from routers.calibrate.workload import NotFiniteError, Workload
-from routers.identity import architecture, fingerprint
 
 
 class Stopped(EditError):  # noqa: N818 - not an error

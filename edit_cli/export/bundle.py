@@ -11,8 +11,7 @@ from edit_cli.console import two_columns
 from edit_cli.errors import EditError, RunError
 from edit_cli.export.write import Say
 from edit_cli.request import Request
-from routers import bundle_file
-from routers.bundle import Bundle, load_bundle
+from routers.bundle import Bundle, find_file, load_bundle, pack
 
 FILE = "edit-routers.safetensors"
 
@@ -24,7 +23,7 @@ def open_source(request: Request, say: Say) -> Bundle:
 
 def fill(bundle: Bundle, request: Request, folder: Path, say: Say) -> dict[str, Any]:
     """Write the bundle in one file. Raises RunError if it is another when loaded."""
-    bundle_file.pack(bundle.path, folder / FILE)
+    pack(bundle.path, folder / FILE)
     again = load_bundle(folder / FILE)
     if again.digest != bundle.digest:
         raise RunError("the written file differs from the bundle; nothing was kept")
@@ -36,7 +35,7 @@ def find_bundle(source: str) -> Path:
     path = Path(source).expanduser()
     if (path / "bundle.json").is_file():
         return path
-    if path.is_file() or bundle_file.find(path) is not None:
+    if path.is_file() or find_file(path) is not None:
         raise EditError(f"{source!r} is one file already, or not a bundle; give a bundle folder or a model")
     backbone = registry.resolve(source)
     if backbone.bundle is None:

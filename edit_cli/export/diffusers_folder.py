@@ -20,9 +20,8 @@ from edit_cli.export.model import load_again, save_model
 from edit_cli.export.source import Source, calibration_calls, largest_difference, outputs
 from edit_cli.export.write import Say
 from edit_cli.request import Request
-from routers.attachment import attach
+from routers.attachment import attach, fingerprint
 from routers.bundle import Bundle, load_bundle
-from routers.identity import fingerprint
 from routers.static.choose import Inputs, narrow_error, order_units
 
 SAME, SAME_HALF = 1e-5, 3e-2

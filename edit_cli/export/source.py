@@ -21,9 +21,8 @@ from edit_cli.generate.routers import NO_ROUTERS, RouterSource
 from edit_cli.generate.samples import held_out, in_folder, medium_of, sample_plan, take
 from edit_cli.generate.session import Session
 from edit_cli.request import Request
-from routers import bundle_file
 from routers.attachment import attach
-from routers.bundle import Bundle, load_bundle
+from routers.bundle import ENTRY, Bundle, find_file, load_bundle
 from routers.calls import first_tensor
 from routers.paper.checkpoint import is_release_file
 from routers.static.choose import Choice, Inputs, choose, order_units, record_calls
@@ -114,12 +113,12 @@ def find_model(source: str) -> tuple[str, Bundle | None]:
 
 def _is_bundle_file(path: Path) -> bool:
     """Whether it is a bundle in one file, or a folder with one; checkpoints are safetensors files as well."""
-    file = bundle_file.find(path)
+    file = find_file(path)
     if file is None or file.suffix != ".safetensors":
         return False
     try:
         with safe_open(file, framework="pt") as stored:
-            return bundle_file.ENTRY in (stored.metadata() or {})
+            return ENTRY in (stored.metadata() or {})
     except (SafetensorError, OSError):
         return False
 

@@ -95,7 +95,7 @@ class RouterSource:
         from routers.paper.checkpoint import is_release_file
 
         with bad_input():
-            if is_release_file(path):
+            if not (path / "bundle.json").is_file() and is_release_file(path):
                 return cls(release=path)
             return cls(bundle=load_bundle(path))
 

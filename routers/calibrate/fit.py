@@ -18,9 +18,9 @@ from functools import partial
 import numpy as np
 import torch
 
+from ..attachment import architecture, fingerprint
 from ..bundle import Bundle
 from ..elastic import Elastic
-from ..identity import architecture, fingerprint
 from ..planned.moments import Moments
 from ..spec import TransformerSpec
 from .choose import choose_plans

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..attachment import architecture, fingerprint
 from ..bundle import Bundle
 from ..calibrate.fit import first_moments
 from ..calibrate.gains import measure_gains
 from ..calibrate.state import State
 from ..calibrate.workload import Workload
 from ..elastic import Elastic
-from ..identity import architecture, fingerprint
 from ..planned.moments import Moments
 from ..spec import TransformerSpec
 from ..trained.bundle import Trained

@@ -70,3 +70,12 @@ class BudgetRouter(Router):
         plain.gate.bias.add_(gate)
         plain.width.bias.add_(width)
         return plain.eval().requires_grad_(False)
+
+
+def build_router(state: dict[str, Tensor]) -> Router:
+    """A router from its tensors, frozen, in float32."""
+    hidden, dim = state["down.weight"].shape
+    kind = BudgetRouter if "budget.weight" in state else Router
+    router = kind(dim, state["time.weight"].shape[1] if "time.weight" in state else 0, hidden)
+    router.load_state_dict({key: value.float() for key, value in state.items()})
+    return router.eval().requires_grad_(False)

@@ -10,9 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from routers import bundle_file
-from routers.bundle import Bundle, load_bundle
-from routers.identity import architecture, fingerprint
+from routers.attachment import architecture, fingerprint
+from routers.bundle import DESCRIPTION, ENTRY, WEIGHTS, Bundle, load_bundle, pack
 from tests.block_kinds import CASES
 from tests.tiny_pipelines import make_moments
 
@@ -42,10 +41,10 @@ def folder(tmp_path: Path) -> Path:
 
 def test_file_holds_the_same_bundle(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "one.safetensors"
-    bundle_file.pack(folder, file)
+    pack(folder, file)
     one, several = load_bundle(file), load_bundle(folder)
     one.save(tmp_path / "again")
-    for name in (bundle_file.DESCRIPTION, bundle_file.WEIGHTS):
+    for name in (DESCRIPTION, WEIGHTS):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
     assert one.digest == several.digest
     assert one.path == str(file)
@@ -62,7 +61,7 @@ def damaged(file: Path) -> None:
 
 
 def other_description(file: Path) -> None:
-    save_file({"w": torch.zeros(1)}, file, metadata={bundle_file.ENTRY: '{"format": 99}'})
+    save_file({"w": torch.zeros(1)}, file, metadata={ENTRY: '{"format": 99}'})
 
 
 @pytest.mark.parametrize(

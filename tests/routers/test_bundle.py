@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import routers
+from routers.attachment import architecture, fingerprint
 from routers.bundle import Bundle
-from routers.identity import architecture, fingerprint
 from routers.router import Router
 from tests.block_kinds import CASES
 from tests.tiny_pipelines import make_moments

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from routers.attachment import architecture
 from routers.elastic import Elastic
-from routers.identity import architecture
 from routers.policy import FixedPolicy, OpenPolicy
 from routers.trace import FULL, SKIP
 from tests.block_kinds import CASES, Case

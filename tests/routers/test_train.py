@@ -15,9 +15,7 @@ from safetensors.torch import save_file
 import routers
 from backbones.hunyuan3d.family import TRANSFORMER_2
 from backbones.workloads import MeshWorkload
-from routers import bundle_file
-from routers.attachment import build_router
-from routers.bundle import Bundle
+from routers.bundle import Bundle, pack
 from routers.calibrate.evaluate import evaluate
 from routers.calibrate.state import State
 from routers.calls import first_tensor, flatten, unflatten
@@ -34,7 +32,7 @@ from routers.train.student import Decision, Student
 from routers.train.trajectory import as_json
 from routers.trained.backbone import FILE, BackboneWeights, add_lora, lora_targets
 from routers.trained.policy import Profile, TrainedPolicy, allocate
-from routers.trained.router import BudgetRouter
+from routers.trained.router import BudgetRouter, build_router
 from tests.block_kinds import CASES, Case
 from tests.cli.test_calibrate_mesh import make_workload
 
@@ -217,7 +215,7 @@ def test_trained_weights_are_loaded_with_the_bundle_and_leave_with_it(
     assert not torch.allclose(changed, dense, atol=1e-4)
     assert torch.equal(workload.run(0), dense)
     with pytest.raises(ValueError, match="holds trained weights of the backbone"):
-        bundle_file.pack(tmp_path / "b", tmp_path / "one.safetensors")
+        pack(tmp_path / "b", tmp_path / "one.safetensors")
     assert bundle.trained is not None and bundle.trained.backbone is not None
     others = {n: t + 1 for n, t in bundle.trained.backbone.tensors.items()}
     save_file(others, tmp_path / "b" / FILE)
