@@ -5,21 +5,23 @@ Shapes: B batch rows, L tokens, D dim, E time embedding dim.
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .calls import argument_names, by_name
-from .patching import Patches
+from .cost import hidden_units
 from .policy import Units
 from .spec import BlockSpec, TransformerSpec
-from .width import MlpSlicer
+
+if TYPE_CHECKING:
+    from .width import MlpSlicer
 
 COMPILED_WHOLE = (
     "the transformer is compiled as a whole, and nothing can be decided inside of a graph; "
@@ -36,12 +38,13 @@ class Block:
                 f"{spec.path} holds {type(module).__name__}, the spec expects {spec.block_class}"
             )
         self.index, self.spec, self.module, self.router = index, spec, module, router
-        self.slicers = [MlpSlicer(module, mlp) for mlp in spec.mlps]
         self.names = argument_names(module)
         self.compiled: Any = None
         missing = {*spec.streams, *spec.batched, spec.modulation or self.names[0]} - set(self.names)
         if missing:
             raise ValueError(f"{spec.block_class}.forward has no argument {sorted(missing)}")
+        for mlp in spec.mlps:
+            hidden_units(module, mlp)  # refuses what cannot be narrowed
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by name; blocks are called positionally under gradient checkpointing."""
@@ -85,14 +88,47 @@ class Block:
         if self.compiled is not None:
             self.module._compiled_call_impl, self.compiled = self.compiled, None
 
-    def run(self, original: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+    @cached_property
+    def slicers(self) -> list[MlpSlicer]:
+        """What narrows its MLPs."""
+        from .width import MlpSlicer  # a plan of whole blocks never comes here
+
+        return [MlpSlicer(self.module, mlp) for mlp in self.spec.mlps]
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows of one call may differ in width: the hidden layers are fused with nothing else.
+
+        Compiled blocks would recompile for every mix.
+        """
+        compiled = self.compiled or self.module._compiled_call_impl
+        return compiled is None and not any(mlp.in_offset or mlp.out_offset for mlp in self.spec.mlps)
+
+    def run(
+        self,
+        original: Callable[..., Any],
+        inputs: Mapping[str, Any],
+        width: float = 1.0,
+        parts: Sequence[tuple[float, int]] = (),
+    ) -> Any:
         """The block itself, compiled if it was. original: its forward under our patch.
 
-        A compiled block sees neither our patches, which differ from block to block and would each cost a
-        graph of their own, nor hooks on the block, which have run around it already.
+        width: ratio of its image MLPs. parts: (width, rows) of consecutive rows, where they differ.
         """
-        if self.compiled is None or not all(slicer.can_lend for slicer in self.slicers):
-            return original(**inputs)
+        slicers = self.slicers if width < 1.0 or parts else []
+        compiled = self.compiled is not None and not parts and all(slicer.can_lend for slicer in slicers)
+        with ExitStack() as stack:
+            for slicer in slicers:
+                if parts:
+                    stack.enter_context(slicer.narrowed_rows(parts))
+                else:
+                    stack.enter_context(slicer.lent(width) if compiled else slicer.narrowed(width))
+            return self._run_compiled(original, inputs) if compiled else original(**inputs)
+
+    def _run_compiled(self, original: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+        """A compiled block sees neither our patch, which would cost every block a graph of its own, nor hooks
+        on the block, which have run around it already.
+        """
         state = vars(self.module)
         bare: dict[str, Any] = {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
         saved = {name: state[name] for name in ("forward", *bare)}
@@ -100,43 +136,15 @@ class Block:
         if original == type(self.module).forward.__get__(self.module):
             del state["forward"]
         # FLUX's single blocks return slices of one tensor: another stride would cost another graph
-        inputs = {**inputs, **{name: inputs[name].contiguous() for name in self.spec.streams}}
+        contiguous = {name: inputs[name].contiguous() for name in self.spec.streams}
         try:
-            with ExitStack() as stack:
-                for slicer in self.slicers:
-                    stack.enter_context(slicer.lent())
-                return self.compiled(**inputs)
+            return self.compiled(**{**inputs, **contiguous})
         finally:
             state.update(saved)
-
-    @property
-    def ragged(self) -> bool:
-        """Whether rows of one call may differ in width. Compiled blocks would recompile for every mix."""
-        compiled = self.compiled or self.module._compiled_call_impl
-        return compiled is None and all(slicer.ragged for slicer in self.slicers)
-
-    @contextmanager
-    def narrowed(self, width: float, parts: Sequence[tuple[float, int]] = ()) -> Iterator[None]:
-        """Run the block's image MLPs at a width ratio, or at `parts`: (ratio, rows) for consecutive rows."""
-        with ExitStack() as stack:
-            for slicer in self.slicers:
-                stack.enter_context(slicer.narrowed_rows(parts) if parts else slicer.narrowed(width))
-            yield
 
     def signature(self) -> tuple[Any, ...]:
         """Equal for blocks that cost the same on the same inputs."""
         return (self.spec.kind, *(tuple(p.shape) for p in self.module.parameters()))
-
-
-def patch_blocks(
-    patches: Patches, blocks: Iterable[Block], forward: Callable[..., Any], widths: bool = False
-) -> None:
-    """Make each block's forward `forward(block, original, *args, **kwargs)`; widths: slice its MLPs too."""
-    for block in blocks:
-        patches.add(block.module, functools.partial(forward, block))
-        for slicer in block.slicers if widths else ():
-            slicer.attach()
-            patches.callback(slicer.detach)
 
 
 def _gather_inside(value: Any, index: Tensor, rows: int) -> Any:

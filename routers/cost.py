@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from .width import MlpSlicer, in_features, out_features
+from .spec import MlpSpec
 
 if TYPE_CHECKING:
     from .block import Block
@@ -104,7 +105,7 @@ class Costs:
             signature = block.signature()
             if signature not in known:
                 tokens = [stream.shape[1] for stream in block.streams(block.bind(args, kwargs))]
-                cost = block_cost(block.module, block.slicers, args, kwargs, rows, tokens[0])
+                cost = block_cost(block.module, block.spec.mlps, args, kwargs, rows, tokens[0])
                 known[signature] = cost
                 routers.append(router_flops(block.router, sum(tokens)))
                 if cost.note and cost.note not in self.notes:
@@ -166,9 +167,38 @@ def _attention_flops(query: Any, key: Any, value: Any, *_args: Any, **_kwargs: A
     return int(2 * scores * (query[-1] + value[-1]))
 
 
+def hidden_units(block: nn.Module, mlp: MlpSpec) -> int:
+    """Hidden units F of a block's MLP. Raises ValueError where its linears share no hidden layer."""
+    inner, outer = attrgetter(mlp.in_linear)(block), attrgetter(mlp.out_linear)(block)
+    dim, rows, columns = out_features(outer), out_features(inner), in_features(outer)
+    hidden = columns - mlp.out_offset * dim
+    if hidden <= 0 or rows - mlp.in_offset * dim != hidden:
+        raise ValueError(
+            f"{mlp.in_linear} has {rows} rows and {mlp.out_linear} {columns} columns: they share no hidden "
+            f"layer at offsets {mlp.in_offset * dim} and {mlp.out_offset * dim}"
+        )
+    return hidden
+
+
+def out_features(module: nn.Module) -> int:
+    """Output features of a linear or of a wrapper around one."""
+    return int(base_layer(module).out_features)
+
+
+def in_features(module: nn.Module) -> int:
+    """Input features of a linear or of a wrapper around one."""
+    return int(base_layer(module).in_features)
+
+
+def base_layer(module: nn.Module) -> Any:
+    """A linear itself, or the one that an adapter's layer is around."""
+    get_base = getattr(module, "get_base_layer", None)
+    return get_base() if get_base is not None else module
+
+
 def block_cost(
     block: nn.Module,
-    slicers: Sequence[MlpSlicer],
+    mlps: Sequence[MlpSpec],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     rows: int,
@@ -180,7 +210,7 @@ def block_cost(
     """
     note = ""
     try:
-        total, seen = _count_block(meta_twin(block), slicers, to_meta(args), to_meta(dict(kwargs)))
+        total, seen = _count_block(meta_twin(block), mlps, to_meta(args), to_meta(dict(kwargs)))
     except (NotImplementedError, RuntimeError, TypeError) as error:
         if not _needs_values(error):
             raise
@@ -189,20 +219,20 @@ def block_cost(
             f"{type(block).__name__} needs real values to run, so its FLOPs were counted in a run of its own "
             f"({first[:100]})"
         )
-        total, seen = _count_block(block, slicers, args, kwargs)
-    mlp = 0.0
-    for slicer, count in zip(slicers, seen, strict=True):
-        inner = in_features(block.get_submodule(slicer.spec.in_linear))
-        outer = out_features(block.get_submodule(slicer.spec.out_linear))
-        mlp += 2.0 * (count or rows * tokens) * slicer.hidden * (inner + outer)
-    return BlockCost(dense=total / rows, mlp=mlp / rows, note=note)
+        total, seen = _count_block(block, mlps, args, kwargs)
+    narrows = 0.0
+    for mlp, count in zip(mlps, seen, strict=True):
+        inner = in_features(block.get_submodule(mlp.in_linear))
+        outer = out_features(block.get_submodule(mlp.out_linear))
+        narrows += 2.0 * (count or rows * tokens) * hidden_units(block, mlp) * (inner + outer)
+    return BlockCost(dense=total / rows, mlp=narrows / rows, note=note)
 
 
 def _count_block(
-    block: nn.Module, slicers: Sequence[MlpSlicer], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    block: nn.Module, mlps: Sequence[MlpSpec], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[float, list[int]]:
     """FLOPs of one call, and for each MLP how many tokens of all rows went through it."""
-    counts = [0] * len(slicers)
+    counts = [0] * len(mlps)
 
     def recorder(i: int) -> Any:
         def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -211,8 +241,7 @@ def _count_block(
         return record
 
     handles = [
-        block.get_submodule(slicer.spec.in_linear).register_forward_hook(recorder(i))
-        for i, slicer in enumerate(slicers)
+        block.get_submodule(mlp.in_linear).register_forward_hook(recorder(i)) for i, mlp in enumerate(mlps)
     ]
     try:
         return count_flops(block, *args, **kwargs), counts

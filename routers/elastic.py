@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .block import COMPILED_WHOLE, Block, call_shapes, find_blocks, patch_blocks, segments
+from .block import COMPILED_WHOLE, Block, call_shapes, find_blocks, segments
 from .calls import argument_names, by_name
 from .cost import Costs
 from .forward import Computed as Computed
@@ -153,7 +154,8 @@ class Elastic(Watch):
         patches.add(self.transformer, _refuse_compile, "compile")
         if hasattr(self.transformer, "cache_context"):
             patches.add(self.transformer, self._cache_context, "cache_context")
-        patch_blocks(patches, self.blocks, self._block_forward, widths=True)
+        for block in self.blocks:
+            patches.add(block.module, partial(self._block_forward, block))
         self.transformer.__dict__["_edit_elastic"] = self
 
     def detach(self) -> None:

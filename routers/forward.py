@@ -108,8 +108,7 @@ def _do(
     if group.code == REUSE:
         with watch.timed("cache", block.index):
             return _reuse(group, time, call.order, before)
-    with block.narrowed(WIDTHS[group.code], group.parts):
-        after = block.unpack(block.run(original, inputs))
+    after = block.unpack(block.run(original, inputs, WIDTHS[group.code], group.parts))
     if watch.observer is not None:
         watch.observer(Computed(block, call, original, inputs, before, after))
     with watch.timed("cache", block.index):

@@ -43,12 +43,8 @@ def patch_forward(module: nn.Module, replacement: Callable[..., Any], name: str 
 def restore_forward(module: nn.Module, patch: Patch, name: str = "forward") -> None:
     """Undo `patch_forward`. If something wrapped the patch meanwhile it stays there as a pass-through."""
     patch.replacement = None
-    if module.__dict__.get(name) is patch:
-        restore_instance(module, patch, name)
-
-
-def restore_instance(module: nn.Module, patch: Patch, name: str = "forward") -> None:
-    """Put back what a patch replaced, while the patch itself stays good to be set again."""
+    if module.__dict__.get(name) is not patch:
+        return
     if patch.was_instance:
         module.__dict__[name] = patch.original
     else:

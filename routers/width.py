@@ -1,17 +1,18 @@
 """MLP width by prefix slicing: compute only the first hidden units of an MLP (E-DiT, section on widths).
 
 Slicing a prefix of the in-linear's rows and of the out-linear's columns equals the full MLP with the
-other hidden units' outputs set to zero. Nothing is copied: both slices are views of the weights.
+other hidden units' outputs set to zero. Nothing is copied: both slices are views of the weights. The two
+linears are patched while a narrowed block runs, and as they are then: a LoRA may have replaced them.
 
 Shapes: B batch, L tokens, D dim, F hidden units of the MLP.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .patching import Patch, patch_forward, restore_forward, restore_instance
+from .cost import base_layer, hidden_units, in_features, out_features
+from .patching import Patches
 from .spec import MlpSpec
 
 HOOKED = "_diffusers_hook"
@@ -27,141 +29,83 @@ HOOKED = "_diffusers_hook"
 
 
 class MlpSlicer:
-    """Narrows one MLP of one block while `narrowed(ratio)` is active; otherwise the MLP is untouched.
-
-    The two linears are looked up again whenever a width is set, so a LoRA that replaces them after
-    the attach is still found.
-    """
+    """Narrows one MLP of one block inside of its contexts; outside of them the MLP is untouched."""
 
     def __init__(self, block: nn.Module, spec: MlpSpec) -> None:
-        self.spec = spec
-        self._block = block
-        self._units: int | None = None
-        self._parts: list[tuple[int, int]] = []
-        self._lead: tuple[int, ...] = ()
-        self._linears: tuple[nn.Module, nn.Module] | None = None
-        self._patches: list[tuple[nn.Module, Patch]] = []
-        inner, outer = self._resolve()
-        rows, columns, dim = out_features(inner), in_features(outer), out_features(outer)
-        self.row_offset = spec.in_offset * dim
-        self.column_offset = spec.out_offset * dim
-        self.hidden = columns - self.column_offset
-        if self.hidden <= 0 or rows - self.row_offset != self.hidden:
-            raise ValueError(
-                f"{spec.in_linear} has {rows} rows and {spec.out_linear} {columns} columns: "
-                f"they share no hidden layer at offsets {self.row_offset} and {self.column_offset}"
-            )
+        self.spec, self._block = spec, block
+        self.hidden = hidden_units(block, spec)
+        dim = out_features(attrgetter(spec.out_linear)(block))
+        self.row_offset, self.column_offset = spec.in_offset * dim, spec.out_offset * dim
 
     def units(self, ratio: float) -> int:
         """Hidden units kept at a width ratio in (0, 1]."""
         return max(1, int(self.hidden * ratio))
 
-    @contextmanager
-    def narrowed(self, ratio: float) -> Any:
-        """Run the MLP on its first `ratio * F` hidden units inside the context; ratio 1 changes nothing."""
-        if ratio >= 1.0:
-            yield
-            return
-        self._follow_replaced_modules()
-        self._units = self.units(ratio)
-        try:
-            yield
-        finally:
-            self._units = None
-
     @property
-    def ragged(self) -> bool:
-        """Whether rows of one call may have different widths: the hidden layer is not fused with anything."""
-        return self.row_offset == 0 and self.column_offset == 0
+    def linears(self) -> tuple[nn.Module, nn.Module]:
+        """The in-linear and the out-linear, or what lies around them now."""
+        return attrgetter(self.spec.in_linear)(self._block), attrgetter(self.spec.out_linear)(self._block)
 
     @contextmanager
-    def narrowed_rows(self, parts: Sequence[tuple[float, int]]) -> Any:
+    def narrowed(self, ratio: float) -> Iterator[None]:
+        """Run the MLP on its first `ratio * F` hidden units inside the context."""
+        inner, outer = self.linears
+        with Patches() as patches:
+            patches.add(inner, partial(linear_rows, inner, rows=self.row_offset + self.units(ratio)))
+            patches.add(outer, partial(linear_columns, outer))
+            yield
+
+    @contextmanager
+    def narrowed_rows(self, parts: Sequence[tuple[float, int]]) -> Iterator[None]:
         """Run consecutive rows at different widths. parts: (ratio, number of rows), together the batch.
 
         Between the two linears the hidden units of all rows lie in one flat tensor: the activation works
         element by element, so it need not know whose they are.
         """
-        self._follow_replaced_modules()
-        self._parts = [(self.units(ratio), rows) for ratio, rows in parts]
-        try:
+        inner, outer = self.linears
+        sizes = [(self.units(ratio), rows) for ratio, rows in parts]
+        lead: tuple[int, ...] = ()
+
+        def widen(original: Callable[..., Tensor], x: Tensor) -> Tensor:
+            nonlocal lead
+            lead = tuple(x.shape[1:-1])
+            pieces = zip(x.split([rows for _, rows in sizes]), sizes, strict=True)
+            return torch.cat([linear_rows(inner, original, p, units).flatten() for p, (units, _) in pieces])
+
+        def join(original: Callable[..., Tensor], x: Tensor) -> Tensor:
+            shapes = [(rows, *lead, units) for units, rows in sizes]
+            pieces = zip(x.split([math.prod(shape) for shape in shapes]), shapes, strict=True)
+            return torch.cat([linear_columns(outer, original, p.view(shape)) for p, shape in pieces])
+
+        with Patches() as patches:
+            patches.add(inner, widen)
+            patches.add(outer, join)
             yield
-        finally:
-            self._parts, self._lead = [], ()
 
     @property
     def can_lend(self) -> bool:
-        """Whether `lent` can set the width that is active now."""
-        return self._units is None or (
-            not torch.is_grad_enabled()
-            and all(type(linear) is nn.Linear and not hasattr(linear, HOOKED) for linear in self._resolve())
+        """Whether `lent` can narrow the linears as they are."""
+        return not torch.is_grad_enabled() and all(
+            type(linear) is nn.Linear and not hasattr(linear, HOOKED) for linear in self.linears
         )
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Take the patches off for a compiled call, and give the linears views of their weights instead.
+    def lent(self, ratio: float) -> Iterator[None]:
+        """As `narrowed`, for a compiled call: the linears get views of their weights and no patch.
 
         What is compiled then depends on the width alone, and blocks of a kind share its graph.
         """
-        saved: list[tuple[nn.Module, Patch, dict[str, Any]]] = [
-            (module, patch, dict(module._parameters)) for module, patch in self._patches
-        ]
-        for module, patch, _ in saved:
-            current: Any = vars(module).get("forward")
-            if current is patch:
-                restore_instance(module, patch)
-        if self._units is not None:
-            (inner, _, rows), (outer, _, columns) = saved
-            count = self.row_offset + self._units
-            inner._parameters.update({k: _view(p, p[:count]) for k, p in rows.items() if p is not None})
-            weight = columns["weight"]
-            outer._parameters["weight"] = _view(weight, weight[:, : self.column_offset + self._units])
+        inner, outer = self.linears
+        saved = [(linear, dict(linear._parameters)) for linear in (inner, outer)]
+        rows, columns = self.row_offset + self.units(ratio), self.column_offset + self.units(ratio)
+        weight = outer._parameters["weight"]
+        inner._parameters.update({k: _view(p, p[:rows]) for k, p in saved[0][1].items() if p is not None})
+        outer._parameters["weight"] = _view(weight, weight[:, :columns])  # type: ignore[index]
         try:
             yield
         finally:
-            for module, patch, parameters in saved:
-                module._parameters.update(parameters)
-                vars(module)["forward"] = patch
-
-    def attach(self) -> None:
-        """Patch the forward of both linears. Without an active width they call the original."""
-        inner, outer = self._linears = self._resolve()
-        self._patches = [
-            (inner, patch_forward(inner, functools.partial(self._in_forward, inner))),
-            (outer, patch_forward(outer, functools.partial(self._out_forward, outer))),
-        ]
-
-    def detach(self) -> None:
-        """Restore both linears."""
-        for module, token in self._patches:
-            restore_forward(module, token)
-        self._patches, self._linears = [], None
-
-    def _resolve(self) -> tuple[nn.Module, nn.Module]:
-        return attrgetter(self.spec.in_linear)(self._block), attrgetter(self.spec.out_linear)(self._block)
-
-    def _follow_replaced_modules(self) -> None:
-        inner, outer = self._resolve()
-        if self._linears is None or inner is not self._linears[0] or outer is not self._linears[1]:
-            self.detach()
-            self.attach()
-
-    def _in_forward(self, module: nn.Module, original: Callable[..., Tensor], x: Tensor) -> Tensor:
-        if self._parts:
-            self._lead = tuple(x.shape[1:-1])
-            pieces = zip(x.split([rows for _, rows in self._parts]), self._parts, strict=True)
-            return torch.cat([linear_rows(module, original, p, units).flatten() for p, (units, _) in pieces])
-        if self._units is None:
-            return original(x)
-        return linear_rows(module, original, x, self.row_offset + self._units)
-
-    def _out_forward(self, module: nn.Module, original: Callable[..., Tensor], x: Tensor) -> Tensor:
-        if self._parts:
-            shapes = [(rows, *self._lead, units) for units, rows in self._parts]
-            pieces = zip(x.split([math.prod(shape) for shape in shapes]), shapes, strict=True)
-            return torch.cat([linear_columns(module, original, p.view(shape)) for p, shape in pieces])
-        if self._units is None:
-            return original(x)
-        return linear_columns(module, original, x)
+            for linear, parameters in saved:
+                linear._parameters.update(parameters)
 
 
 def _view(parameter: Any, view: Tensor) -> nn.Parameter:
@@ -198,21 +142,6 @@ def linear_columns(module: nn.Module, original: Callable[..., Tensor], x: Tensor
     return y
 
 
-def out_features(module: nn.Module) -> int:
-    """Output features of a linear or of a wrapper around one."""
-    return int(_base(module).out_features)
-
-
-def in_features(module: nn.Module) -> int:
-    """Input features of a linear or of a wrapper around one."""
-    return int(_base(module).in_features)
-
-
-def _base(module: nn.Module) -> Any:
-    get_base = getattr(module, "get_base_layer", None)
-    return get_base() if get_base is not None else module
-
-
 def _lora_parts(
     module: Any, original: Callable[..., Tensor], x: Tensor
 ) -> tuple[Any, list[tuple[Any, Any, float]]] | None:
@@ -221,7 +150,7 @@ def _lora_parts(
     None for others, and where a hook brings the weights only when the linear is called: such a hook lies
     between us and the linear (or on a part of it), and what the weights hold until then means nothing.
     """
-    base = _base(module)
+    base = base_layer(module)
     if type(base) is not nn.Linear or not _is_ready(base, x):
         return None
     if base is module:

@@ -117,10 +117,8 @@ def test_a_narrowed_mlp_equals_one_with_the_other_units_zeroed(make, spec):
     first = lambda out: out[0] if isinstance(out, tuple) else out  # noqa: E731
     full = first(block(**call))
     slicer = MlpSlicer(block, spec)
-    slicer.attach()
     with slicer.narrowed(0.25):
         narrow = first(block(**call))
-    slicer.detach()
     outer = block.get_submodule(spec.out_linear)
     outer.weight[:, slicer.column_offset + slicer.units(0.25) :] = 0
     torch.testing.assert_close(narrow, first(block(**call)), atol=1e-5, rtol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -217,12 +218,10 @@ def test_width_masks_are_what_the_routers_slice(awake_dit, ratio):
         for block in awake_dit.get_submodule(spec.path)
     ]
     assert len(slicers) == blocks
-    for slicer in slicers:
-        slicer.attach()
-        slicer._units = slicer.units(ratio)
-    sliced = fast_dit.class_forward(awake_dit, latents, sigma, words, scales)
-    for slicer in slicers:
-        slicer.detach()
+    with ExitStack() as narrowed:
+        for slicer in slicers:
+            narrowed.enter_context(slicer.narrowed(ratio))
+        sliced = fast_dit.class_forward(awake_dit, latents, sigma, words, scales)
     dense = fast_dit.class_forward(awake_dit, latents, sigma, words, scales)
     assert torch.allclose(masked, sliced, atol=1e-4)
     assert (sliced - dense).abs().max() > 1e-3

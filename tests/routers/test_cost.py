@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from routers.cost import block_cost, count_flops
 from routers.elastic import Elastic
 from routers.spec import BlockSpec, MlpSpec, TransformerSpec
-from routers.width import MlpSlicer
 
 DIM, TOKENS, ROWS = 12, 6, 3
 MLP = MlpSpec(in_linear="up", activation="act", out_linear="down")
@@ -84,7 +83,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("needs", ["", "item", "nonzero", "numpy"])
 def test_cost_equals_the_formula_by_hand(needs):
     block = Block(needs).requires_grad_(False)
-    cost = block_cost(block, [MlpSlicer(block, MLP)], inputs(), {}, ROWS, TOKENS)
+    cost = block_cost(block, [MLP], inputs(), {}, ROWS, TOKENS)
     assert (cost.dense, cost.mlp) == by_hand()
     assert bool(cost.note) == bool(needs)
     if needs:
