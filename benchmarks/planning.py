@@ -35,9 +35,9 @@ from routers.calibrate.fit import first_moments
 from routers.calibrate.gains import measure_gains
 from routers.calibrate.record import Record, record
 from routers.elastic import Elastic
-from routers.planned.moments import WHOLE, Levels, Moments
 from routers.planned.plan import Choice, Planner
 from routers.planned.policy import PlannedPolicy
+from routers.planned.prediction import WHOLE, Levels, Moments
 
 BUDGETS = (0.35, 0.4, 0.45, 0.5, 0.6, 0.7)
 TRIED = 8

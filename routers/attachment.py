@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .bundle import Bundle, load_bundle
 from .elastic import Elastic
-from .interference import check_run
+from .patching import check_run
 from .policy import OpenPolicy
 from .spec import TransformerSpec
 from .trained.router import build_router

@@ -5,6 +5,7 @@ Shapes: B batch rows, L tokens, D dim, E time embedding dim.
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,18 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .calls import argument_names, by_name
 from .cost import hidden_units
 from .policy import Units
 from .spec import BlockSpec, TransformerSpec
 
 if TYPE_CHECKING:
     from .width import MlpSlicer
-
-COMPILED_WHOLE = (
-    "the transformer is compiled as a whole, and nothing can be decided inside of a graph; "
-    "compile its blocks: transformer.compile_repeated_blocks()"
-)
 
 
 class Block:
@@ -159,6 +154,16 @@ def _gather_inside(value: Any, index: Tensor, rows: int) -> Any:
         inside = [_gather_inside(inner, index, rows) for inner in value]
         return tuple(inside) if isinstance(value, tuple) else inside
     return value
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward, in order."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, however they were passed."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]

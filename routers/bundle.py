@@ -23,9 +23,9 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from .files import write_whole
-from .planned.moments import Moments
 from .planned.plan import Planner
 from .planned.policy import PlannedPolicy
+from .planned.prediction import Moments
 from .spec import TransformerSpec
 from .trained.backbone import FILE as BACKBONE_FILE
 from .trained.bundle import Trained

@@ -1,22 +1,11 @@
-"""Calls of a transformer seen from outside: their arguments by name, and the prediction that comes back."""
+"""Calls of a transformer as they are recorded: arguments as tensors and the rest, and what comes back."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
-
-
-def argument_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments of a module's forward, in order."""
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, however they were passed."""
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+from torch import Tensor
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """A transformer with its blocks under control of routers. A call of it, read top down:
 
     Elastic._transformer_forward    runs.py: which run, which branch; cost.py: what blocks cost
-        Run.begin (run.py)          the policy decides for all rows and blocks; groups.py: who acts together
+        Run.begin (run.py)          the policy decides for all rows and blocks; forward.py: who acts together
         Elastic._block_forward      forward.py carries it out; cache.py, width.py
         Run.end                     trace.py: the books
 
@@ -18,13 +18,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .block import COMPILED_WHOLE, Block, call_shapes, find_blocks, segments
-from .calls import argument_names, by_name
+from .block import Block, argument_names, by_name, call_shapes, find_blocks, segments
 from .cost import Costs
 from .forward import Computed as Computed
 from .forward import Watch, carry_out
-from .interference import check_call, check_run
-from .patching import Patches, learns_order
+from .patching import COMPILED_WHOLE, Patches, check_call, check_run, learns_order
 from .policy import OpenPolicy, Policy, RunInfo
 from .router import Router, RouterStack
 from .run import ATTACH_AGAIN, Call, Run
@@ -194,7 +192,7 @@ class Elastic(Watch):
             self._context = None
 
     def _transformer_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        check_call(self.transformer, self.blocks)
+        check_call(self.transformer, [block.module for block in self.blocks])
         inputs = by_name(self.names, args, kwargs)
         for block in self.blocks:
             block.adopt_compiled()

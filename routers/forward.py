@@ -1,32 +1,158 @@
-"""A block's forward under decisions: the one place where work is done, or left out.
+"""What rows do in a block. Rows of a call that do the same act together: groups, made from its decisions.
 
 Rows that skip pass through, rows that reuse get what the block's unit added before, rows that compute are
-gathered and run at their width.
+gathered and run at their width. `carry_out` is the one place where work is done, or left out.
 
-Shapes: B batch rows, L tokens, D dim.
+Shapes: R rows, N blocks, U units of blocks, P cached passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .block import Block
-from .cache import Streams
-from .groups import Group
-from .policy import Policy
-from .run import Call
+from .cache import ResidualCache, Streams, Weights
+from .policy import Policy, Units
 from .spec import WIDTHS
-from .trace import REUSE, SKIP
+from .trace import REUSE, SKIP, Actions
 
 if TYPE_CHECKING:
+    from .run import Call
     from .watch.timing import Timeline
 
+_Key = TypeVar("_Key", bound=Hashable)
 _UNTIMED = nullcontext()
+
+
+@dataclass
+class Group:
+    """Rows of a call that do the same in a block. rows None: all of them.
+
+    code: an action code. unit, last: for a reuse, the first and last unit of a chained stretch added in one
+    go; last -1 marks a block whose delta an earlier block of the stretch has already added. weights: of the
+    passes, as the policy gave them. cache: where the rows' passes are kept. parts: (width, rows) for
+    consecutive rows that compute together at different widths. index: `rows` on the device.
+    """
+
+    code: int
+    rows: list[int] | None
+    last: int
+    cache: ResidualCache
+    unit: int = 0
+    parts: list[tuple[float, int]] = field(default_factory=list)
+    index: Tensor | None = None
+    weights: Weights | None = None
+    peer: ResidualCache | None = None
+    """The other CFG branch's cache, where a reuse of the first stream looks at it too, with these weights."""
+    peer_weights: Weights | None = None
+
+
+def plan_groups(
+    actions: Actions,
+    cache: ResidualCache,
+    ragged: Sequence[bool],
+    units: Units,
+    weights: NDArray[np.float32] | None = None,
+) -> list[list[Group]]:
+    """Per block, the rows that act alike; chained units that every row reuses become one stretch.
+
+    In ragged blocks all rows that compute are one group, ordered by width. A unit's first block adds its
+    whole delta. weights [R, U, P]: see `Decision`.
+    """
+    groups: list[list[Group]] = []
+    for unit, (first, last) in enumerate(units):
+        for block in range(first, last + 1):
+            found = [
+                Group(code, rows, -1 if code == REUSE and block > first else unit, cache, unit)
+                for code, rows in split_rows(actions[:, block].tolist())
+            ]
+            for group in found:
+                if group.code == REUSE and weights is not None and block == first:
+                    group.weights = shared_weights(weights[:, unit], group.rows)
+            groups.append(_merge_widths(found) if ragged[block] else found)
+    _fuse(groups, cache, units)
+    return groups
+
+
+def shared_weights(weights: NDArray[np.float32], rows: list[int] | None) -> Weights:
+    """One set of numbers if all rows [R, P] share it, else one per row."""
+    chosen = weights if rows is None else weights[rows]
+    if (chosen == chosen[:1]).all():
+        return tuple(float(w) for w in chosen[0])
+    return torch.from_numpy(chosen.copy())
+
+
+def _fuse(groups: list[list[Group]], cache: ResidualCache, units: Units) -> None:
+    """Let chained units that all rows reuse with the same weights be added in one go."""
+    unit = 0
+    while unit < len(units):
+        start = groups[units[unit][0]]
+        if not _all_reuse(start):
+            unit += 1
+            continue
+        last = unit
+        while last + 1 < len(units):
+            following = groups[units[last + 1][0]]
+            same = _all_reuse(following) and _equal(start[0].weights, following[0].weights)
+            if not same or not cache.chained(last, last + 1):
+                break
+            last += 1
+        start[0].last = last
+        for inner in range(unit + 1, last + 1):
+            groups[units[inner][0]][0].last = -1
+        unit = last + 1
+
+
+def _equal(a: Weights | None, b: Weights | None) -> bool:
+    return a == b if not isinstance(a, Tensor) and not isinstance(b, Tensor) else False
+
+
+def _merge_widths(groups: list[Group]) -> list[Group]:
+    computed = sorted((group for group in groups if group.code >= 0), key=lambda group: group.code)
+    if len(computed) < 2:
+        return groups
+    merged = computed[-1]
+    merged.parts = [(WIDTHS[group.code], len(group.rows or ())) for group in computed]
+    merged.rows = [row for group in computed for row in group.rows or ()]
+    return [merged, *(group for group in groups if group.code < 0)]
+
+
+def place(groups: Sequence[Group], device: torch.device) -> None:
+    """Give every group its rows on the device, in one copy for all, so that no block waits for its own."""
+    split = [group for group in groups if group.rows is not None]
+    rows = torch.tensor([row for group in split for row in group.rows or ()], dtype=torch.long)
+    if device.type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    pieces = rows.to(device).split([len(group.rows or ()) for group in split]) if split else ()
+    for group, piece in zip(split, pieces, strict=True):
+        group.index = piece
+    for group in groups:
+        if isinstance(group.weights, Tensor):
+            weights = group.weights.pin_memory() if device.type == "cuda" else group.weights
+            group.weights = weights.to(device, non_blocking=True)
+        if isinstance(group.peer_weights, Tensor):
+            weights = group.peer_weights.pin_memory() if device.type == "cuda" else group.peer_weights
+            group.peer_weights = weights.to(device, non_blocking=True)
+
+
+def _all_reuse(groups: list[Group]) -> bool:
+    return len(groups) == 1 and groups[0].code == REUSE and groups[0].rows is None
+
+
+def split_rows(keys: Sequence[_Key]) -> list[tuple[_Key, list[int] | None]]:
+    """Rows with equal keys together, in order of first appearance; None for the rows if all are equal."""
+    distinct = list(dict.fromkeys(keys))
+    if len(distinct) == 1:
+        return [(distinct[0], None)]
+    return [(key, [i for i, k in enumerate(keys) if k == key]) for key in distinct]
 
 
 class Computed(NamedTuple):

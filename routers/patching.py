@@ -1,18 +1,32 @@
-"""Replace a module's forward from outside, and put it back exactly as it was.
+"""Change a module from outside, and refuse what others change where the two would not go together.
 
 One layer for everything `routers` patches, so that hooks of accelerate, diffusers and PEFT, set
 before or after, keep working: a patch calls whatever forward it found, and a patch that was itself
 wrapped in the meantime becomes a plain pass-through when it is removed.
+
+Other caches, a compiled whole, fused projections and foreign hooks would make a wrong picture or a wrong
+count of what was spent if they worked under the routers unseen. Each is refused in one line that names it and
+the way out: when routers are attached, and in every later call.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
+
+COMPILED_WHOLE = (
+    "the transformer is compiled as a whole, and nothing can be decided inside of a graph; "
+    "compile its blocks: transformer.compile_repeated_blocks()"
+)
+HARMLESS_HOOKS = (
+    "group_offloading", "lazy_prefetch_group_offloading", "layer_execution_tracker", "layerwise_casting",
+    "peft_autocast_disable",
+)  # fmt: skip
+"""diffusers' hooks that only move weights or change their dtype."""
 
 
 class Patch:
@@ -71,3 +85,42 @@ def learns_order(module: nn.Module) -> bool:
     """
     registry = getattr(module, "_diffusers_hook", None)
     return registry is not None and registry.get_hook("lazy_prefetch_group_offloading") is not None
+
+
+def check_call(transformer: Any, blocks: Iterable[nn.Module] = ()) -> None:
+    """What can be told of the transformer and its blocks at a glance, in every call. Raises ValueError."""
+    if hasattr(transformer, "_orig_mod") or transformer._compiled_call_impl is not None:
+        raise ValueError(COMPILED_WHOLE)
+    if getattr(transformer, "is_cache_enabled", False):
+        name = type(getattr(transformer, "_cache_config", None)).__name__
+        raise ValueError(_refusal(f"a cache of its own ({name})", "transformer.disable_cache()"))
+    if getattr(transformer, "_is_cached", False):
+        raise ValueError(_refusal("another library's cache (_is_cached)", "that library's own call"))
+    for module in (transformer, *blocks):
+        if "_diffusers_hook" in module.__dict__:
+            _check_hooks(module)
+
+
+def check_run(transformer: Any) -> None:
+    """As `check_call`, and every module inside of it: when routers are attached and when a run begins."""
+    check_call(transformer)
+    for module in transformer.modules():
+        if getattr(module, "fused_projections", False):
+            raise ValueError(_refusal("fused projections", "transformer.unfuse_qkv_projections()"))
+        if "_diffusers_hook" in module.__dict__:
+            _check_hooks(module)
+
+
+def _check_hooks(module: nn.Module) -> None:
+    registry: Any = module.__dict__["_diffusers_hook"]
+    for name in registry.hooks:
+        if name not in HARMLESS_HOOKS:
+            where = f"the hook {name!r} on a {type(module).__name__}"
+            raise ValueError(_refusal(where, "disable_cache() or remove_hook()"))
+
+
+def _refusal(what: str, way_out: str) -> str:
+    return (
+        f"this transformer has {what}, which would decide over its blocks beside the routers; "
+        f"take it off with {way_out}, before routers.attach or the next call"
+    )

@@ -21,7 +21,7 @@ from torch import Tensor
 from .block import Block, Shapes
 from .cache import ResidualCache, Streams
 from .cost import CallCost
-from .groups import Group, place, plan_groups, shared_weights
+from .forward import Group, place, plan_groups, shared_weights
 from .policy import CallInfo, Decision, Policy, RunInfo, Units
 from .router import RouterStack
 from .spec import WIDTHS

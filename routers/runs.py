@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from .block import COMPILED_WHOLE
+from .patching import COMPILED_WHOLE
 from .run import Run
 
 HALF_ULP = 2.0**-8

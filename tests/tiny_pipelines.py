@@ -132,7 +132,7 @@ def make_moments(branches: tuple[str, ...], steps: int):
     """Moments as of a smooth process: deltas of near steps and of the CFG branches resemble each other."""
     import numpy as np
 
-    from routers.planned.moments import Moments
+    from routers.planned.prediction import Moments
 
     at = np.linspace(0, 1, steps)
     over_time = np.exp(-0.5 * ((at[:, None] - at) / 0.3) ** 2) + 1e-4 * np.eye(steps)

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..elastic import Elastic
-from ..planned.moments import DEAD, HALF, WHOLE, Levels, Moments
 from ..planned.plan import Planner, raised
 from ..planned.policy import PlannedPolicy
+from ..planned.prediction import DEAD, HALF, WHOLE, Levels, Moments
 from .evaluate import latent_snr
 from .record import Record
 from .state import State

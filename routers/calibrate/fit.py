@@ -21,7 +21,7 @@ import torch
 from ..attachment import architecture, fingerprint
 from ..bundle import Bundle
 from ..elastic import Elastic
-from ..planned.moments import Moments
+from ..planned.prediction import Moments
 from ..spec import TransformerSpec
 from .choose import choose_plans
 from .gains import measure_gains

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..elastic import Elastic
-from ..planned.moments import DEAD, Moments
 from ..planned.policy import row_branches
-from ..planned.prediction import Predictor
+from ..planned.prediction import DEAD, Moments, Predictor
 from ..policy import CallInfo, Decision, OpenPolicy, RunInfo
 from ..trace import REUSE
 from .record import Record

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..block import Block
 from ..cache import ResidualCache, Streams
 from ..cost import CallCost
-from ..groups import Group, place, split_rows
+from ..forward import Group, place, split_rows
 from ..policy import CallInfo, Policy
 from ..run import Branch, Call, Run, feasible, single_blocks
 from ..trace import FULL, Actions

@@ -24,8 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from .moments import HALF, WHOLE, Levels
-from .prediction import Predictor
+from .prediction import HALF, WHOLE, Levels, Predictor
 
 BEAM = 12
 """Choices of steps that the search keeps while it removes steps one at a time."""

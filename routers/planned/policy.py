@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from ..policy import CallInfo, Decision, RunInfo, Units
 from ..trace import FULL, REUSE, Actions
-from .moments import HALF, WHOLE, Levels, Moments
 from .plan import Planner, StepPlan
-from .prediction import DEPTH
+from .prediction import DEPTH, HALF, WHOLE, Levels, Moments
 
 Mask = NDArray[np.bool_]
 Weights = NDArray[np.float32]

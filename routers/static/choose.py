@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..block import find_blocks
-from ..calls import argument_names, by_name, first_tensor
+from ..block import argument_names, by_name, find_blocks
+from ..calls import first_tensor
 from ..elastic import Computed, Elastic
 from ..patching import Patches
 from ..policy import CallInfo, FixedPolicy

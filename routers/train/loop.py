@@ -26,7 +26,7 @@ from ..calibrate.gains import measure_gains
 from ..calibrate.state import State
 from ..calibrate.workload import Workload
 from ..elastic import Elastic
-from ..planned.moments import Moments
+from ..planned.prediction import Moments
 from ..spec import TransformerSpec
 from ..trained.bundle import Trained
 from ..trained.policy import Profile

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate.workload import Workload
-from ..planned.moments import Moments
+from ..planned.prediction import Moments
 from ..spec import WIDTHS
 from ..trained.router import BudgetRouter
 from .student import Decision

@@ -18,10 +18,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..block import by_name
 from ..calibrate.record import Record, Recorder
 from ..calibrate.state import State
 from ..calibrate.workload import Workload, run_patched
-from ..calls import by_name, first_tensor, flatten, unflatten
+from ..calls import first_tensor, flatten, unflatten
 from ..elastic import Computed, Elastic
 from ..patching import Patches
 from ..policy import OpenPolicy

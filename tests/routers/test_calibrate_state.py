@@ -22,7 +22,7 @@ from routers.calibrate.fit import FitSettings, fit
 from routers.calibrate.gains import from_probes
 from routers.calibrate.state import State
 from routers.calibrate.workload import NotFiniteError
-from routers.planned.moments import DEAD, gains_at
+from routers.planned.prediction import DEAD, gains_at
 from tests.cli.test_calibrate_mesh import STEPS, make_workload
 from tests.conftest import EDIT, TIMEOUT, edit_environment
 

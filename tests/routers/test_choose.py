@@ -17,9 +17,9 @@ from routers.calibrate.choose import EVENED, Trials, choose_plans, evened, moves
 from routers.calibrate.fit import FitSettings, first_moments, fit
 from routers.calibrate.record import Record, record
 from routers.elastic import Elastic
-from routers.planned.moments import DEAD, HALF, WHOLE, Moments
 from routers.planned.plan import Planner
 from routers.planned.policy import PlannedPolicy
+from routers.planned.prediction import DEAD, HALF, WHOLE, Moments
 from routers.trace import REUSE
 from tests.cli.test_calibrate_mesh import make_workload
 from tests.tiny_pipelines import make_moments, make_qwen_image

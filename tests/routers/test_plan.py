@@ -12,9 +12,9 @@ import pytest
 import backbones
 from routers.bundle import load_bundle
 from routers.cost import BlockCost
-from routers.planned.moments import HALF, WHOLE, Moments, cubic_interpolation
 from routers.planned.plan import Planner
 from routers.planned.policy import SLACK, PlannedPolicy
+from routers.planned.prediction import HALF, WHOLE, Moments, cubic_interpolation
 from routers.policy import CallInfo, RunInfo
 from routers.trace import FULL, REUSE
 from tests.tiny_pipelines import make_moments

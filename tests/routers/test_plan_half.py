@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from routers.elastic import Elastic
-from routers.planned.moments import HALF, WHOLE, Moments
 from routers.planned.plan import StepPlan
 from routers.planned.policy import PlannedPolicy
+from routers.planned.prediction import HALF, WHOLE, Moments
 from routers.policy import CallInfo, Decision, Units
 from routers.trace import FULL, REUSE
 from tests.block_kinds import CASES, Case
