@@ -6,8 +6,8 @@ after it: nothing is copied while a model runs densely, a unit's `after` is the 
 the difference is taken only when a reuse asks for it, once for a whole stretch of consecutive reused
 units. Once rows go separate ways, their deltas are kept in one table per unit.
 
-A policy may give the weights with which the remembered deltas are added up (routers/plan.py). Else order 0
-adds the last residual delta again (the E-DiT release), and order 1 continues its change linearly in the
+A policy may give the weights with which the remembered deltas are added up (planned/prediction.py). Else
+order 0 adds the last residual delta again (the E-DiT release), order 1 continues its change linearly in the
 sampler's time (first-order Taylor, as in TaylorSeer, arXiv 2503.06923), from the last two passes.
 
 Shapes: R rows (samples, or cond/uncond rows of a batched call), R' some of them, L tokens, D dim, P passes.
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Streams = tuple[Tensor, ...]
+Rows = Sequence[int]
 Weights = tuple[float, ...] | Tensor
 
 
@@ -35,9 +36,9 @@ class Pass:
     before: Streams
     after: Streams
 
-    def delta(self, end: Pass) -> Streams:
-        """What was added from this unit's input to the output of `end`."""
-        return tuple(a - b for a, b in zip(end.after, self.before, strict=True))
+    def delta(self, end: Pass | None = None) -> Streams:
+        """What was added from this unit's input to its output, or to that of a later unit."""
+        return tuple(a - b for a, b in zip((end or self).after, self.before, strict=True))
 
 
 @dataclass(eq=False)
@@ -52,7 +53,7 @@ class RowTable:
     times: list[Tensor]
     count: NDArray[np.int64]
 
-    def put(self, rows: Sequence[int], index: Tensor, time: Tensor, delta: Streams) -> None:
+    def put(self, rows: Rows, index: Tensor, time: Tensor, delta: Streams) -> None:
         """Add the newest pass of `rows`, at `index [R']` on the device: delta `[R', L, D]`, time `[R']`."""
         fresh = self.count[list(rows)] == 0
         for depth in range(len(self.deltas) - 1, 0, -1):
@@ -69,10 +70,6 @@ class RowTable:
                 _write(streams, index[chosen], tuple(d[chosen] for d in delta))
                 self.times[depth].index_copy_(0, index[chosen], time[chosen] + depth)
         self.count[list(rows)] = np.minimum(self.count[list(rows)] + 1, len(self.deltas))
-
-    def tensors(self) -> list[Tensor]:
-        """Everything it holds."""
-        return [tensor for streams in self.deltas for tensor in streams]
 
 
 def _write(streams: Streams, index: Tensor, values: Streams) -> None:
@@ -92,38 +89,35 @@ class ResidualCache:
     def store(
         self,
         unit: int,
-        rows: Sequence[int] | None,
+        rows: Rows | None,
+        index: Tensor | None,
         time: Tensor,
         before: Streams,
         after: Streams,
-        index: Tensor | None = None,
     ) -> None:
-        """Remember a computed pass. rows: which rows the tensors hold, None for all; time: `[R']`.
-
-        index: `rows` on the device, made from them if not given.
+        """Remember a computed pass. rows: which rows the tensors hold, None for all; index: the same on the
+        device; time: `[R']`.
         """
         if self.depth == 0:
             return
+        table = self._table(unit, before) if rows is not None else self._tables[unit]
         if rows is None:
             self._passes[unit] = [Pass(time, before, after), *self._passes[unit]][: self.depth]
             if len(self._passes[unit]) == self.depth:
-                self._tables[unit] = None
-            if self._tables[unit] is None:
-                return
-            rows = range(self.num_rows)
+                self._tables[unit] = table = None
         else:
-            self._table(unit, before)
             self._passes[unit] = []
-        index = torch.tensor(list(rows), device=time.device) if index is None else index
-        delta = tuple(a - b for a, b in zip(after, before, strict=True))
-        self._table(unit, before).put(rows, index, time, delta)
+        if table is not None:
+            rows = range(self.num_rows) if rows is None else rows
+            index = torch.arange(self.num_rows, device=time.device) if index is None else index
+            table.put(rows, index, time, Pass(time, before, after).delta())
 
     def _table(self, unit: int, like: Streams) -> RowTable:
         """The unit's row table, made from the passes so far. like: streams of any rows, for their shapes."""
         table = self._tables[unit]
         if table is None:
             passes, rows = self._passes[unit], self.num_rows
-            deltas = [tuple(d.detach() for d in p.delta(p)) for p in passes]
+            deltas = [tuple(d.detach() for d in p.delta()) for p in passes]
             times = [p.time.clone() for p in passes]
             if not passes:
                 deltas = [tuple(x.new_zeros(rows, *x.shape[1:]) for x in like)]
@@ -162,38 +156,35 @@ class ResidualCache:
         self,
         first: int,
         last: int,
-        rows: Sequence[int] | None,
+        rows: Rows | None,
+        index: Tensor | None,
         time: Tensor,
         order: int,
-        index: Tensor | None = None,
-        weights: Weights | None = None,
+        weights: Weights | None,
     ) -> Streams:
         """What units first..last together add for `rows` (None: all) at `time [R']`: streams `[R', L, D]`.
 
-        The units must be chained. weights: of the passes, newest first, for all rows alike or `[R', P]`;
-        None extrapolates in time, with as high an order as the remembered passes allow. index: `rows` on
-        the device, made from them if not given.
+        The units must be chained. index: `rows` on the device. weights: of the passes, newest first, for all
+        rows alike or `[R', P]`; None extrapolates in time, with as high an order as the passes allow.
         """
         if not all(self.available(first, row) for row in (range(self.num_rows) if rows is None else rows)):
             raise RuntimeError(f"unit {first} has nothing cached for rows {rows}")
         passes, keep = self._passes[first], order + 1 if weights is None else self.depth
-        if rows is not None or self._tables[first] is not None:
-            table = self._table(first, passes[0].before if passes else ())
-            if rows is not None and index is None:
-                index = torch.tensor(list(rows), device=time.device)
-            pick = (lambda x: x) if index is None else (lambda x: x.index_select(0, index))
-            deltas = [tuple(pick(d) for d in streams) for streams in table.deltas[:keep]]
-            times = [pick(t) for t in table.times[:keep]]
-        else:
+        if rows is None and self._tables[first] is None:
             ends = self._passes[last]
             deltas = [start.delta(end) for start, end in zip(passes[:keep], ends, strict=False)]
             times = [start.time for start in passes[:keep]]
+        else:
+            table = self._table(first, passes[0].before if passes else ())
+            pick = (lambda x: x) if index is None else (lambda x: x.index_select(0, index))
+            deltas = [tuple(pick(d) for d in streams) for streams in table.deltas[:keep]]
+            times = [pick(t) for t in table.times[:keep]]
         return _extrapolate(deltas, times, time) if weights is None else _weighted(deltas, weights)
 
     def nbytes(self) -> int:
         """Bytes held alive by the remembered passes, shared tensors counted once."""
         held = [t for passes in self._passes for p in passes for t in (*p.before, *p.after)]
-        held += [t for table in self._tables if table is not None for t in table.tensors()]
+        held += [t for table in self._tables if table for streams in table.deltas for t in streams]
         return sum({id(t): t.numel() * t.element_size() for t in held}.values())
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from .router import router_flops
 from .spec import MlpSpec
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ class Costs:
                 tokens = [stream.shape[1] for stream in block.streams(block.bind(args, kwargs))]
                 cost = block_cost(block.module, block.spec.mlps, args, kwargs, rows, tokens[0])
                 known[signature] = cost
-                routers.append(router_flops(block.router, sum(tokens)))
+                if block.router is not None:
+                    routers.append(router_flops(block.router, sum(tokens)))
                 if cost.note and cost.note not in self.notes:
                     self.notes.append(cost.note)
             costs.append(known[signature])
@@ -253,19 +255,6 @@ def _count_block(
 def _needs_values(error: Exception) -> bool:
     """Whether a run failed because its tensors hold no values: PyTorch names the meta device then."""
     return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
-
-
-def router_flops(router: nn.Module | None, tokens: int) -> float:
-    """FLOPs of a router for one row of `tokens` tokens, all streams together.
-
-    A router that pools its tokens first costs 2 per weight of its matrices; any other says it in `flops`.
-    """
-    if router is None:
-        return 0.0
-    flops = getattr(router, "flops", None)
-    if flops is not None:
-        return float(flops(tokens))
-    return float(sum(2 * p.numel() for p in router.parameters() if p.dim() == 2))
 
 
 @contextmanager

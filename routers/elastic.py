@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from .forward import Computed as Computed
 from .forward import Watch, carry_out
 from .patching import COMPILED_WHOLE, Patches, check_call, check_run, learns_order
 from .policy import OpenPolicy, Policy, RunInfo
-from .router import Router, RouterStack
+from .router import RouterStack
 from .run import ATTACH_AGAIN, Call, Run
 from .runs import Runs
 from .spec import TransformerSpec
@@ -213,7 +213,10 @@ class Elastic(Watch):
                 output = original(*args, **kwargs)
                 if call.pooled:
                     with self.timed("router"):
-                        run.read_routers(call, self._stack(run, sample.device))
+                        if run.routers is None:  # anew in every run, because training changes them
+                            stacked = [block.router for block in self.blocks]
+                            run.routers = RouterStack.at(stacked, run.info.budget, sample.device)
+                        run.routers.read(call, run.policy.reads_skipped)
                 run.end(call)
             finally:
                 self._call = None
@@ -231,15 +234,6 @@ class Elastic(Watch):
         if not self._dense and not torch.is_grad_enabled():
             raise RuntimeError(f"the transformer's patch was bypassed; {ATTACH_AGAIN}")
         return block.run(original, block.bind(args, kwargs))
-
-    def _stack(self, run: Run, device: torch.device) -> RouterStack:
-        """All routers as one, told the budget; made anew in every run, because training changes them."""
-        if run.routers is None:
-            if not RouterStack.fits([block.router for block in self.blocks]):
-                raise ValueError("routers that are read together must be there for all blocks, of one shape")
-            routers = [cast(Router, block.router).at(run.info.budget) for block in self.blocks]
-            run.routers = RouterStack(routers, device)
-        return run.routers
 
 
 class _Scope:

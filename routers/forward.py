@@ -127,20 +127,20 @@ def _merge_widths(groups: list[Group]) -> list[Group]:
 
 def place(groups: Sequence[Group], device: torch.device) -> None:
     """Give every group its rows on the device, in one copy for all, so that no block waits for its own."""
+
+    def sent(values: Tensor) -> Tensor:
+        return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
     split = [group for group in groups if group.rows is not None]
     rows = torch.tensor([row for group in split for row in group.rows or ()], dtype=torch.long)
-    if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    pieces = rows.to(device).split([len(group.rows or ()) for group in split]) if split else ()
+    pieces = sent(rows).split([len(group.rows or ()) for group in split]) if split else ()
     for group, piece in zip(split, pieces, strict=True):
         group.index = piece
     for group in groups:
         if isinstance(group.weights, Tensor):
-            weights = group.weights.pin_memory() if device.type == "cuda" else group.weights
-            group.weights = weights.to(device, non_blocking=True)
+            group.weights = sent(group.weights)
         if isinstance(group.peer_weights, Tensor):
-            weights = group.peer_weights.pin_memory() if device.type == "cuda" else group.peer_weights
-            group.peer_weights = weights.to(device, non_blocking=True)
+            group.peer_weights = sent(group.peer_weights)
 
 
 def _all_reuse(groups: list[Group]) -> bool:
@@ -244,7 +244,7 @@ def _do(
 
 def _reuse(group: Group, time: Tensor, order: int, before: Streams) -> Streams:
     """Streams after a unit, or a stretch of them, that is not computed: what they added is added again."""
-    where = group.unit, group.last, group.rows, time, order, group.index
+    where = group.unit, group.last, group.rows, group.index, time, order
     delta = group.cache.delta(*where, group.weights)
     after = tuple(x + d for x, d in zip(before, delta, strict=True))
     if group.peer is not None and group.peer_weights is not None:

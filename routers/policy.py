@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cost import BlockCost
-from .trace import FULL, SKIP, Actions
+from .trace import FULL, REUSE, SKIP, Actions
 
 Units = tuple[tuple[int, int], ...]
 """(first, last) block of each unit, in order, together all blocks."""
@@ -41,8 +41,8 @@ class CallInfo:
 
     step: from 0. branches: all CFG branches seen so far in the run. rows: batch rows of the call.
     costs: FLOPs per block and row; outside: FLOPs per row around the blocks; overhead: FLOPs per row of
-    one router. available [R, N]: cached passes per row and block. spent, dense [R]: FLOPs so far in this
-    branch, before this call. signature: equal for calls with equal shapes. parts: CFG branches that share the
+    one router, where routers are read. available [R, N]: cached passes per row and block. spent [R]: FLOPs so
+    far in this branch. signature: equal for calls with equal shapes. parts: CFG branches that share the
     call's batch, their rows one branch after the other; 1 where each branch has calls of its own.
     """
 
@@ -55,7 +55,6 @@ class CallInfo:
     overhead: float
     available: NDArray[np.int64]
     spent: NDArray[np.float64]
-    dense: NDArray[np.float64]
     signature: Any = ()
     parts: int = 1
 
@@ -129,3 +128,8 @@ class FixedPolicy(OpenPolicy):
         step = self.plan[min(call.step, len(self.plan) - 1)]
         actions = np.broadcast_to(step, (call.rows, len(call.costs))).copy()
         return Decision(actions, depth=self.cache_depth, order=self.order)
+
+
+def feasible(actions: Actions, available: NDArray[np.int64]) -> Actions:
+    """A reuse with nothing cached computes instead."""
+    return np.where((actions == REUSE) & (available == 0), FULL, actions).astype(np.int8)

@@ -11,12 +11,16 @@ Shapes: B batch, N blocks, L tokens, D dim, E time embedding dim, H hidden width
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .spec import WIDTHS
+
+if TYPE_CHECKING:
+    from .run import Call
 
 HIDDEN = 64
 """Router width H at which a dim-3072 block's router stays under 0.2 % of the block."""
@@ -82,12 +86,6 @@ class RouterStack:
         self.heads_NHC = stacked([torch.cat([r.gate.weight, r.width.weight]) for r in routers]).mT
         self.heads_bias_N1C = stacked([torch.cat([r.gate.bias, r.width.bias]) for r in routers])[:, None]
 
-    @staticmethod
-    def fits(routers: Sequence[nn.Module | None]) -> bool:
-        """Whether these can be stacked."""
-        shapes = {tuple(p.shape for p in r.parameters()) if isinstance(r, Router) else None for r in routers}
-        return len(shapes) == 1 and None not in shapes
-
     def __call__(self, pooled_NBD: Tensor, modulation_NBE: Tensor | None) -> Tensor:
         """Gate and width logits `[N, B, 5]` as `Router.heads`; a modulation `[B, E]` serves all blocks."""
         dtype = self.down_NDH.dtype
@@ -99,3 +97,42 @@ class RouterStack:
             scale_NBH, shift_NBH = torch.baddbmm(bias_N1H, time_NBE, weight_NEH).chunk(2, -1)
             z_NBH = torch.addcmul(shift_NBH + z_NBH, z_NBH, scale_NBH)
         return torch.baddbmm(self.heads_bias_N1C, F.silu(z_NBH), self.heads_NHC)
+
+    @classmethod
+    def at(cls, routers: Sequence[nn.Module | None], budget: float, device: torch.device) -> RouterStack:
+        """The routers of all blocks, told the budget. Raises ValueError if they cannot be stacked."""
+        shapes = {tuple(p.shape for p in r.parameters()) if isinstance(r, Router) else None for r in routers}
+        if len(shapes) != 1 or None in shapes:
+            raise ValueError("routers that are read together must be there for all blocks, of one shape")
+        return cls([cast(Router, router).at(budget) for router in routers], device)
+
+    def read(self, call: Call, skipped: bool) -> None:
+        """Keep the logits of the blocks and rows that a call computed, or of all, for the next decision."""
+        first, modulation = next(iter(call.pooled.values()))
+        blank = torch.zeros_like(first)
+        seen = [call.pooled.get(block, (blank, modulation)) for block in range(len(call.groups))]
+        x = torch.stack([pooled.to(first.device) for pooled, _ in seen])
+        if modulation is not None and any(m is not modulation for _, m in seen):
+            modulation = torch.stack([m.to(first.device) for _, m in seen if m is not None])
+        new = self(x, modulation)
+        computed = (call.actions >= 0) | skipped
+        if not computed.all():
+            old = torch.stack([torch.zeros_like(new[0]) if x is None else x for x in call.branch.logits])
+            mask = torch.from_numpy(computed.T.copy())
+            if new.device.type == "cuda":
+                mask = mask.pin_memory().to(new.device, non_blocking=True)
+            new = torch.where(mask.to(new.device)[..., None], new, old)
+        for block, logits in enumerate(new.unbind()):
+            if block in call.pooled:
+                call.branch.logits[block] = logits
+
+
+def router_flops(router: nn.Module, tokens: int) -> float:
+    """FLOPs of a router for one row of `tokens` tokens, all streams together.
+
+    A router that pools its tokens first costs 2 per weight of its matrices; any other says it in `flops`.
+    """
+    flops = getattr(router, "flops", None)
+    if flops is not None:
+        return float(flops(tokens))
+    return float(sum(2 * p.numel() for p in router.parameters() if p.dim() == 2))

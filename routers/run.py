@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,10 +22,12 @@ from .block import Block, Shapes
 from .cache import ResidualCache, Streams
 from .cost import CallCost
 from .forward import Group, place, plan_groups, shared_weights
-from .policy import CallInfo, Decision, Policy, RunInfo, Units
-from .router import RouterStack
+from .policy import CallInfo, Decision, Policy, RunInfo, Units, feasible
 from .spec import WIDTHS
-from .trace import FULL, REUSE, Actions, CallRecord, Trace
+from .trace import REUSE, Actions, CallRecord, Trace
+
+if TYPE_CHECKING:
+    from .router import RouterStack
 
 ATTACH_AGAIN = (
     "a hook was removed, a forward replaced, or another cache works under the routers: "
@@ -49,7 +51,6 @@ class Branch:
     starts: frozenset[int] = frozenset()
     logits: list[Tensor | None] = field(default_factory=list)
     spent: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    dense: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def keep(self, units: Units, depth: int) -> None:
         """Make the cache of these units, unless it is there."""
@@ -138,7 +139,7 @@ class Call:
                 after = tuple(x.index_select(0, some) for x in after)
                 time, rows = time.index_select(0, some), numbers[whole].tolist()
                 index = some if index is None else index.index_select(0, some)
-        group.cache.store(group.unit, rows, time, before, after, index)
+        group.cache.store(group.unit, rows, index, time, before, after)
 
 
 class Run:
@@ -164,7 +165,7 @@ class Run:
         if branch is None or branch.shapes != shapes:
             step = 0 if branch is None else branch.step
             branch = Branch(name, rows, shapes, step, logits=[None] * self.info.num_blocks)
-            branch.spent, branch.dense = np.zeros(rows), np.zeros(rows)
+            branch.spent = np.zeros(rows)
             self.branches[name] = branch
         return branch
 
@@ -191,7 +192,6 @@ class Run:
             overhead=cost.router if self.policy.reads_routers else 0.0,
             available=branch.available(len(cost.blocks)),
             spent=branch.spent.copy(),
-            dense=branch.dense.copy(),
             signature=branch.shapes,
             parts=rows // samples if samples and rows % samples == 0 else 1,
         )
@@ -207,26 +207,6 @@ class Run:
                     group.peer = self.branches[name].cache
                     group.peer_weights = shared_weights(weights[:, group.unit], group.rows)
 
-    def read_routers(self, call: Call, routers: RouterStack) -> None:
-        """Logits of the blocks and rows that this call computed, for the branch's next decision."""
-        first, modulation = next(iter(call.pooled.values()))
-        blank = torch.zeros_like(first)
-        seen = [call.pooled.get(block, (blank, modulation)) for block in range(len(call.groups))]
-        x = torch.stack([pooled.to(first.device) for pooled, _ in seen])
-        if modulation is not None and any(m is not modulation for _, m in seen):
-            modulation = torch.stack([m.to(first.device) for _, m in seen if m is not None])
-        new = routers(x, modulation)
-        computed = (call.actions >= 0) | self.policy.reads_skipped
-        if not computed.all():
-            old = torch.stack([torch.zeros_like(new[0]) if x is None else x for x in call.branch.logits])
-            mask = torch.from_numpy(computed.T.copy())
-            if new.device.type == "cuda":
-                mask = mask.pin_memory().to(new.device, non_blocking=True)
-            new = torch.where(mask.to(new.device)[..., None], new, old)
-        for block, logits in enumerate(new.unbind()):
-            if block in call.pooled:
-                call.branch.logits[block] = logits
-
     def end(self, call: Call) -> None:
         """Book the call: FLOPs per row, decisions, cache size, and the step count of its branch."""
         call.require_all_entered()
@@ -238,7 +218,6 @@ class Run:
             flops += info.overhead * len(info.costs)
         dense = info.outside + sum(cost.dense for cost in info.costs)
         branch.spent += flops
-        branch.dense += dense
         branch.step += 1
         trace.samples = self.samples or max(trace.samples, info.rows)
         trace.cache_bytes = max(trace.cache_bytes, sum(cache.nbytes() for cache in self.caches()))
@@ -270,8 +249,3 @@ class Run:
 def single_blocks(info: CallInfo) -> Units:
     """Every block a unit of its own."""
     return tuple((block, block) for block in range(len(info.costs)))
-
-
-def feasible(actions: Actions, available: NDArray[np.int64]) -> Actions:
-    """A reuse with nothing cached computes instead."""
-    return np.where((actions == REUSE) & (available == 0), FULL, actions).astype(np.int8)

@@ -22,8 +22,8 @@ from ..block import Block
 from ..cache import ResidualCache, Streams
 from ..cost import CallCost
 from ..forward import Group, place, split_rows
-from ..policy import CallInfo, Policy
-from ..run import Branch, Call, Run, feasible, single_blocks
+from ..policy import CallInfo, Policy, feasible
+from ..run import Branch, Call, Run, single_blocks
 from ..trace import FULL, Actions
 
 Stores = NDArray[np.int8]

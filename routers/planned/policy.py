@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from ..policy import CallInfo, Decision, RunInfo, Units
+from ..policy import CallInfo, Decision, RunInfo, Units, feasible
 from ..trace import FULL, REUSE, Actions
 from .plan import Planner, StepPlan
 from .prediction import DEPTH, HALF, WHOLE, Levels, Moments
@@ -78,7 +78,7 @@ class PlannedPolicy:
             level = self._plan.levels[call.step]
             if level < (WHOLE if self._follows(call) else HALF):
                 actions[:, self._stale if self._plan.partial == call.step else slice(blocks)] = REUSE
-            actions[(actions == REUSE) & (call.available == 0)] = FULL
+            actions = feasible(actions, call.available)
         weights, peer = self._weights(call, actions)
         return Decision(actions, self._units, self.depth, weights, peer=peer)
 
@@ -117,8 +117,8 @@ class PlannedPolicy:
             levels = self.levels if split else WHOLE * (self.levels >= HALF).astype(np.int8)
             return StepPlan(levels, None, 0.0, 0.0, split), self._run.segments, slice(0)
         costs = np.array([cost.dense for cost in call.costs])
-        stack = costs.sum() + blocks * call.overhead
-        dense = call.outside + costs.sum()
+        stack = costs.sum()
+        dense = call.outside + stack
         computed = steps * (self._run.budget * dense - call.outside) / stack
         grain = WHOLE if split else 1  # plans count whole steps, or halves
         solve = partial(self.planner(steps).plan, split=split)
@@ -129,14 +129,13 @@ class PlannedPolicy:
         # A partial step computes the first blocks: as many as come nearest to the budget. They see a true
         # input. The last blocks, fed by a prediction, are better early in a run, but cost several dB late.
         share = np.concatenate([[0.0], np.cumsum(costs)])
-        price = np.where(share > 0, share + blocks * call.overhead, 0.0)
-        some = int(np.abs(price - (computed - count) * stack).argmin())
+        some = int(np.abs(share - (computed - count) * stack).argmin())
         if some in (0, blocks):
             return solve(count + (some == blocks)), self._run.segments, slice(0)
-        plan = solve(count + float(share[some] / costs.sum()))
+        plan = solve(count + float(share[some] / stack))
         if plan.partial is not None and plan.levels[plan.partial] == HALF:
             # Only the second branch has blocks left to compute, so it computes twice as many.
-            some = int(np.abs(price - WHOLE * (computed - count) * stack).argmin())
+            some = int(np.abs(share - WHOLE * (computed - count) * stack).argmin())
             if some in (0, blocks):
                 return solve(count + (some == blocks) / WHOLE), self._run.segments, slice(0)
         return plan, _cut(self._run.segments, some), slice(some, blocks)

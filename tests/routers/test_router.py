@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from routers.cost import router_flops
-from routers.router import Router
+from routers.router import Router, router_flops
 
 DIM, HEADS, TOKENS = 3072, 24, 1024
 
