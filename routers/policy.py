@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cost import BlockCost
-from .trace import FULL, REUSE, SKIP, Actions
+from .trace import FULL, SKIP, Actions
 
 Units = tuple[tuple[int, int], ...]
 """(first, last) block of each unit, in order, together all blocks."""
@@ -128,8 +128,3 @@ class FixedPolicy(OpenPolicy):
         step = self.plan[min(call.step, len(self.plan) - 1)]
         actions = np.broadcast_to(step, (call.rows, len(call.costs))).copy()
         return Decision(actions, depth=self.cache_depth, order=self.order)
-
-
-def feasible(actions: Actions, available: NDArray[np.int64]) -> Actions:
-    """A reuse with nothing cached computes instead."""
-    return np.where((actions == REUSE) & (available == 0), FULL, actions).astype(np.int8)

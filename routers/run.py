@@ -22,9 +22,9 @@ from .block import Block, Shapes
 from .cache import ResidualCache, Streams
 from .cost import CallCost
 from .forward import Group, place, plan_groups, shared_weights
-from .policy import CallInfo, Decision, Policy, RunInfo, Units, feasible
+from .policy import CallInfo, Decision, Policy, RunInfo, Units
 from .spec import WIDTHS
-from .trace import REUSE, Actions, CallRecord, Trace
+from .trace import REUSE, Actions, CallRecord, Trace, feasible
 
 if TYPE_CHECKING:
     from .router import RouterStack

@@ -20,6 +20,11 @@ FULL = len(WIDTHS) - 1
 Actions = NDArray[np.int8]
 
 
+def feasible(actions: Actions, available: NDArray[np.int64]) -> Actions:
+    """A reuse with nothing cached computes instead."""
+    return np.where((actions == REUSE) & (available == 0), FULL, actions).astype(np.int8)
+
+
 @dataclass
 class CallRecord:
     """One transformer call: what each row did in each block, and what it cost."""

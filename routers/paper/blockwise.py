@@ -22,9 +22,9 @@ from ..block import Block
 from ..cache import ResidualCache, Streams
 from ..cost import CallCost
 from ..forward import Group, place, split_rows
-from ..policy import CallInfo, Policy, feasible
+from ..policy import CallInfo, Policy
 from ..run import Branch, Call, Run, single_blocks
-from ..trace import FULL, Actions
+from ..trace import FULL, Actions, feasible
 
 Stores = NDArray[np.int8]
 

@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from ..policy import CallInfo, Decision, RunInfo, Units, feasible
-from ..trace import FULL, REUSE, Actions
+from ..policy import CallInfo, Decision, RunInfo, Units
+from ..trace import FULL, REUSE, Actions, feasible
 from .plan import Planner, StepPlan
 from .prediction import DEPTH, HALF, WHOLE, Levels, Moments
 
