@@ -181,30 +181,3 @@ def _is_more_than_two_matrices(module: Any, name: str) -> bool:
     special = getattr(module, "lora_variant", {}), getattr(module, "use_dora", {})
     drops = module.training and type(module.lora_dropout[name]) is not nn.Identity
     return drops or any(known.get(name) for known in special)
-
-
-def importance_order(in_activations: Tensor, out_weight: Tensor) -> Tensor:
-    """Hidden units, most important first: mean |activation| x norm of the unit's column in the out-linear.
-
-    in_activations: mean absolute activation per unit [F]. out_weight: [D, F]. Returns a permutation [F].
-    """
-    score = in_activations.float() * torch.linalg.vector_norm(out_weight.float(), dim=0)
-    order: Tensor = score.argsort(descending=True, stable=True)
-    return order
-
-
-@torch.no_grad()
-def reorder_units(block: nn.Module, spec: MlpSpec, order: Tensor) -> None:
-    """Permute an MLP's hidden units in place; the full-width result stays the same up to summation order.
-
-    order: permutation [F], the new unit i is the old unit order[i].
-    """
-    inner, outer = attrgetter(spec.in_linear)(block), attrgetter(spec.out_linear)(block)
-    dim = out_features(outer)
-    rows = slice(spec.in_offset * dim, None)
-    columns = slice(spec.out_offset * dim, None)
-    order = order.to(inner.weight.device)
-    inner.weight[rows] = inner.weight[rows][order]
-    if inner.bias is not None:
-        inner.bias[rows] = inner.bias[rows][order]
-    outer.weight[:, columns] = outer.weight[:, columns][:, order]

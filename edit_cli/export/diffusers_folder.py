@@ -22,7 +22,8 @@ from edit_cli.export.write import Say
 from edit_cli.request import Request
 from routers.attachment import attach, fingerprint
 from routers.bundle import Bundle, load_bundle
-from routers.static.choose import Inputs, narrow_error, order_units
+from routers.static.choose import Inputs, narrow_error
+from routers.static.units import order_units
 
 SAME, SAME_HALF = 1e-5, 3e-2
 """Largest difference of the dense outputs, relative to the largest output, in fp32 and in half precision."""

@@ -25,8 +25,9 @@ from routers.attachment import attach
 from routers.bundle import ENTRY, Bundle, find_file, load_bundle
 from routers.calls import first_tensor
 from routers.paper.checkpoint import is_release_file
-from routers.static.choose import Choice, Inputs, choose, order_units, record_calls
+from routers.static.choose import Choice, Inputs, choose, record_calls
 from routers.static.frozen import frozen
+from routers.static.units import order_units
 
 SAMPLES, STEPS = 4, 3
 """So many samples are seen at so many steps spread over a generation, in every branch."""

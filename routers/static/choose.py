@@ -27,7 +27,6 @@ from ..patching import Patches
 from ..policy import CallInfo, FixedPolicy
 from ..spec import WIDTHS, TransformerSpec
 from ..trace import SKIP
-from ..width import importance_order, reorder_units
 from .frozen import StaticShape, drop_groups, shape_of
 
 Inputs = dict[str, Any]
@@ -85,50 +84,6 @@ def record_calls(transformer: nn.Module, keep: Sequence[int]) -> Iterator[list[I
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-@torch.no_grad()
-def order_units(transformer: nn.Module, spec: TransformerSpec, calls: Sequence[Inputs]) -> Callable[[], None]:
-    """Put the most important hidden units of every MLP first, in place, as measured on these calls.
-
-    The transformer gives the same as before up to the order of summation. The returned function puts the
-    units back.
-    """
-    slicers = [(block, slicer) for block in find_blocks(transformer, spec, None) for slicer in block.slicers]
-    sums: list[Tensor | None] = [None] * len(slicers)
-
-    def watch(i: int, offset: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            hidden = inputs[0][..., offset:].detach().abs().flatten(0, -2).float().sum(dim=0)
-            seen = sums[i]
-            sums[i] = hidden if seen is None else seen + hidden
-
-        return hook
-
-    handles = [
-        block.module.get_submodule(s.spec.out_linear).register_forward_pre_hook(watch(i, s.column_offset))
-        for i, (block, s) in enumerate(slicers)
-    ]
-    try:
-        for call in calls:
-            transformer(**call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    orders = []
-    for (block, slicer), seen in zip(slicers, sums, strict=True):
-        if seen is None:
-            continue  # never called: a block that the model left out
-        outer: Any = block.module.get_submodule(slicer.spec.out_linear)
-        order = importance_order(seen, outer.weight[:, slicer.column_offset :])
-        reorder_units(block.module, slicer.spec, order)
-        orders.append((block.module, slicer.spec, order))
-
-    def undo() -> None:
-        for module, mlp, order in orders:
-            reorder_units(module, mlp, order.argsort())
-
-    return undo
 
 
 class Trial:

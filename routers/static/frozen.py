@@ -157,7 +157,7 @@ def narrow(transformer: nn.Module, spec: TransformerSpec, shape: StaticShape) ->
 
 def _cut(block: nn.Module, slicer: MlpSlicer, units: int) -> None:
     mlp: MlpSpec = slicer.spec
-    inner, outer = block.get_submodule(mlp.in_linear), block.get_submodule(mlp.out_linear)
+    inner, outer = slicer.linears
     if type(inner) is not nn.Linear or type(outer) is not nn.Linear:
         raise ValueError(f"{mlp.in_linear} is a {type(inner).__name__}; only plain linears can be cut")
     rows, columns = slicer.row_offset + units, slicer.column_offset + units

@@ -19,7 +19,8 @@ from edit_cli.generate.closeness import psnr
 from edit_cli.request import Request
 from routers.bundle import load_bundle
 from routers.paper.checkpoint import is_release_file, read_release
-from routers.static.choose import narrow_error, order_units
+from routers.static.choose import narrow_error
+from routers.static.units import order_units
 from routers.trained.backbone import BackboneWeights, add_lora, lora_targets
 from tests.block_kinds import CASES
 from tests.golden.runner import run_case

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from routers.cost import transformer_flops
-from routers.static.choose import Removal, Trial, choose, order_units, record_calls
+from routers.static.choose import Removal, Trial, choose, record_calls
 from routers.static.frozen import StaticShape, drop_groups, frozen, narrow, shape_of
+from routers.static.units import order_units
 from tests.block_kinds import CASES, Case
 
 IDS = [case.name for case in CASES]
