@@ -64,7 +64,6 @@ class Elastic(Watch):
         self._scope: _Scope | None = None
         self._context: str | None = None
         self._call: Call | None = None
-        self._policy: Policy = OpenPolicy()
         self._dense = False
         self._attach()
 
@@ -106,7 +105,6 @@ class Elastic(Watch):
         if num_steps is not None and told not in (None, num_steps):
             trace.note(f"{told} steps were told, the sampler makes {num_steps}: planned for those")
         info = RunInfo(
-            len(self.blocks),
             num_steps or told or self.num_steps,
             1.0 if trace.requested is None else trace.requested,
             self.segments,
@@ -208,7 +206,7 @@ class Elastic(Watch):
         with self.timed("call"):
             with self.timed("decide"):
                 call = run.begin(run.branch(name, shapes, rows), time.expand(rows), cost)
-            self._call, self._policy = call, run.policy
+            self._call = call
             try:
                 output = original(*args, **kwargs)
                 if call.pooled:
@@ -216,7 +214,7 @@ class Elastic(Watch):
                         if run.routers is None:  # anew in every run, because training changes them
                             stacked = [block.router for block in self.blocks]
                             run.routers = RouterStack.at(stacked, run.info.budget, sample.device)
-                        run.routers.read(call, run.policy.reads_skipped)
+                        run.routers.read(call)
                 run.end(call)
             finally:
                 self._call = None
@@ -228,7 +226,7 @@ class Elastic(Watch):
         if self._call is not None:
             with self.timed("block", block.index):
                 inputs = block.bind(args, kwargs)
-                return carry_out(block, self._call, self._policy, original, inputs, self)
+                return carry_out(block, self._call, original, inputs, self)
         if self._costs.seen is not None:
             return self._costs.show(block, args, kwargs)
         if not self._dense and not torch.is_grad_enabled():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .block import Block
 from .cache import ResidualCache, Streams, Weights
-from .policy import Policy, Units
+from .policy import Units
 from .spec import WIDTHS
 from .trace import REUSE, SKIP, Actions
 
@@ -181,7 +181,6 @@ class Watch:
 def carry_out(
     block: Block,
     call: Call,
-    policy: Policy,
     original: Callable[..., Any],
     inputs: dict[str, Any],
     watch: Watch,
@@ -193,10 +192,10 @@ def carry_out(
     if groups is None:
         with watch.timed("router", block.index):
             groups = call.decide(block, inputs, before)
-    elif policy.reads_routers and (policy.reads_skipped or any(group.code >= 0 for group in groups)):
+    elif call.reads:
         with watch.timed("router", block.index):
             modulation = inputs.get(block.spec.modulation) if block.spec.modulation else None
-            call.pooled[block.index] = before[0].mean(dim=1), modulation
+            call.pooled.append((before[0].mean(dim=1), modulation))
     if groups[0].index is None:
         call.left = _do(block, call, groups[0], original, inputs, before, watch)
         return block.pack(call.left)

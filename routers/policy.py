@@ -26,7 +26,6 @@ Units = tuple[tuple[int, int], ...]
 class RunInfo:
     """What a policy knows when a run starts."""
 
-    num_blocks: int
     num_steps: int
     budget: float
     segments: Units = ()
@@ -82,8 +81,6 @@ class Policy(Protocol):
 
     reads_routers: bool
     """Whether `decide` wants the previous call's logits (one host read per call); settled by `start`."""
-    reads_skipped: bool
-    """Whether the routers of blocks that do not compute are read as well."""
 
     def start(self, run: RunInfo) -> None:
         """A new run begins: forget everything."""
@@ -97,7 +94,7 @@ class OpenPolicy:
     """Everything open: the dense model, run through the elastic path."""
 
     cache_depth = 0
-    reads_routers = reads_skipped = False
+    reads_routers = False
 
     def start(self, run: RunInfo) -> None:
         """Nothing to forget."""

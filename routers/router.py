@@ -106,25 +106,12 @@ class RouterStack:
             raise ValueError("routers that are read together must be there for all blocks, of one shape")
         return cls([cast(Router, router).at(budget) for router in routers], device)
 
-    def read(self, call: Call, skipped: bool) -> None:
-        """Keep the logits of the blocks and rows that a call computed, or of all, for the next decision."""
-        first, modulation = next(iter(call.pooled.values()))
-        blank = torch.zeros_like(first)
-        seen = [call.pooled.get(block, (blank, modulation)) for block in range(len(call.groups))]
-        x = torch.stack([pooled.to(first.device) for pooled, _ in seen])
-        if modulation is not None and any(m is not modulation for _, m in seen):
-            modulation = torch.stack([m.to(first.device) for _, m in seen if m is not None])
-        new = self(x, modulation)
-        computed = (call.actions >= 0) | skipped
-        if not computed.all():
-            old = torch.stack([torch.zeros_like(new[0]) if x is None else x for x in call.branch.logits])
-            mask = torch.from_numpy(computed.T.copy())
-            if new.device.type == "cuda":
-                mask = mask.pin_memory().to(new.device, non_blocking=True)
-            new = torch.where(mask.to(new.device)[..., None], new, old)
-        for block, logits in enumerate(new.unbind()):
-            if block in call.pooled:
-                call.branch.logits[block] = logits
+    def read(self, call: Call) -> None:
+        """Keep the logits [N, R, 5] of a call's blocks for the branch's next decision."""
+        first, modulation = call.pooled[0]
+        if modulation is not None and any(m is not modulation for _, m in call.pooled):
+            modulation = torch.stack([m.to(first.device) for _, m in call.pooled if m is not None])
+        call.branch.logits = self(torch.stack([x.to(first.device) for x, _ in call.pooled]), modulation)
 
 
 def router_flops(router: nn.Module, tokens: int) -> float:

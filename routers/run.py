@@ -49,7 +49,7 @@ class Branch:
     cache: ResidualCache = field(default_factory=lambda: ResidualCache(0, 0, 0))
     units: Units = ()
     starts: frozenset[int] = frozenset()
-    logits: list[Tensor | None] = field(default_factory=list)
+    logits: Tensor | None = None
     spent: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def keep(self, units: Units, depth: int) -> None:
@@ -82,8 +82,10 @@ class Call:
     """Of reuses that extrapolate in time."""
     started: float = field(default_factory=perf_counter)
     gate: NDArray[np.float32] | None = None
-    pooled: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-    """Per computed block: its input pooled over tokens `[R, D]`, and its modulation, for the routers."""
+    reads: bool = False
+    """Whether the routers are to be read."""
+    pooled: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    """Then, per block: its input pooled over tokens `[R, D]`, and its modulation."""
     entry: Streams = ()
     """Streams of all rows at the start of the unit that is being run, plus what was added between its blocks
     from outside (ControlNet): a unit's delta is what its own blocks add."""
@@ -164,9 +166,7 @@ class Run:
         branch = self.branches.get(name)
         if branch is None or branch.shapes != shapes:
             step = 0 if branch is None else branch.step
-            branch = Branch(name, rows, shapes, step, logits=[None] * self.info.num_blocks)
-            branch.spent = np.zeros(rows)
-            self.branches[name] = branch
+            branch = self.branches[name] = Branch(name, rows, shapes, step, spent=np.zeros(rows))
         return branch
 
     def begin(self, branch: Branch, time_: Tensor, cost: CallCost) -> Call:
@@ -178,7 +178,8 @@ class Run:
         groups = plan_groups(actions, branch.cache, self.ragged, branch.units, decision.weights)
         self._add_peer(groups, branch.units, decision)
         place([group for block in groups for group in block], time_.device)
-        return Call(info, branch, time_, actions, [*groups], decision.order)
+        reads = self.policy.reads_routers
+        return Call(info, branch, time_, actions, [*groups], decision.order, reads=reads)
 
     def _call_info(self, branch: Branch, cost: CallCost) -> CallInfo:
         rows, samples = branch.rows, self.samples
@@ -238,11 +239,10 @@ class Run:
 
     def _read(self, branch: Branch) -> NDArray[np.float32] | None:
         """The branch's last logits [R, N, 5], in one device-to-host copy."""
-        logits = [x for x in branch.logits if x is not None]
-        if not self.policy.reads_routers or len(logits) < len(branch.logits):
+        if not self.policy.reads_routers or branch.logits is None:
             return None
         self.trace.host_syncs += 1
-        host: NDArray[np.float32] = torch.stack(logits, dim=1).float().cpu().numpy()
+        host: NDArray[np.float32] = branch.logits.transpose(0, 1).contiguous().float().cpu().numpy()
         return host
 
 

@@ -103,7 +103,7 @@ class ReleasePolicy:
 
     run_class = BlockwiseRun
     cache_depth = 1
-    reads_routers, reads_skipped = True, False
+    reads_routers = True
 
     def __init__(self, settings: ReleaseSettings | None = None, dtype: torch.dtype = torch.float32) -> None:
         self.settings = settings or ReleaseSettings()

@@ -32,7 +32,7 @@ class PlannedPolicy:
     budget. depth: passes a prediction is made from.
     """
 
-    reads_routers = reads_skipped = False
+    reads_routers = False
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class PlannedPolicy:
     ) -> None:
         self.moments, self.planners, self.depth = moments, {} if planners is None else planners, depth
         self.levels = levels
-        self.start(RunInfo(0, 1, 1.0))
+        self.start(RunInfo(1, 1.0))
 
     def start(self, run: RunInfo) -> None:
         """Forget the last run's plan and passes."""

@@ -46,14 +46,13 @@ class TrainedPolicy:
     Raises ValueError in `decide` where a budget cannot be reached in so few steps.
     """
 
-    reads_routers = reads_skipped = True
-    """The routers of skipped blocks are read too: what is closed now may open in the next step."""
+    reads_routers = True
     plan: None = None
     """There is no plan of whole steps (see `PlannedPolicy.plan`)."""
 
     def __init__(self, profile: Profile, *, batch_mean: bool = False) -> None:
         self.profile, self.batch_mean = profile, batch_mean
-        self._run = RunInfo(0, 1, 1.0)
+        self._run = RunInfo(1, 1.0)
         self._decided: tuple[str, int, Actions] | None = None
 
     def start(self, run: RunInfo) -> None:

@@ -41,7 +41,7 @@ def drive(
     names: tuple[str, ...] = BRANCHES,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run a policy on a model that exists only as costs: spent ratio per row, and codes [T, G, R, N]."""
-    policy.start(RunInfo(BLOCKS, steps, budget, ((0, BLOCKS - 1),)))
+    policy.start(RunInfo(steps, budget, ((0, BLOCKS - 1),)))
     spent = {name: np.zeros(rows) for name in names}
     passes = {name: np.zeros((rows, BLOCKS), int) for name in names}
     codes = np.zeros((steps, len(names), rows, BLOCKS), np.int8)

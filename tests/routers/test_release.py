@@ -401,7 +401,7 @@ def test_bfloat16_rounds_probabilities_before_comparing() -> None:
 def test_start_forgets() -> None:
     policy = ReleasePolicy(ReleaseSettings(start_step=0))
     decide(policy, 0, 0.51)
-    policy.start(RunInfo(1, 1, 1.0))
+    policy.start(RunInfo(1, 1.0))
     assert decide(policy, 1, 0.51)[0] == 3
 
 

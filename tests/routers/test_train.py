@@ -281,7 +281,7 @@ def test_the_policy_is_dense_at_a_full_budget_and_forgets() -> None:
     policy = TrainedPolicy(Profile(np.array([0.5, 1.0]), np.ones((2, 3))))
     from routers.policy import RunInfo
 
-    policy.start(RunInfo(3, 3, 1.0))
+    policy.start(RunInfo(3, 1.0))
     assert not policy.reads_routers
-    policy.start(RunInfo(3, 3, 0.5))
+    policy.start(RunInfo(3, 0.5))
     assert policy.reads_routers

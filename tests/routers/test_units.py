@@ -94,7 +94,7 @@ def test_a_reuse_adds_the_weighted_deltas_of_the_whole_stack(case: Case) -> None
     case.run(model)  # costs of this shape
     weights = (1.75, -1.0, 0.25)
     policy = UnitPolicy(plan_of("FFFr", len(elastic.blocks)), weights)
-    policy.start(RunInfo(len(elastic.blocks), 4, 0.5, elastic.segments))
+    policy.start(RunInfo(4, 0.5, elastic.segments))
     assert policy.cut_units == elastic.segments
     watch = Watch(elastic, elastic.segments)
     with elastic.scope(policy=policy, num_steps=4):
