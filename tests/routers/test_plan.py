@@ -49,7 +49,7 @@ def drive(
     for step, (g, name) in itertools.product(range(steps), enumerate(names)):
         call = CallInfo(
             step, name, names[: g + 1] if step == 0 else names, rows, COSTS, OUTSIDE, 0.0,
-            np.minimum(passes[name], 3), spent[name].copy(), np.full(rows, step * DENSE),
+            np.minimum(passes[name], 3), spent[name].copy(),
         )  # fmt: skip
         decision = policy.decide(call, None)
         chosen = codes[step, g] = decision.actions
@@ -184,7 +184,7 @@ def test_full_budget_computes_everything_and_reads_nothing() -> None:
     assert (codes == FULL).all() and spent == pytest.approx(1.0)
     assert not policy.reads_routers
     nothing = np.zeros((1, BLOCKS), int)
-    call = CallInfo(0, "cond", ("cond",), 1, COSTS, OUTSIDE, 0.0, nothing, np.zeros(1), np.zeros(1))
+    call = CallInfo(0, "cond", ("cond",), 1, COSTS, OUTSIDE, 0.0, nothing, np.zeros(1))
     assert policy.decide(call, None).depth == 0, "a dense run pays for no cache"
 
 

@@ -310,7 +310,7 @@ def call(step: int, rows: int = 1, signature: object = ()) -> CallInfo:
     zeros = np.zeros((rows, 1))
     return CallInfo(
         step=step, branch="cond", branches=("cond",), rows=rows, costs=[], outside=0.0, overhead=0.0,
-        available=zeros, spent=zeros, dense=zeros, signature=signature,
+        available=zeros, spent=zeros, signature=signature,
     )  # fmt: skip
 
 
