@@ -16,7 +16,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import isroutine
 from operator import attrgetter
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,7 +125,8 @@ def meta_twin(module: nn.Module) -> nn.Module:
     """
     twin = copy.copy(module)
     # its own lists: PEFT's layers, for one, note in a list which adapters a call has taken out of the weights
-    state = {k: copy.copy(v) if type(v) in (list, dict, set) else v for k, v in module.__dict__.items()}
+    # and a rotary embedding that is no module keeps its tables
+    state = {name: _own(value) for name, value in module.__dict__.items()}
     for name in _HOOK_ATTRIBUTES:
         state.pop(name, None)
     state["_parameters"] = {k: _meta_parameter(p) for k, p in module._parameters.items()}
@@ -135,13 +138,26 @@ def meta_twin(module: nn.Module) -> nn.Module:
     return twin
 
 
+def _own(value: Any) -> Any:
+    """A copy of what a call may fill: containers, and objects with a state that are not modules."""
+    if type(value) in (list, dict, set):
+        return copy.copy(value)
+    shared = isinstance(value, (Tensor, nn.Module, ModuleType, Mapping, type)) or isroutine(value)
+    if shared or not hasattr(value, "__dict__"):
+        return value
+    twin = copy.copy(value)
+    twin.__dict__.update({name: _own(inner) for name, inner in vars(value).items()})
+    return twin
+
+
 def _meta_parameter(parameter: Tensor | None) -> nn.Parameter | None:
     if parameter is None:
         return None
-    dtype = parameter.dtype
     if parameter.is_floating_point() and type(parameter) in (Tensor, nn.Parameter):
-        dtype = torch.float32
-    return nn.Parameter(torch.empty_like(parameter, device="meta", dtype=dtype), requires_grad=False)
+        # not by empty_like, which takes a second for the parameters of a large transformer
+        meta = torch.empty(parameter.shape, device="meta", dtype=torch.float32)
+        return nn.Parameter(meta, requires_grad=False)
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
 def to_meta(value: Any) -> Any:
@@ -153,6 +169,26 @@ def to_meta(value: Any) -> Any:
         return x.to("meta", torch.float32) if x.is_floating_point() else x.to("meta")
 
     return tree_map(moved, value)
+
+
+@contextmanager
+def autocast_on_meta() -> Iterator[None]:
+    """Let `torch.autocast("meta")` do nothing inside the context, where PyTorch refuses it.
+
+    Forwards write `torch.autocast(x.device.type, enabled=False)` around rotary embeddings.
+    """
+    begin = torch.autocast.__init__
+
+    def begin_anywhere(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        if device_type == "meta":
+            device_type, args, kwargs = "cpu", (), {"enabled": False}
+        begin(self, device_type, *args, **kwargs)
+
+    torch.autocast.__init__ = begin_anywhere  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = begin  # type: ignore[method-assign]
 
 
 def count_flops(function: Any, *args: Any, **kwargs: Any) -> float:

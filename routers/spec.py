@@ -29,6 +29,26 @@ class MlpSpec:
     activation: str = ""
     in_offset: int = 0
     out_offset: int = 0
+    gate: str = ""
+    fused_gate: bool = False
+    padded: bool = False
+    per_row: bool = True
+
+
+@dataclass(frozen=True)
+class RowsAt:
+    """An argument of a block with rows elsewhere than in the first axis of a plain tensor.
+
+    path: the argument's name, with dots into tuples, lists and dicts ("image_rotary_emb.0"). If it leads to a
+        list, every entry is a row.
+    axis: the axis with the rows.
+    folded: each row has several entries side by side (frames: entry f of row r is r * F + f). Otherwise
+        several entries of a row lie in parts of B, as in a modulation `[k * B, D]`.
+    """
+
+    path: str
+    axis: int = 0
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,14 @@ class BlockSpec:
     batched: every other argument that may carry a batch dimension (None values are passed through).
     mlps: the image-side MLPs a width applies to; empty declares the width fixed.
     mask: argument that says which tokens of the last stream count `[B, L]`, or None if there is none.
+    rows: arguments, streams too, whose rows are not in the first axis of a plain tensor.
+    ends: streams that the last block gives back as None, because nothing reads them any more.
+    arity: values in the returned tuple, where it holds more than the streams; nothing reads the others.
+    fresh: whether the first block of this list starts from other tokens than the block before it left, though
+        its streams have the same names: a stretch of its own.
+    absent: arguments that the traced call left out. What a later call gives there was never looked at.
+    objects: arguments that are neither tensors nor plain data (a key-value cache): a block may fill them, and
+        one that does not run does not.
     """
 
     kind: str
@@ -56,6 +84,12 @@ class BlockSpec:
     batched: tuple[str, ...] = ()
     mlps: tuple[MlpSpec, ...] = ()
     mask: str | None = None
+    rows: tuple[RowsAt, ...] = ()
+    ends: tuple[str, ...] = ()
+    arity: int = 0
+    fresh: bool = False
+    absent: tuple[str, ...] = ()
+    objects: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +99,8 @@ class TransformerSpec:
     timestep: name of the forward argument with the time `[B]` (any scale, monotone over a run).
     sample: name of the forward argument with the latents `[B, L, C]`; its batch size is the row count.
     skips: whether later blocks also read what earlier ones gave (a U shape), past the residual streams.
+    listed_sample: whether the sample is a list with one tensor a row.
+    per_row: False where the rows of a call cannot be told apart inside the blocks, so they decide together.
     """
 
     transformer_class: str
@@ -72,6 +108,8 @@ class TransformerSpec:
     timestep: str = "timestep"
     sample: str = "hidden_states"
     skips: bool = False
+    listed_sample: bool = False
+    per_row: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; inverse of `from_dict`."""
@@ -89,6 +127,10 @@ class TransformerSpec:
                     "returns": tuple(block["returns"]),
                     "batched": tuple(block.get("batched", ())),
                     "mlps": tuple(_build(MlpSpec, mlp) for mlp in block.get("mlps", ())),
+                    "rows": tuple(_build(RowsAt, place) for place in block.get("rows", ())),
+                    "ends": tuple(block.get("ends", ())),
+                    "absent": tuple(block.get("absent", ())),
+                    "objects": tuple(block.get("objects", ())),
                 },
             )
             for block in data["blocks"]
