@@ -1,0 +1,185 @@
+"""Every transformer of diffusers under a derived description: what must hold whatever the class.
+
+Where today's engine cannot do something yet, the test is a strict xfail with the reason from `lacks.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from routers.derive import derive
+from routers.elastic import Elastic
+from routers.planned.policy import PlannedPolicy
+from routers.policy import FixedPolicy, OpenPolicy
+from routers.spec import TransformerSpec
+from routers.trace import FULL, REUSE, SKIP
+from tests.tiny_pipelines import make_moments
+from tests.zoo.catalogue import PARAMS
+from tests.zoo.lacks import lacks
+from tests.zoo.model import Model
+
+TIMES = (0.9, 0.7, 0.5, 0.3)
+Outputs = list[list[Tensor]]
+
+
+@dataclass
+class Case:
+    """A built model with routers on its blocks."""
+
+    model: Model
+    transformer: nn.Module
+    elastic: Elastic
+
+    def run(self, times: Sequence[float] = TIMES, rows: int = 2, seed: int = 0) -> Outputs:
+        """All tensors that each call returns."""
+        with torch.no_grad():
+            return [_tensors(self.transformer(**self.model.call(rows, t, seed))) for t in times]
+
+    def follow(self, plan: Any, order: int = 1, **run: Any) -> Outputs:
+        """A run under a given plan."""
+        with self.elastic.scope(policy=FixedPolicy(np.asarray(plan, np.int8), order)):
+            return self.run(**run)
+
+    @property
+    def blocks(self) -> int:
+        return len(self.elastic.blocks)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return (
+        [tensor for inner in value for tensor in _tensors(inner)] if isinstance(value, (list, tuple)) else []
+    )
+
+
+def equal(a: Outputs, b: Outputs) -> bool:
+    """Bit for bit."""
+    pairs = [pair for x, y in zip(a, b, strict=True) for pair in zip(x, y, strict=True)]
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def near(a: Tensor, b: Tensor) -> bool:
+    return float((a - b).abs().max()) <= 1e-4 * max(1.0, float(b.abs().max()))
+
+
+def without_new_widths(spec: TransformerSpec) -> TransformerSpec:
+    """The spec with the kinds of MLPs that `MlpSlicer` knows: the others run at full width."""
+    return replace(
+        spec,
+        blocks=tuple(
+            replace(
+                block,
+                mlps=tuple(
+                    mlp
+                    for mlp in block.mlps
+                    if mlp.per_row and not (mlp.gate or mlp.fused_gate or mlp.padded)
+                ),
+            )
+            for block in spec.blocks
+        ),
+    )
+
+
+@cache
+def _built(model: Model) -> tuple[nn.Module, TransformerSpec]:
+    transformer = model.build()
+    return transformer, without_new_widths(derive(transformer, model.call()).spec)
+
+
+@pytest.fixture(params=PARAMS)
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    model: Model = request.param
+    reason = lacks(model.name, request.function.__name__)
+    if reason:
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    transformer, spec = _built(model)
+    elastic = Elastic(transformer, spec)
+    yield Case(model, transformer, elastic)
+    elastic.detach()
+
+
+def test_open_gates_equal_dense_bit_for_bit(case: Case) -> None:
+    with case.elastic.scope(policy=OpenPolicy()) as trace:
+        opened = case.run()
+    case.elastic.detach()
+    assert equal(opened, case.run())
+    assert trace.decisions["compute"]["1.0"] == len(TIMES) * trace.samples * case.blocks
+
+
+def test_detached_is_as_before(case: Case) -> None:
+    with_patches = {path: set(vars(module)) for path, module in case.transformer.named_modules()}
+    case.follow(np.full(case.blocks, SKIP))
+    case.elastic.detach()
+    dense = case.run()
+    fresh = case.model.build()
+    clean = {path: set(vars(module)) for path, module in fresh.named_modules()}
+    left = {path: set(vars(module)) - clean[path] for path, module in case.transformer.named_modules()}
+    assert with_patches != clean
+    assert not {path: names for path, names in left.items() if names & {"forward", "_edit_elastic"}}
+    with torch.no_grad():
+        assert equal(dense, [_tensors(fresh(**case.model.call(2, t))) for t in TIMES])
+
+
+def test_reusing_every_block_adds_the_same_again(case: Case) -> None:
+    plan = np.full((3, case.blocks), FULL)
+    plan[1:] = REUSE
+    first, _, last = case.follow(plan, order=0, times=(0.5, 0.5, 0.5))
+    assert all(near(a, b) for a, b in zip(last, first, strict=True))
+
+
+def test_reusing_every_other_block_computes_the_rest(case: Case) -> None:
+    plan = np.full((4, case.blocks), FULL)
+    plan[1:, ::2] = REUSE
+    assert all(near(a, b) for a, b in zip(*case.follow(plan, 0, times=(0.5, 0.5)), strict=True))
+    moved = case.follow(plan)
+    assert all(bool(torch.isfinite(x).all()) for call in moved for x in call)
+    assert not equal(moved[1:], case.follow(np.full(case.blocks, FULL))[1:])
+
+
+def test_a_skipped_block_is_the_identity_on_its_streams(case: Case) -> None:
+    dense = case.run(times=(0.5,))
+    for block in case.elastic.blocks:
+        seen: dict[str, Any] = {}
+
+        def record(
+            module: Any, args: Any, kwargs: Any, output: Any, block: Any = block, seen: Any = seen
+        ) -> None:
+            seen["before"] = block.streams(block.bind(args, kwargs))
+            seen["after"] = block.unpack(output)
+
+        handle = block.module.register_forward_hook(record, with_kwargs=True)
+        plan = np.full(case.blocks, FULL)
+        plan[block.index] = SKIP
+        skipped = case.follow(plan, times=(0.5,))
+        handle.remove()
+        assert all(torch.equal(a, b) for a, b in zip(seen["before"], seen["after"], strict=True))
+        assert not equal(skipped, dense), f"block {block.index} has no effect"
+
+
+def test_a_row_of_a_batch_equals_the_request_alone(case: Case) -> None:
+    plan = np.random.default_rng(0).choice([SKIP, REUSE, FULL], (len(TIMES), 3, case.blocks))
+    plan[0] = FULL
+    together = case.follow(plan, rows=3)
+    for row in range(3):
+        alone = case.follow(plan[:, row : row + 1], rows=1, seed=row)
+        for one, all_rows in zip(alone, together, strict=True):
+            batched = [x[row] for x in all_rows] if len(all_rows[0]) == 3 else [all_rows[row]]
+            single = [x[0] for x in one] if len(all_rows[0]) == 3 else one
+            assert all(near(a, b) for a, b in zip(single, batched, strict=True))
+
+
+def test_a_budget_is_kept(case: Case) -> None:
+    steps = 12
+    policy = PlannedPolicy(make_moments(("main",), steps))
+    with case.elastic.scope(policy=policy, budget=0.6, num_steps=steps) as trace:
+        case.run(times=np.linspace(1.0, 0.1, steps).tolist(), rows=1)
+    assert np.mean(trace.spent) == pytest.approx(0.6, abs=0.03)
