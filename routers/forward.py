@@ -61,8 +61,11 @@ def plan_groups(
     ragged: Sequence[bool],
     units: Units,
     weights: NDArray[np.float32] | None = None,
+    skips: bool = False,
 ) -> list[list[Group]]:
     """Per block, the rows that act alike; chained units that every row reuses become one stretch.
+
+    skips: later blocks read the streams between units (a U shape), so that no stretch may stride over them.
 
     In ragged blocks all rows that compute are one group, ordered by width. A unit's first block adds its
     whole delta. weights [R, U, P]: see `Decision`.
@@ -78,7 +81,8 @@ def plan_groups(
                 if group.code == REUSE and weights is not None and block == first:
                     group.weights = shared_weights(weights[:, unit], group.rows)
             groups.append(_merge_widths(found) if ragged[block] else found)
-    _fuse(groups, cache, units)
+    if not skips:
+        _fuse(groups, cache, units)
     return groups
 
 

@@ -175,7 +175,9 @@ class Run:
         decision = self.policy.decide(info, self._read(branch))
         branch.keep(decision.units or single_blocks(info), decision.depth)
         actions = feasible(decision.actions, info.available)
-        groups = plan_groups(actions, branch.cache, self.ragged, branch.units, decision.weights)
+        groups = plan_groups(
+            actions, branch.cache, self.ragged, branch.units, decision.weights, self.info.skips
+        )
         self._add_peer(groups, branch.units, decision)
         place([group for block in groups for group in block], time_.device)
         reads = self.policy.reads_routers

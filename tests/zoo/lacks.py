@@ -21,7 +21,6 @@ NESTED_ROWS = "rows inside tuples, lists and dicts"
 ROW_AXIS = "rows on another axis than the first"
 FOLDED_ROWS = "rows folded with frames"
 NO_ROWS = "rows that cannot be told apart must decide together"
-FUSED_SKIPS = "reuses added in one go change what a U-shaped skip reads between them"
 FLEX_ATTENTION = "FlexAttention cannot be counted on the meta device"
 
 LACKS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -39,7 +38,6 @@ LACKS: dict[str, tuple[str, tuple[str, ...]]] = {
         tuple(name for name in ALL if name != "test_a_budget_is_kept"),
     ),
     "LatteTransformer3DModel": (FOLDED_ROWS, ROW),
-    "HunyuanDiT2DModel": (FUSED_SKIPS, ROW),
     "ErnieImageTransformer2DModel": (ROW_AXIS, ROW),
     "Ideogram4Transformer2DModel": (NESTED_ROWS, ROW),
     "JoyImageEditPlusTransformer3DModel": (NESTED_ROWS, ROW),
