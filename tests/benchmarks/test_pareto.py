@@ -232,6 +232,15 @@ def attributes(pipe) -> list[set[str]]:
     return [set(vars(part)) for part in (pipe, type(pipe), *pipe.transformer.modules())]
 
 
+OURS = {
+    "elastic", "elastic, AB2", "fewer steps, Euler", "fewer steps, AB2", "fewer steps, DPM++(2M)",
+    "whole-step reuse", "random skip", "TeaCache-style",
+}  # fmt: skip
+"""Ways that run on every model."""
+DIFFUSERS_CACHES = {"FirstBlockCache", "MagCache", "TaylorSeer", "TaylorSeer lite", "SeaCache"}
+"""diffusers' own, which know the blocks of the picture models."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen", "flux", "mesh"])
 def test_every_rival_saves_flops_and_leaves_no_trace(family: str, request: pytest.FixtureRequest) -> None:
@@ -252,13 +261,13 @@ def test_every_rival_saves_flops_and_leaves_no_trace(family: str, request: pytes
     with torch.no_grad():
         before, marks = workload.run(0), attributes(bench.pipe)
         dense = dense_flops(bench)
-    failed, able = [], 0
+    failed, able = [], set()
     for rival in all_rivals(bench):
         reason = rival.why_not(bench)
         if reason is not None:
             assert any(excuse in reason for excuse in excuses), f"{rival.name}: {reason}"
             continue
-        able += 1
+        able.add(rival.name)
         ratios = []
         for setting in (rival.settings[0], rival.settings[-1]):
             with torch.no_grad(), rival.attached(bench, setting) as attached:
@@ -273,7 +282,7 @@ def test_every_rival_saves_flops_and_leaves_no_trace(family: str, request: pytes
         if attributes(bench.pipe) != marks:
             failed.append(f"{rival.name} leaves attributes behind")
     assert not failed, "; ".join(failed)
-    assert able >= 8, "hardly any rival can run"
+    assert able >= OURS | (set() if family == "mesh" else DIFFUSERS_CACHES)
 
 
 def dense_flops(bench) -> float:
