@@ -7,7 +7,7 @@ something in between); it has its shape and changes from block to block.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -65,44 +65,39 @@ def find_streams(calls: Sequence[BlockCall], group: Sequence[BlockCall]) -> Stre
     return Streams(places, ends, tuple(p for p in positions if p not in places.values()))
 
 
-def _followed(calls: Sequence[BlockCall], group: Sequence[BlockCall]) -> list[tuple[BlockCall, BlockCall]]:
-    """Neighbours in a list whose first is in the group."""
+def _next_argument(
+    calls: Sequence[BlockCall],
+    group: Sequence[BlockCall],
+    taken: dict[str, int | None],
+    fits: Callable[[BlockCall, Value], bool],
+) -> str | None:
+    """The argument of the blocks after the group's whose value most often fits what the one before gave."""
     members = {call.order for call in group}
-    return [(now, then) for now, then in pairwise(calls) if now.order in members]
-
-
-def _most(votes: Counter[str]) -> str | None:
+    votes = Counter(
+        name
+        for now, then in pairwise(calls)
+        if now.order in members
+        for name, value in then.plain().items()
+        if name in now.names and name not in taken and fits(now, value)
+    )
     return votes.most_common(1)[0][0] if votes else None
 
 
 def _is_next_argument(
     calls: Sequence[BlockCall], group: Sequence[BlockCall], position: int | None, taken: dict[str, int | None]
 ) -> str | None:
-    return _most(
-        Counter(
-            name
-            for now, then in _followed(calls, group)
-            for name, value in then.plain().items()
-            if name in now.names and name not in taken and value.mark.output == (now.order, position)
-        )
-    )
+    return _next_argument(calls, group, taken, lambda now, value: value.mark.output == (now.order, position))
 
 
 def _went_into_next_argument(
     calls: Sequence[BlockCall], group: Sequence[BlockCall], position: int | None, taken: dict[str, int | None]
 ) -> str | None:
-    return _most(
-        Counter(
-            name
-            for now, then in _followed(calls, group)
-            for name, value in then.plain().items()
-            if name in now.names
-            and name not in taken
-            and position in now.returned
-            and value.shape == now.returned[position].shape
-            and (now.order, position) in value.sources
-        )
-    )
+    return _next_argument(
+        calls, group, taken,
+        lambda now, value: position in now.returned
+        and value.shape == now.returned[position].shape
+        and (now.order, position) in value.sources,
+    )  # fmt: skip
 
 
 def _has_shape(
