@@ -106,6 +106,7 @@ def meta_transformer(backbone: Backbone) -> Any:
         return build_transformer(backbone).eval()
 
 
+@functools.lru_cache(maxsize=64)
 def call_flops(backbone: Backbone, size: CallSize) -> float:
     """FLOPs of one dense transformer call, counted on the meta device. Raises ModelError."""
     inputs = backbone.family.call_inputs(component_configs(backbone), size)

@@ -103,13 +103,14 @@ def solver(pipe: Any, name: str) -> Iterator[None]:
 
 
 def _diffusers_step(scheduler: FlowMatchEulerDiscreteScheduler, kind: type[Multistep]) -> Callable[..., Any]:
-    run, times = kind(), [0.0]
+    run, times, count = kind(), [0.0], getattr(scheduler, "on_step", lambda: None)
 
     def step(
         model_output: Tensor, timestep: Any, sample: Tensor, *, return_dict: bool = True, **_kwargs: Any
     ) -> Any:
         """One step from sigma[i] to sigma[i + 1], in float32."""
         nonlocal run, times
+        count()
         if scheduler.step_index is None:  # set_timesteps was called: a new run
             scheduler._init_step_index(timestep)
             run, times = kind(), scheduler.sigmas.tolist()
@@ -122,11 +123,12 @@ def _diffusers_step(scheduler: FlowMatchEulerDiscreteScheduler, kind: type[Multi
 
 
 def _hunyuan3d_step(scheduler: FlowMatchEulerScheduler, kind: type[Multistep]) -> Callable[..., Tensor]:
-    run = kind()
+    run, count = kind(), getattr(scheduler, "on_step", lambda: None)
 
     def step(velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         """One step in float32; a step of size zero, the last of every run, changes nothing."""
         nonlocal run
+        count()
         if index == 0:
             run = kind()
         now, then = (1 - sigma for sigma in scheduler.sigmas[index : index + 2].tolist())

@@ -23,10 +23,8 @@ from typing import Any
 
 import torch
 
-from backbones.hunyuan3d.elastic_scheduler import elastic_mesh_scheduler
 from benchmarks import pareto
 from benchmarks.bench import Attached, Bench
-from benchmarks.mesh_bench import MeshBench
 from benchmarks.pareto_report import markdown
 from benchmarks.pareto_run import measure_quality
 from benchmarks.pareto_store import Point, Store
@@ -35,7 +33,7 @@ from routers.planned.choose_times import Fitted, choose, fit
 from routers.planned.closed_loop import FitSettings, Recording, Steps, Trajectory
 from routers.planned.prior import prior
 from routers.planned.scheduler import elastic_scheduler
-from routers.planned.timeplan import Array, TimePlan, adams_bashforth, euler, resampled, shifted
+from routers.planned.timeplan import Array, TimePlan, adams_bashforth, euler, moving, resampled, shifted
 from routers.planned.universal import SHIFT, TARGETS, evaluations_for
 
 BUDGETS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
@@ -56,8 +54,7 @@ ELASTIC = "packaged bundle"
 
 def planned(bench: Bench, planner: Callable[[Array], Steps]) -> AbstractContextManager[Any]:
     """The pipeline on a planner's times and weights."""
-    way = elastic_mesh_scheduler if isinstance(bench, MeshBench) else elastic_scheduler
-    return way(bench.pipe, planner)
+    return elastic_scheduler(bench.pipe, lambda grid: planner(moving(grid)))
 
 
 # -- ways ---------------------------------------------------------------------------------------

@@ -149,8 +149,10 @@ def picture_name(where: str, value: Any) -> str:
 
 
 def budgets(where: str, value: Any) -> tuple[float, ...]:
-    """Evenly spaced budgets from "0.35:1.0" or, with how many, "0.35:1.0:8"."""
+    """One budget "0.5", or evenly spaced ones from "0.35:1.0" or, with how many, "0.35:1.0:8"."""
     parts, points = text(where, value).split(":"), POINTS
+    if len(parts) == 1:
+        return (budget(where, value),)
     try:
         low, high = (float(part) for part in parts[:2])
         if len(parts) == 3:

@@ -15,6 +15,7 @@ from edit_cli.checks import choice, text, whole
 from edit_cli.export.settings import APPLIES, FORMATS
 from edit_cli.generate.outputs import MESH_SUFFIXES
 from edit_cli.request import Option, Options, only, under
+from routers.spec import TARGETS
 from routers.train.settings import KINDS, PRECISIONS
 
 BACKGROUNDS = ("auto", "yes", "no")
@@ -92,7 +93,10 @@ ROUTERS: Options = under("Model and routers", {
     "routers": Option("--routers", "PATH",
                       "Bundle folder, .safetensors file, or none. [dim]default: the model's own[/]", text),
     "budget": Option("--budget -b", "X", "Share of the dense FLOPs to spend, 0 < X <= 1. "
-                     "[dim]default: what the routers recommend[/]", checks.budget, line="value"),
+                     "[dim]default: what the model's bundle recommends, else 1[/]", checks.budget,
+                     line="value"),
+    "target": Option("--target", "NAME", "dense: near to the run of all steps; exact: to the solution that "
+                     "ever more steps tend to. [dim]default dense[/]", choice(*TARGETS), line="value"),
     "force": Option("--force", "", "Use routers fitted on other weights of the same architecture "
                     "(a fine-tune)."),
 })
@@ -202,14 +206,13 @@ CALIBRATE: Options = {
     "resume": Option("--resume", "", "Go on where an earlier attempt at the same was stopped."),
     "method": Option("--method", "METHOD", "fit: minutes, the weights stay as they are. train: the paper's "
                      "training of gates and widths.", choice(*METHODS), default="fit"),
-    "budgets": Option("--budgets", "LOW:HIGH[:COUNT]", "The lowest budget the bundle serves, and the range "
-                      "it is measured on.", checks.budgets, default="0.35:1.0"),
-    "samples": Option("--samples", "N", "Pictures or meshes to calibrate on.", whole(4, 4096), default="32"),
-    "probes": Option("--probes", "N", "Single reuses followed through to the final latents.",
-                     whole(8, 10**6), default="80"),
-    "plan_samples": Option("--plan-samples", "N", "Samples that candidate plans are run on to choose the "
-                           "best; 0 to trust the closed form.", whole(0, 4096),
-                           shown="8, or 2 for large models"),
+    "budgets": Option("--budgets", "X or LOW:HIGH[:COUNT]", "Make plans for these budgets only, and measure "
+                      "them. [dim]default: plans for all, measured from 0.35 to 1[/]", checks.budgets),
+    "target": Option("--target", "NAME", "dense: plans near to the run of all steps; exact: to the solution; "
+                     "both. [dim]default dense[/]", choice(*TARGETS, "both")),
+    "samples": Option("--samples", "N", "Pictures or meshes to calibrate on, in one batch (train: in "
+                      "several).", whole(1, 4096), shown="4, 1 for large models, 32 to train"),
+    "tries": Option("--tries", "N", "Candidates that are run for each plan.", whole(1, 4), shown="2"),
     **only(MODEL, "model"), **only(PROMPTS, "prompts_file"),
     "steps": replace(SAMPLING["steps"], check=whole(2, checks.MAX_STEPS)),
     **only(SAMPLING, "guidance", "seed"),

@@ -1,4 +1,4 @@
-"""`routers.attach`: put a bundle's routers into a transformer, if it is the one that they were made for.
+"""`routers.attach`: make a pipeline keep to a budget, by a plan or by routers that were made for it.
 
 The module is not called attach.py: importing it would then hide the function `routers.attach`.
 """
@@ -16,8 +16,13 @@ from torch import Tensor, nn
 from .bundle import Bundle, load_bundle
 from .elastic import Elastic
 from .patching import check_run
+from .planned.grid import OnGrid
+from .planned.sampled import PlannerFor, Sampled
+from .planned.scheduler import takes_plans
+from .planned.universal import check_wishes, universal_planner
 from .policy import OpenPolicy
 from .spec import TransformerSpec
+from .trained.bundle import Trained
 from .trained.router import build_router
 
 FINGERPRINT_TENSORS, FINGERPRINT_VALUES = 32, 8
@@ -25,40 +30,64 @@ FINGERPRINT_TENSORS, FINGERPRINT_VALUES = 32, 8
 
 def attach(
     model: Any,
-    bundle: Bundle | str | Path | None,
+    bundle: Bundle | str | Path | None = None,
     *,
     budget: float | None = None,
+    target: str = "dense",
     num_steps: int | None = None,
     spec: TransformerSpec | None = None,
     force: bool = False,
-) -> Elastic:
-    """Attach a bundle's routers to a pipeline's transformer.
+) -> Elastic | Sampled | OnGrid:
+    """Make a pipeline, or a transformer alone, keep to a budget of the dense run's FLOPs.
 
-    model: the pipeline (an object with `.transformer` and `.scheduler`), or the transformer alone.
-    bundle: a `Bundle`, its folder, or None for no routers (every block open; `spec` is then required).
-    budget: ratio of dense FLOPs, default the bundle's recommended one. num_steps: denoising steps where no
-    pipeline's scheduler tells them: of a loop of your own, default the calibrated number.
+    model: the pipeline (an object with `.transformer` and `.scheduler`), or the transformer.
+    bundle: what was calibrated for it (a `Bundle` or its folder), None for the plan that needs nothing
+    measured.
+    budget: ratio of dense FLOPs, default the bundle's recommended one, or 1. target: what the result is near
+    to: "dense", the run of all steps, or "exact", the solution that ever more steps tend to.
+    num_steps: denoising steps where no pipeline's scheduler tells them: of a loop of your own.
+    spec: with it and without a bundle, every block is put under control, open, and counted.
     force: accept a bundle that was fitted on other weights of the same architecture (a fine-tune).
+    Returns a handle with `scope`, `trace`, `summary` and `detach`: `Sampled` where the plan takes the
+    scheduler's place, `OnGrid` where steps have to stay as they are, `Elastic` where routers decide.
     Raises ValueError, one line, if the bundle does not fit the transformer or the budget.
     """
     pipe, transformer = (None, model) if isinstance(model, nn.Module) else (model, model.transformer)
-    if bundle is None:
-        if spec is None:
-            raise ValueError("without a bundle, attach needs the transformer's spec")
+    if bundle is None and spec is not None:
         return Elastic(transformer, spec, OpenPolicy, budget=budget, num_steps=num_steps or 20, pipe=pipe)
-    loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    loaded = bundle if isinstance(bundle, Bundle) or bundle is None else load_bundle(bundle)
+    if loaded is None:
+        return _planned(pipe, transformer, universal_planner, 1.0 if budget is None else budget, target, 20)
     budget = loaded.recommended_budget if budget is None else budget
     loaded.check_budget(budget)
-    check_run(transformer)  # fused projections, for one, would be taken for another architecture
+    if loaded.trained is not None:
+        return _routed(pipe, transformer, loaded, loaded.trained, budget, num_steps, force)
     check_fits(loaded, transformer, force)
-    trained = loaded.trained
-    routers = None if trained is None else [build_router(state) for state in trained.routers]
-    backbone = None if trained is None else trained.backbone
-    undo = None if backbone is None else backbone.apply(transformer)
+    return _planned(pipe, transformer, loaded.planner, budget, target, num_steps or loaded.num_steps)
+
+
+def _planned(
+    pipe: Any, transformer: nn.Module, planner_for: PlannerFor, budget: float, target: str, num_steps: int
+) -> Sampled | OnGrid:
+    """The sampler on a plan in time where it can be, else on its own steps."""
+    if pipe is not None and takes_plans(pipe.scheduler):
+        return Sampled(pipe, planner_for, budget, target)
+    check_wishes(budget, target)
+    return OnGrid(transformer, budget, num_steps, pipe)
+
+
+def _routed(
+    pipe: Any, transformer: nn.Module, bundle: Bundle, trained: Trained, budget: float,
+    num_steps: int | None, force: bool,
+) -> Elastic:  # fmt: skip
+    """Routers decide, on the weights that were trained with them."""
+    check_run(transformer)  # fused projections, for one, would be taken for another architecture
+    check_fits(bundle, transformer, force)
+    undo = None if trained.backbone is None else trained.backbone.apply(transformer)
     try:
         elastic = Elastic(
-            transformer, loaded.spec, loaded.policy, routers,
-            budget=budget, num_steps=num_steps or loaded.num_steps, pipe=pipe,
+            transformer, bundle.spec, bundle.policy, [build_router(state) for state in trained.routers],
+            budget=budget, num_steps=num_steps or bundle.num_steps, pipe=pipe,
         )  # fmt: skip
     except ValueError:
         if undo is not None:

@@ -1,11 +1,12 @@
 """A bundle: what `calibrate` learned about one model, as a folder or as one file for a hub or an attachment.
 
-    routers.safetensors    "moments.<name>"; of a trained one also "routers.<i>.<key>" and "profile.<name>"
+    routers.safetensors    "plans.<target>.<evaluations>.<array>" of plans in time; of a trained one instead
+                           "routers.<i>.<key>" and "profile.<name>"
     bundle.json            block map, base model and its fingerprint, what it was fitted for, measured quality
     backbone.safetensors   only where the backbone was trained with the routers: its LoRA or all its weights
 
 In one file the text of bundle.json is the entry `edit_bundle` of the header of routers.safetensors.
-One bundle serves every budget from its minimum to 1: the plan for a budget is solved when a run starts.
+One bundle serves every budget: where it has no plan for a run, the one of `planned/universal.py` stands in.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from .files import write_whole
-from .planned.plan import Planner
-from .planned.policy import PlannedPolicy
-from .planned.prediction import Moments
+from .planned.scheduler import Planner
+from .planned.timeplan import Array, TimePlan
+from .planned.universal import universal_planner
 from .spec import TransformerSpec
 from .trained.backbone import FILE as BACKBONE_FILE
 from .trained.bundle import Trained
@@ -34,12 +36,10 @@ from .trained.policy import TrainedPolicy
 DESCRIPTION, WEIGHTS = "bundle.json", "routers.safetensors"
 ENTRY = "edit_bundle"
 """Metadata entry of the description where a bundle is one file."""
-FORMAT, TRAINED_FORMAT, FORMATS = 4, 3, (2, 3, 4)
-"""Written for plans and for trained routers, and what is read. Format 2 held routers beside its plans, which
-gained nothing and are left unread; versions that need them refuse format 4."""
-MOMENTS = ("gram", "gain", "mixing")
-PLANS = "moments.plans"
-"""Left out of bundles whose plans were not tried."""
+FORMAT, TRAINED_FORMAT = 5, 3
+"""Written and read: for plans in time, and for trained routers."""
+SAME_TIMES = 2e-3
+"""Times of a run may be so far from those that plans were fitted for."""
 PLAIN_FIELDS = (
     "base_model",
     "architecture",
@@ -56,30 +56,42 @@ PLAIN_FIELDS = (
 
 @dataclass
 class Bundle:
-    """Moments, trained routers if any, where they belong. `metadata`: JSON data for people and reports."""
+    """Plans or trained routers, and where they belong.
+
+    times [N + 1]: of the run that plans were fitted for. plans: by target and number of evaluations.
+    metadata: JSON data for people and reports.
+    """
 
     spec: TransformerSpec
-    moments: Moments
     base_model: str
     architecture: str
     fingerprint: list[float]
     num_steps: int
     guidance: float
     times: list[float] = field(default_factory=list)
-    min_budget: float = 0.35
+    min_budget: float = 0.0
     recommended_budget: float = 1.0
     metadata: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
     path: str = ""
     trained: Trained | None = None
-    planners: dict[tuple[int, int], Planner] = field(default_factory=dict, repr=False)
-    """Plans solved so far, by number of steps and cache depth."""
+    plans: dict[str, dict[int, TimePlan]] = field(default_factory=dict, repr=False)
 
-    def policy(self, *, batch_mean: bool = False) -> PlannedPolicy | TrainedPolicy:
-        """A budget policy. batch_mean: trained routers decide for the batch's mean, not for each sample."""
-        if self.trained is not None:
-            return TrainedPolicy(self.trained.profile, batch_mean=batch_mean)
-        return PlannedPolicy(self.moments, self.planners)
+    def policy(self, *, batch_mean: bool = False) -> TrainedPolicy:
+        """Of trained routers. batch_mean: they decide for the batch's mean, not for each sample."""
+        assert self.trained is not None, "a bundle of plans has no policy"
+        return TrainedPolicy(self.trained.profile, batch_mean=batch_mean)
+
+    def planner(self, budget: float, target: str) -> Planner:
+        """From the times of a run to the plan that was fitted for them, else to the universal one."""
+        universal, plans = universal_planner(budget, target), self.plans.get(target, {})
+
+        def planner(grid: Array) -> TimePlan | None:
+            plan = universal(grid)
+            same = len(grid) == len(self.times) and np.allclose(grid, self.times, atol=SAME_TIMES)
+            return plan if plan is None or not same else plans.get(plan.evaluations, plan)
+
+        return planner
 
     def check_budget(self, budget: float) -> None:
         """Raises ValueError for a budget this bundle was not fitted for."""
@@ -92,13 +104,15 @@ class Bundle:
     def save(self, folder: str | Path) -> None:
         """Write a bundle folder, whole or not at all. Raises OSError."""
         folder, trained = Path(folder), self.trained
-        tensors = {f"moments.{name}": torch.from_numpy(getattr(self.moments, name)) for name in MOMENTS}
-        if self.moments.plans is not None:
-            tensors[PLANS] = torch.from_numpy(self.moments.plans)
+        tensors = {
+            f"plans.{target}.{evaluations}.{name}": torch.from_numpy(array.copy())
+            for target, plans in self.plans.items()
+            for evaluations, plan in plans.items()
+            for name, array in plan.to_arrays().items()
+        }
         description = {
             "format": FORMAT if trained is None else TRAINED_FORMAT,
             "spec": self.spec.to_dict(),
-            "branches": list(self.moments.branches),
             **{name: getattr(self, name) for name in PLAIN_FIELDS},
             **({} if trained is None else trained.description()),
         }
@@ -126,13 +140,14 @@ def load_bundle(path: str | Path) -> Bundle:
         raise ValueError(f"{path} is not a readable bundle: {type(error).__name__}: {error}") from error
     try:
         data = json.loads(stored.description)
-        if data.get("format") not in FORMATS:
+        if data.get("format") not in (FORMAT, TRAINED_FORMAT):
             raise ValueError(
-                f"format {data.get('format')!r}, this version reads {', '.join(map(str, FORMATS))}"
+                f"format {data.get('format')!r}, this version reads {FORMAT} and {TRAINED_FORMAT}; "
+                "make it again with: edit calibrate"
             )
         return Bundle(
             spec=TransformerSpec.from_dict(data["spec"]),
-            moments=_moments(data["branches"], stored.tensors),
+            plans=_plans(stored.tensors),
             trained=Trained.read(path, data, stored.tensors) if data["format"] == TRAINED_FORMAT else None,
             digest=stored.digest,
             path=str(file or path),
@@ -142,10 +157,16 @@ def load_bundle(path: str | Path) -> Bundle:
         raise ValueError(f"{path} is not a readable bundle: {type(error).__name__}: {error}") from error
 
 
-def _moments(branches: list[str], tensors: dict[str, Tensor]) -> Moments:
-    plans = tensors[PLANS].to(torch.int8).numpy() if PLANS in tensors else None
-    gram, gain, mixing = (tensors[f"moments.{name}"].double().numpy() for name in MOMENTS)
-    return Moments(tuple(branches), gram, gain, mixing, plans)
+def _plans(tensors: dict[str, Tensor]) -> dict[str, dict[int, TimePlan]]:
+    arrays: dict[tuple[str, int], dict[str, Any]] = {}
+    for key, value in tensors.items():
+        if key.startswith("plans."):
+            _, target, evaluations, name = key.split(".")
+            arrays.setdefault((target, int(evaluations)), {})[name] = value.double().numpy()
+    plans: dict[str, dict[int, TimePlan]] = {}
+    for (aim, count), each in arrays.items():
+        plans.setdefault(aim, {})[count] = TimePlan.from_arrays(each)
+    return plans
 
 
 class Stored(NamedTuple):

@@ -91,14 +91,19 @@ def check_call(transformer: Any, blocks: Iterable[nn.Module] = ()) -> None:
     """What can be told of the transformer and its blocks at a glance, in every call. Raises ValueError."""
     if hasattr(transformer, "_orig_mod") or transformer._compiled_call_impl is not None:
         raise ValueError(COMPILED_WHOLE)
+    check_cache(transformer)
+    for module in (transformer, *blocks):
+        if "_diffusers_hook" in module.__dict__:
+            _check_hooks(module)
+
+
+def check_cache(transformer: Any) -> None:
+    """Raises ValueError for a cache of the transformer's own, beside which no count of FLOPs would hold."""
     if getattr(transformer, "is_cache_enabled", False):
         name = type(getattr(transformer, "_cache_config", None)).__name__
         raise ValueError(_refusal(f"a cache of its own ({name})", "transformer.disable_cache()"))
     if getattr(transformer, "_is_cached", False):
         raise ValueError(_refusal("another library's cache (_is_cached)", "that library's own call"))
-    for module in (transformer, *blocks):
-        if "_diffusers_hook" in module.__dict__:
-            _check_hooks(module)
 
 
 def check_run(transformer: Any) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 WIDTHS: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
 """MLP widths a router may choose, as ratios of the hidden units (E-DiT, arXiv 2602.13993)."""
+TARGETS = ("dense", "exact")
+"""What a plan aims at: the run of all the pipeline's steps, or the solution that ever more steps tend to."""
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,14 @@ zero: that evaluation changes nothing, and no plan makes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from routers.planned.closed_loop import Follower, Steps
-from routers.planned.timeplan import Array, moving
+from routers.planned.closed_loop import Follower
+from routers.planned.scheduler import Planner
 
 from .schedulers import FlowMatchEulerScheduler
 
@@ -23,32 +21,30 @@ from .schedulers import FlowMatchEulerScheduler
 class ElasticMeshScheduler(FlowMatchEulerScheduler):
     """Another scheduler's times, replaced by a planner's. plan: what the present run follows."""
 
-    def __init__(self, own: FlowMatchEulerScheduler, planner: Callable[[Array], Steps]) -> None:
-        self.own, self.planner = own, planner
+    def __init__(self, own: FlowMatchEulerScheduler, planner: Planner, on_step: Callable[[], None]) -> None:
+        self.own, self.planner, self.on_step = own, planner, on_step
         super().__init__(own.num_train_timesteps, own.shift)
 
     def set_timesteps(
         self, num_steps: int | None = None, sigmas: Sequence[float] | np.ndarray | None = None
     ) -> None:
-        """The own scheduler's times, then the plan's."""
+        """The own scheduler's times, then the plan's; without a plan, the own ones."""
         self.own.set_timesteps(num_steps, sigmas)
-        self.plan = self.planner(moving(1 - np.array(self.own.sigmas.tolist())))
+        self.plan = self.planner(1 - np.array(self.own.sigmas.tolist()))
+        if self.plan is None:
+            self.sigmas, self.timesteps = self.own.sigmas, self.own.timesteps
+            return
         self.sigmas = torch.tensor((1 - self.plan.times).tolist())
         self.timesteps = self.sigmas[:-1] * self.num_train_timesteps
         self._run = Follower(self.plan)
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         """One step of the plan in float32."""
+        self.on_step()
+        if self.plan is None:
+            return self.own.step(velocity, index, sample)
         size = (self.sigmas[index] - self.sigmas[index + 1]).item()
         return self._run.step(index, sample, -velocity, size).to(velocity.dtype)
 
-
-@contextmanager
-def elastic_mesh_scheduler(pipe: Any, planner: Callable[[Array], Steps]) -> Iterator[ElasticMeshScheduler]:
-    """The mesh pipeline on a planner's times and weights instead of its own."""
-    before = pipe.scheduler
-    pipe.scheduler = ElasticMeshScheduler(before, planner)
-    try:
-        yield pipe.scheduler
-    finally:
-        pipe.scheduler = before
+    def leave(self) -> None:
+        """Nothing of the pipeline was replaced."""

@@ -5,11 +5,17 @@ Not interchangeable with diffusers' class of the same name, whose time runs the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from routers.planned.scheduler import Planner
+
+    from .elastic_scheduler import ElasticMeshScheduler
 
 
 class FlowMatchEulerScheduler:
@@ -45,6 +51,12 @@ class FlowMatchEulerScheduler:
         """`sample + (sigma[i + 1] - sigma[i]) * velocity` in float32, in the velocity's dtype."""
         size = (self.sigmas[index + 1] - self.sigmas[index]).item()
         return (sample.float() + size * velocity.float()).to(velocity.dtype)
+
+    def planned(self, planner: Planner, on_step: Callable[[], None]) -> ElasticMeshScheduler:
+        """The scheduler that makes a plan's evaluations in this one's place (see `routers.planned`)."""
+        from .elastic_scheduler import ElasticMeshScheduler
+
+        return ElasticMeshScheduler(self, planner, on_step)
 
     def pred_original(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         """The data that this velocity points at, in float32."""

@@ -26,7 +26,7 @@ from edit_cli.generate.routers import RouterSource
 from edit_cli.generate.session import Session
 from routers.attachment import architecture, attach, fingerprint
 from routers.calibrate.evaluate import Quality, as_metadata, evaluate, recommend
-from routers.calibrate.fit import FitSettings, fit
+from routers.calibrate.fit import fit
 from routers.calibrate.state import State
 from routers.calibrate.workload import NotFiniteError, Workload
 
@@ -72,14 +72,6 @@ class Calibration:
         return self.processes is None or bool(self.processes.is_main_process)
 
     @property
-    def settings(self) -> FitSettings:
-        """How a bundle is fitted."""
-        plan = self.plan
-        return FitSettings(
-            probes=plan.probes, tried=plan.tried, least=min(plan.budgets), seed=plan.generation.jobs[0].seed
-        )
-
-    @property
     def transformer(self) -> Any:
         """The dense transformer."""
         return self.session.pipe.transformer
@@ -121,15 +113,14 @@ class Calibration:
         backbone = self.plan.generation.backbone
         bundle = fit(
             self.transformer, backbone.family.transformer, self.train, backbone.name,
-            self.plan.generation.jobs[0].guidance, self.settings, phases(bars), self.state,
+            self.plan.generation.jobs[0].guidance, self.plan.fitted, phases(bars), self.state,
         )  # fmt: skip
-        bundle.min_budget = self.plan.budgets[0]
         return bundle
 
     def load(self, path: str) -> routers.Bundle:
         """An existing bundle, checked against this model."""
         bundle = routers.load_bundle(path)
-        attach(self.transformer, bundle, budget=1.0).detach()
+        attach(self.session.pipe, bundle, budget=1.0).detach()
         return bundle
 
     def measure(self, bundle: routers.Bundle, bars: Any) -> list[Quality]:
@@ -137,9 +128,7 @@ class Calibration:
         served = {round(max(budget, bundle.min_budget), 3) for budget in self.plan.budgets}
         report = phases(bars)
         with self._timed("measure"):
-            return evaluate(
-                self.transformer, bundle, self.judge, sorted(served), lambda d, t: report("measure", d, t)
-            )
+            return evaluate(bundle, self.judge, sorted(served), lambda d, t: report("measure", d, t))
 
     def save(self, bundle: routers.Bundle, rows: Sequence[Quality], folder: Path) -> None:
         """Record how the bundle was made, write it and forget the state. Raises RunError."""
@@ -147,7 +136,7 @@ class Calibration:
         bundle.recommended_budget = recommend(rows)
         bundle.metadata |= {
             "quality": as_metadata(rows),
-            **({} if self.plan.training else {"settings": asdict(self.settings)}),
+            **({} if self.plan.training else {"settings": asdict(self.plan.fitted)}),
             things: len(set(inputs)),
             "inputs_sha256": _digest(inputs),
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
@@ -181,8 +170,7 @@ class Calibration:
             "steps": train.num_steps,
             "guidance": jobs[0].guidance,
             "seed": jobs[0].seed,
-            "probes": plan.probes,
-            "plan samples": plan.tried,
+            **({} if plan.training else {"fit": asdict(plan.fitted)}),
             "size": medium.size(jobs),
             **({"method": "fit"} if plan.training is None else training.identity(self)),
         }

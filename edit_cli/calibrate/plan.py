@@ -15,12 +15,16 @@ from edit_cli.generate.routers import NO_ROUTERS
 from edit_cli.generate.samples import held_out, in_folder, medium_of, picture_files, sample_plan, take
 from edit_cli.options import TRAIN
 from edit_cli.request import Request
+from routers.calibrate.settings import TRIES, FitSettings
+from routers.spec import TARGETS
 from routers.train.settings import TrainSettings
 
 HELD_OUT = 8
 """Samples that only measure the finished bundle."""
-TRIED, TRIED_LARGE = 8, 2
-"""Samples that plans are tried on, by default: of a small model, and of one whose runs take long."""
+SAMPLES, SAMPLES_LARGE, SAMPLES_TRAIN = 4, 1, 32
+"""By default: to fit a small model, one whose runs take long, and to train."""
+MEASURED = tuple(round(0.35 + 0.05 * i, 2) for i in range(14))
+"""Budgets that are measured unless others are named."""
 WITH_PROMPTS = "a folder of pictures, each with its prompt in a .txt"
 
 
@@ -29,15 +33,14 @@ class CalibrationPlan:
     """What to calibrate.
 
     generation: its jobs are the calibration samples. held_out: the samples that measure. budgets: to measure,
-    ascending. probes, tried: see `FitSettings`. training: None for --method fit. pictures: to train on, with
+    ascending. fitted: see `FitSettings`. training: None for --method fit. pictures: to train on, with
     the prompts of the jobs. output: folder of the new bundle; None: only measure the bundle `evaluate`.
     """
 
     generation: Plan
     held_out: tuple[Job, ...]
     budgets: tuple[float, ...]
-    probes: int
-    tried: int
+    fitted: FitSettings
     output: Path | None
     evaluate: str | None
     resume: bool
@@ -59,14 +62,22 @@ def make_calibration_plan(request: Request) -> CalibrationPlan:
     plan = sample_plan(request.but(routers=NO_ROUTERS, budget=None), medium)
     if len({plan.group(job) for job in plan.jobs}) > 1:
         raise EditError("--prompts holds lines of different size, steps or guidance; a bundle needs one")
-    samples, seed, small = request["samples"], request.get("seed", [0])[0], plan.backbone.small
-    rows = min(plan.batch_size, samples)
+    seed = request.get("seed", [0])[0]
+    usual = SAMPLES_TRAIN if training else SAMPLES if plan.backbone.small else SAMPLES_LARGE
+    samples = request.get("samples", usual)
+    rows = min(plan.batch_size, samples) if training else samples
+    target = request.get("target", TARGETS[0])
+    fitted = FitSettings(
+        budgets=request.get("budgets"),
+        targets=TARGETS if target == "both" else (target,),
+        tries=request.get("tries", TRIES),
+        seed=seed,
+    )
     return CalibrationPlan(
         generation=replace(plan, jobs=take(plan.jobs, samples, seed), batch_size=rows),
         held_out=held_out(plan.jobs, max(HELD_OUT, rows), seed),
-        budgets=request["budgets"],
-        probes=request["probes"],
-        tried=request.get("plan_samples", TRIED if small else TRIED_LARGE),
+        budgets=request.get("budgets", MEASURED),
+        fitted=fitted,
         output=Path(request["output"]) if "output" in request else None,
         evaluate=request.get("evaluate"),
         resume="resume" in request,
@@ -94,7 +105,7 @@ def train_settings(request: Request) -> TrainSettings | None:
         if given:
             raise EditError(f"{given[0]} is for --method train; add that, or leave {given[0]} out")
         return None
-    low, what = request["budgets"][0], request.get("train", "routers")
+    low, what = request.get("budgets", MEASURED)[0], request.get("train", "routers")
     if low >= 1:
         raise EditError("--budgets must start below 1 for --method train; give for example 0.5:1")
     if "lora_rank" in request and what != "lora":
@@ -107,7 +118,6 @@ def train_settings(request: Request) -> TrainSettings | None:
         precision=request.get("mixed_precision", "no"),
         save_memory="gradient_checkpointing" in request,
         low=low,
-        probes=request["probes"],
         seed=request.get("seed", [0])[0],
         **{name: value for name, value in typed.items() if value is not None},
     )

@@ -33,14 +33,13 @@ def as_table(bundle: routers.Bundle, rows: Sequence[Quality], folder: Path) -> T
     table = Table(
         title=f"{folder}: {bundle.base_model}, recommended budget {best:g}", title_justify="left", box=None
     )
-    for name in ("budget", "spent", "range over samples", "predicted SNR", "latent SNR", "time / dense"):
+    for name in ("budget", "spent", "range over samples", "latent SNR", "time / dense"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             f"{row.budget:g}" + (" *" if row.budget == best else ""),
             f"{row.spent:.3f}",
             f"{row.spent_low:.3f} to {row.spent_high:.3f}",
-            "-" if row.predicted is None else f"{row.predicted:.1f} dB",
             "exact" if row.snr > DRAWN_UP_TO else f"{row.snr:.1f} dB",
             f"{row.time_ratio:.2f}",
         )
@@ -72,10 +71,6 @@ def _figure(model: str, best: float, rows: Sequence[Mapping[str, Any]]) -> Any:
     left, right = figure.subplots(1, 2)
     shown = [row for row in rows if row["snr"] <= DRAWN_UP_TO]
     left.plot([r["budget"] for r in shown], [r["snr"] for r in shown], "o-", color="black", label="measured")
-    foreseen = [row for row in shown if row.get("predicted") is not None]
-    if foreseen:
-        at, expected = [r["budget"] for r in foreseen], [r["predicted"] for r in foreseen]
-        left.plot(at, expected, "s--", color="tab:blue", markersize=4, label="predicted")
     left.set_ylabel("latent SNR to dense, dB")
     right.plot([0, 1], [0, 1], ":", color="grey", label="time = FLOPs")
     right.plot(

@@ -14,9 +14,9 @@ from edit_cli.request import Request, command
 def calibrate(request: Request) -> None:
     """Make a bundle for a model: fit one in minutes, or train routers as the paper does.
 
-    Fitting runs the dense model on calibration prompts (or pictures, for meshes), measures how well each step
-    is predicted from those before and what an error does to the result, and tries which steps are best
-    computed. Training teaches routers which blocks to skip and how wide to run the others.
+    Fitting runs the dense model once on a few prompts (or pictures, for meshes), and then candidates of a
+    plan for each budget, whose weights are fitted along the way. Training teaches routers which blocks to
+    skip and how wide to run the others.
 
     [dim]edit calibrate -m qwen-image-tiny -o bundle
     edit generate "a cat" --routers bundle --budget 0.5[/dim]

@@ -90,7 +90,7 @@ def _order(source: Source, calls: list[Inputs]) -> dict[str, float | bool]:
 
 def _bundle_for(bundle: Bundle, transformer: Any, name: str) -> Bundle:
     """The bundle for the model as it is now."""
-    return replace(bundle, base_model=name, fingerprint=fingerprint(transformer), planners={})
+    return replace(bundle, base_model=name, fingerprint=fingerprint(transformer))
 
 
 def load_stock(source: Source, folder: Path) -> Any:

@@ -113,9 +113,9 @@ class Variant:
             with put_in(pipe, self.small.transformer):
                 return workload.run(0, **arguments)
         # the bundle was checked when it was opened; since then hidden units were put in another order
-        elastic = attach(pipe.transformer, self.source.bundle, budget=self.budget, force=True)
+        elastic = attach(pipe, self.source.bundle, budget=self.budget, force=True)
         try:
-            with elastic.scope(num_steps=workload.num_steps, samples=workload.rows) as trace:
+            with elastic.scope(samples=workload.rows) as trace:
                 result = workload.run(0, **arguments)
         finally:
             elastic.detach()

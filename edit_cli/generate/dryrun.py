@@ -13,9 +13,9 @@ from backbones import registry
 from backbones.spec import GIB
 from edit_cli.console import readable_count, two_columns
 from edit_cli.errors import bad_input
-from edit_cli.generate.medium import Job
 from edit_cli.generate.plan import Plan
 from edit_cli.generate.report import flops, one_or_all
+from edit_cli.generate.result import job_flops
 from edit_cli.generate.routers import settle
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -38,7 +38,7 @@ def dry_run(plan: Plan) -> DryRun:
     # the paper's checkpoint decides its spend while it runs
     budgets = [1.0 if job.budget is None else job.budget for job in plan.jobs]
     with bad_input():
-        dense = [_job_flops(plan, job) for job in plan.jobs]
+        dense = [job_flops(plan, job) for job in plan.jobs]
         memory = _memory(plan)
     calls = sum(
         jobs[0].denoising_steps * len(plan.medium.calls(jobs[0], plan.backbone)) for jobs, _ in plan.batches()
@@ -85,14 +85,6 @@ def as_table(dry: DryRun) -> RenderableType:
     rows |= {name: text for name, (_, text) in plan.medium.needs(plan.jobs).items()}
     rows["would write"] = ", ".join(report["outputs"][:8]) + (" ..." if len(report["outputs"]) > 8 else "")
     return Group(Text("dry run: nothing was loaded or written", style="bold"), Text(), two_columns(rows))
-
-
-def _job_flops(plan: Plan, job: Job) -> float:
-    """FLOPs of one result's denoising, dense: counted on the meta device."""
-    from backbones.loading import call_flops
-
-    calls = plan.medium.calls(job, plan.backbone)
-    return job.denoising_steps * sum(call_flops(plan.backbone, size) for size in calls)
 
 
 def _memory(plan: Plan) -> Mapping[str, Any]:

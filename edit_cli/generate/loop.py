@@ -57,8 +57,9 @@ def run_plan(plan: Plan, show_progress: bool) -> Result:
 def _run_batches(session: Session, batches: Batches, result: Result, bars: Any) -> StageClock:
     """Run, save and compare. Returns what the dense runs took."""
     medium, compare = session.plan.medium, session.plan.compare
-    on_step = _task(bars, "denoising", batches)
-    on_dense_step = _task(bars, "dense, to compare", batches if compare else ())
+    on_step = _task(bars, "denoising", [session.evaluations(jobs[0]) for jobs, _ in batches])
+    dense_steps = [jobs[0].denoising_steps for jobs, _ in batches] if compare else []
+    on_dense_step = _task(bars, "dense, to compare", dense_steps)
     taken = StageClock(medium.stages)
     for number, (jobs, rows) in enumerate(batches):
         dense = None
@@ -76,8 +77,8 @@ def _run_batches(session: Session, batches: Batches, result: Result, bars: Any) 
     return taken
 
 
-def _task(bars: Any, label: str, batches: Iterable[tuple[tuple[Job, ...], Any]]) -> OnStep:
-    total = sum(jobs[0].denoising_steps for jobs, _ in batches)
+def _task(bars: Any, label: str, steps: Iterable[int]) -> OnStep:
+    total = sum(steps)
     if bars is None or not total:
         return lambda: None
     task = bars.add_task(label, total=total)

@@ -36,7 +36,7 @@ OnStep = Callable[[], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One result to make. budget, solver None: what the routers recommend, the model's own."""
+    """One result to make. budget, target, solver None: what is recommended, "dense", the model's own."""
 
     index: int
     path: Path
@@ -45,6 +45,7 @@ class Job:
     guidance: float
     budget: float | None
     solver: str | None
+    target: str | None = None
 
     @property
     def denoising_steps(self) -> int:

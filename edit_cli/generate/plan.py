@@ -18,7 +18,7 @@ from edit_cli import checks
 from edit_cli.errors import EditError
 from edit_cli.generate.medium import Fields, Job, Medium
 from edit_cli.generate.outputs import plan_outputs
-from edit_cli.generate.routers import DEFAULT_ROUTERS, check_dense, find_routers
+from edit_cli.generate.routers import DEFAULT_ROUTERS, find_routers
 from edit_cli.request import Request
 
 SAME_RESULT = (
@@ -91,8 +91,6 @@ def make_plan(request: Request, medium: Medium, *, kept: bool = True) -> Plan:
         jobs.append(medium.job(**each))
     if "compare" in request:
         _check_comparisons(jobs, medium)
-    if routers is None:
-        warnings += check_dense([job.budget for job in jobs], backbone, "dry_run" in request)
     replayed = record if record and not set(request) - set(SAME_RESULT) else None
     rows = () if replayed is None or len(jobs) > 1 else replayed.get("batch", ())
     return Plan(
@@ -167,6 +165,7 @@ def _fields(
             "guidance": fields.get("guidance", backbone.defaults.guidance),
             "budget": fields.get("budget"),
             "solver": fields.get("solver"),
+            "target": fields.get("target"),
         }
         if fields.get("guidance") and not backbone.takes_guidance:
             warnings.append(f"{backbone.name} has no guidance embedding: --guidance has no effect")

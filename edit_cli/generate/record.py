@@ -57,6 +57,7 @@ def make_record(batch: Batch, row: int, session: Session) -> dict[str, Any]:
     record: dict[str, Any] = {
         **{name: getattr(job, name) for name in medium.recorded_fields},
         "budget": job.budget,
+        "target": job.target,
         "spent": round(batch.trace.spent[row], 4),
         "model": backbone.name,
         "model_source": backbone.address,

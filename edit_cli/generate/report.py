@@ -32,8 +32,11 @@ def as_json(result: Result) -> dict[str, Any]:
         "spent": [round(spent, 4) for spent in result.spent],
         "flops": result.flops,
         "seconds": result.seconds,
-        "decisions": result.decisions,
     }
+    if result.decisions is not None:
+        report["decisions"] = result.decisions
+    else:
+        report["evaluations"] = dict(zip(("made", "dense"), result.evaluations, strict=True))
     for name in result.facts[0]:
         report[name] = [facts[name] for facts in result.facts]
     for job in jobs:
@@ -60,9 +63,8 @@ def as_table(result: Result) -> RenderableType:
     summary = {
         "model": _model(result),
         "budget": f"asked {_budget(budget)}, spent {spread(result.spent)} of the dense FLOPs",
-        "compute": f"{flops(result.flops['spent'])} of {flops(result.flops['dense'])} dense, "
-        f"in {result.calls} transformer calls",
-        "decisions": decision_line(result.decisions),
+        "compute": f"{flops(result.flops['spent'])} of {flops(result.flops['dense'])} dense, {_made(result)}",
+        **({} if result.decisions is None else {"decisions": decision_line(result.decisions)}),
         "time": " · ".join(f"{names[name]} {value:.2f} s" for name, value in result.seconds.items()),
         "": f"denoising is {share:.0%} of the time after loading: a lower budget can save no more than that",
     }
@@ -98,6 +100,13 @@ def _model(result: Result) -> str:
         f"{plan.backbone.name}, {routers_label(plan.routers, plan.backbone)}, "
         f"{plan.medium.size(result.jobs)}, {numbers}, guidance {first.guidance:g}{solver}"
     )
+
+
+def _made(result: Result) -> str:
+    if result.decisions is not None:
+        return f"in {result.calls} transformer calls"
+    made, dense = result.evaluations
+    return f"{made} evaluations in the place of {dense} steps" if made < dense else f"in {dense} steps"
 
 
 def _budget(budget: Any) -> str:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edit_cli.generate.medium import Job
+from routers.planned.spent import PlanTrace
 
 if TYPE_CHECKING:
     from edit_cli.generate.plan import Plan
     from edit_cli.generate.session import Batch
+    from routers.trace import Trace
 
 
 class StageClock:
@@ -49,9 +51,21 @@ def waiter(device: str) -> Callable[[], None]:
     return wait
 
 
+def job_flops(plan: Plan, job: Job) -> float:
+    """FLOPs of one result's denoising, dense: counted on the meta device. Raises ModelError."""
+    from backbones.loading import call_flops
+
+    calls = plan.medium.calls(job, plan.backbone)
+    return job.denoising_steps * sum(call_flops(plan.backbone, size) for size in calls)
+
+
 @dataclass
 class Result:
-    """Finished jobs in order, with what was spent on each and facts about each; sums over all of them."""
+    """Finished jobs in order, with what was spent on each and facts about each; sums over all of them.
+
+    decisions, calls: of routers over blocks, where they decide. evaluations: of plans, made and of the dense
+    run.
+    """
 
     plan: Plan
     jobs: list[Job] = field(default_factory=list)
@@ -59,7 +73,8 @@ class Result:
     facts: list[dict[str, Any]] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
     flops: dict[str, float] = field(default_factory=lambda: {"dense": 0.0, "spent": 0.0})
-    decisions: dict[str, Any] = field(default_factory=lambda: {"skip": 0, "reuse": 0, "compute": {}})
+    decisions: dict[str, Any] | None = None
+    evaluations: list[int] = field(default_factory=lambda: [0, 0])
     seconds: dict[str, float] = field(default_factory=dict)
     calls: int = 0
     comparison: dict[str, Any] | None = None
@@ -71,17 +86,25 @@ class Result:
         self.jobs += [batch.jobs[row] for row in rows]
         self.spent += [trace.spent[row] for row in rows]
         self.facts += [self.plan.medium.facts(batch.results[row]) for row in rows]
-        for name, value in trace.flops.items():
+        for name, value in batch.flops.items():
             self.flops[name] += value
-        for name in ("skip", "reuse"):
-            self.decisions[name] += trace.decisions[name]
-        compute = self.decisions["compute"]
-        for width, count in trace.decisions["compute"].items():
-            compute[width] = compute.get(width, 0) + count
-        self.calls += trace.num_calls
+        if isinstance(trace, PlanTrace):
+            self.evaluations = [trace.made + self.evaluations[0], trace.of + self.evaluations[1]]
+        else:
+            self._add_decisions(trace)
         self.note(*trace.notes)
         if len(rows) < len(batch.jobs):
             self.note(f"replayed in its batch of {len(batch.jobs)}: FLOPs and seconds are the batch's")
+
+    def _add_decisions(self, trace: Trace) -> None:
+        decisions: Any = trace.decisions
+        self.decisions = self.decisions or {"skip": 0, "reuse": 0, "compute": {}}
+        for name in ("skip", "reuse"):
+            self.decisions[name] += decisions[name]
+        compute = self.decisions["compute"]
+        for width, count in decisions["compute"].items():
+            compute[width] = compute.get(width, 0) + count
+        self.calls += trace.num_calls
 
     def note(self, *notes: str) -> None:
         """Say something once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,23 +43,6 @@ def routers_label(path: Path | None, backbone: Backbone) -> str:
     if path is None:
         return "no routers"
     return "its own routers" if path == backbone.bundle else f"routers {path.name}"
-
-
-def check_dense(budgets: Iterable[float | None], backbone: Backbone, dry_run: bool) -> tuple[str, ...]:
-    """Without routers there is only the full budget; a dry run may still ask what another would cost.
-
-    Returns warnings. Raises EditError.
-    """
-    low = min((budget for budget in budgets if budget is not None), default=1.0)
-    if low == 1.0:
-        return ()
-    message = (
-        f"--budget {low:g} needs routers and {backbone.name!r} has none here; give --routers BUNDLE, "
-        f"or make one with: edit calibrate -m {backbone.address} -o bundle"
-    )
-    if not dry_run:
-        raise EditError(message)
-    return (message,)
 
 
 @dataclass(frozen=True)
@@ -120,12 +103,10 @@ class RouterSource:
         if self.bundle is None or all(job.budget == 1.0 for job in jobs):
             return []
         fitted = self.bundle.num_steps
-        far = sorted({job.steps for job in jobs if not fitted / 2 <= job.steps <= fitted * 2})
-        if not far:
+        other = sorted({job.steps for job in jobs} - {fitted})
+        if not other:
             return []
-        return [
-            f"these routers were fitted at {fitted} steps; {far[0]} is far from that, quality may be lower"
-        ]
+        return [f"calibrated at {fitted} steps; at {other[0]} the plan is the one that needs no calibration"]
 
 
 def settle(plan: Plan) -> tuple[Plan, RouterSource]:

@@ -15,12 +15,15 @@ from backbones.solvers import check_solver, solver
 from edit_cli.errors import EditError, bad_input, memory_errors
 from edit_cli.generate.medium import Job, OnStep
 from edit_cli.generate.plan import Plan
-from edit_cli.generate.result import StageClock
+from edit_cli.generate.result import StageClock, job_flops
 from edit_cli.generate.routers import RouterSource
 from routers.attachment import attach
 from routers.elastic import Elastic
 from routers.paper import checkpoint as release
 from routers.paper import policy as release_policy
+from routers.planned.sampled import Sampled
+from routers.planned.universal import fewer_steps
+from routers.trace import Trace
 
 RELEASE_NOTE = (
     "routers in the paper's released layout: exact mode with fixed compute; "
@@ -32,17 +35,18 @@ RELEASE_NOTE = (
 class Batch:
     """What one pipeline call gave: results in job order (a RunError for one that failed by itself).
 
-    trace: what was spent and decided; None for a run with nothing attached.
+    trace: what was spent and decided; None for a run with nothing attached. flops: of all jobs together.
     """
 
     jobs: tuple[Job, ...]
     results: list[Any]
     trace: Any = None
+    flops: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Session:
-    """A pipeline on its device. elastic None: dense, nothing attached."""
+    """A pipeline on its device. elastic: what `routers.attach` gave, None while nothing is attached."""
 
     plan: Plan
     pipe: Any
@@ -83,14 +87,14 @@ class Session:
         return str(device.type)
 
     def attach(self) -> None:
-        """Put the blocks under control of the routers; without routers, open and only counted."""
+        """Make the pipeline keep to budgets: by a plan, or by routers that decide over its blocks."""
         transformer, spec = self.pipe.transformer, self.plan.backbone.family.transformer
         with bad_input():
             if self._release_routers is not None:
                 policy = functools.partial(release_policy.ReleasePolicy, dtype=transformer.dtype)
                 self.elastic = Elastic(transformer, spec, policy, list(self._release_routers))
             else:
-                self.elastic = attach(transformer, self.source.bundle, spec=spec, force=self.plan.force)
+                self.elastic = attach(self.pipe, self.source.bundle, force=self.plan.force)
 
     def detach(self) -> None:
         """Leave a clean model. Safe to call twice."""
@@ -101,17 +105,33 @@ class Session:
     def run(self, jobs: Sequence[Job], on_step: OnStep = lambda: None) -> Batch:
         """One pipeline call for jobs of one group. Raises RunError when memory runs out."""
         first, medium = jobs[0], self.plan.medium
-        scope: Any = nullcontext()
-        if self.elastic is not None:
-            scope = self.elastic.scope(
-                budget=first.budget, num_steps=first.denoising_steps, samples=len(jobs)
-            )
         pipe = medium.pipe(self, first)
+        pipe.scheduler = self.pipe.scheduler
+        scope = nullcontext() if self.elastic is None else self._scope(first, len(jobs))
         stepping = nullcontext() if first.solver is None else solver(pipe, first.solver)
         size = f"at {medium.size(jobs)}, batch {len(jobs)}"
         with memory_errors(size, medium.smaller), loading.quiet_libraries(), stepping, scope as trace:
             results = medium.call(self, pipe, jobs, on_step)
-        return Batch(tuple(jobs), results, trace)
+        return Batch(tuple(jobs), results, trace, {} if trace is None else self._flops(jobs, trace))
+
+    def _scope(self, job: Job, samples: int) -> Any:
+        wishes: dict[str, Any] = {"budget": job.budget, "samples": samples}
+        if isinstance(self.elastic, Sampled):
+            planner = None if job.solver is None else fewer_steps(job.budget or self.elastic.budget)
+            return self.elastic.scope(target=job.target, planner=planner, **wishes)
+        return self.elastic.scope(num_steps=job.denoising_steps, **wishes)
+
+    def _flops(self, jobs: Sequence[Job], trace: Any) -> dict[str, float]:
+        """Routers count what they decide; of a plan it is the share of what the dense run takes."""
+        if isinstance(trace, Trace):
+            return trace.flops
+        dense = sum(job_flops(self.plan, job) for job in jobs)
+        return {"dense": dense, "spent": dense * trace.share}
+
+    def evaluations(self, job: Job) -> int:
+        """How often a job's run calls its `on_step`."""
+        steps = job.denoising_steps
+        return self.elastic.evaluations(steps, job.budget) if isinstance(self.elastic, Sampled) else steps
 
     def warm_up(self, jobs: Sequence[Job]) -> None:
         """One denoising step whose result and time are thrown away, so that comparisons start warm."""

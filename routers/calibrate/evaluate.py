@@ -17,8 +17,6 @@ from torch import Tensor
 
 from ..attachment import attach
 from ..bundle import Bundle
-from ..planned.plan import StepPlan
-from ..trace import Trace
 from .workload import Workload, require_finite
 
 RECOMMENDED_DB = 30.0
@@ -32,8 +30,7 @@ class Quality:
 
     spent: mean FLOPs ratio; spent_low, spent_high: its range over samples. snr: energy of the dense final
     latents over that of the difference, dB (median over samples). time_ratio: median seconds of a batch
-    over the dense median. predicted: the plans' own estimate of the SNR, from the mean error they leave over
-    the mean energy of the latents, dB; None where nothing is predicted or the bundle lacks the energy.
+    over the dense median.
     """
 
     budget: float
@@ -42,11 +39,9 @@ class Quality:
     spent_high: float
     snr: float
     time_ratio: float
-    predicted: float | None = None
 
 
 def evaluate(
-    transformer: torch.nn.Module,
     bundle: Bundle,
     workload: Workload,
     budgets: Sequence[float],
@@ -56,14 +51,12 @@ def evaluate(
     budgets = list(budgets)
     seconds: dict[float, list[float]] = {b: [] for b in [*budgets, 1.0]}
     samples: dict[float, list[tuple[float, float]]] = {b: [] for b in budgets}
-    predicted: dict[float, float | None] = {}
     workload.run(0)  # warm
     for batch in range(workload.num_batches):
         dense, taken = _timed(workload, batch)
         seconds[1.0].append(taken)
         for budget in budgets:
-            latents, taken, trace, plan = _elastic(transformer, bundle, workload, batch, budget)
-            predicted[budget] = predicted_snr(bundle, plan)
+            latents, taken, trace = _elastic(bundle, workload, batch, budget)
             if budget != 1.0:
                 seconds[budget].append(taken)
             samples[budget] += list(zip(trace.spent, latent_snr(latents, dense), strict=True))
@@ -74,18 +67,8 @@ def evaluate(
         spent = [s for s, _ in samples[budget]]
         snr = statistics.median(db for _, db in samples[budget])
         ratio = statistics.median(seconds[budget]) / reference
-        rows.append(
-            Quality(budget, float(np.mean(spent)), min(spent), max(spent), snr, ratio, predicted[budget])
-        )
+        rows.append(Quality(budget, float(np.mean(spent)), min(spent), max(spent), snr, ratio))
     return rows
-
-
-def predicted_snr(bundle: Bundle, plan: StepPlan | None) -> float | None:
-    """The SNR in dB that a plan expects of the final latents, or None (see `Quality.predicted`)."""
-    energy = bundle.metadata.get("latent_energy")
-    if plan is None or not energy or plan.error <= 0:
-        return None
-    return float(10 * np.log10(energy / plan.error))
 
 
 def recommend(rows: Sequence[Quality], threshold: float = RECOMMENDED_DB) -> float:
@@ -100,25 +83,20 @@ def recommend(rows: Sequence[Quality], threshold: float = RECOMMENDED_DB) -> flo
 
 def as_metadata(rows: Sequence[Quality]) -> list[dict[str, Any]]:
     """JSON data for `bundle.json`."""
-    return [{k: None if v is None else round(v, 4) for k, v in asdict(row).items()} for row in rows]
+    return [{name: round(value, 4) for name, value in asdict(row).items()} for row in rows]
 
 
-def _elastic(
-    transformer: torch.nn.Module, bundle: Bundle, workload: Workload, batch: int, budget: float
-) -> tuple[Tensor, float, Trace, StepPlan | None]:
-    """Latents, seconds, trace and plan of a batch at a budget. Raises NotFiniteError."""
-    elastic, policy = attach(transformer, bundle, budget=budget, force=True), bundle.policy()
+def _elastic(bundle: Bundle, workload: Workload, batch: int, budget: float) -> tuple[Tensor, float, Any]:
+    """Latents, seconds and trace of a batch at a budget. Raises NotFiniteError."""
+    elastic = attach(workload.pipe, bundle, budget=budget, force=True)
     try:
-        with (
-            torch.no_grad(),
-            elastic.scope(num_steps=workload.num_steps, samples=workload.rows, policy=policy) as trace,
-        ):
+        with torch.no_grad(), elastic.scope(samples=workload.rows) as trace:
             latents, taken = _timed(workload, batch)
     finally:
         elastic.detach()
     at = f"in the latents of batch {batch + 1} of {workload.num_batches} at budget {budget:g} (measure)"
     require_finite(latents, at)
-    return latents, taken, trace, policy.plan
+    return latents, taken, trace
 
 
 def _timed(workload: Workload, batch: int) -> tuple[Tensor, float]:

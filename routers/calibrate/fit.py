@@ -1,52 +1,119 @@
-"""`calibrate --method fit`: a bundle in minutes, the backbone untouched.
+"""Fit a bundle: plans in time for one model, from a dense run and a run or two of each plan.
 
-1. record: what the blocks of the dense model add together at every step, as products between steps;
-2. gains: what an error at one step does to the final latents;
-3. plans: for the calibrated number of steps, those that come out best when they are run.
+1. record: the samples' dense run (and, for plans that aim at it, the exact solution: many steps of AB2);
+2. plans: for every number of evaluations a few candidates, fitted in closed loop (`planned/choose_times.py`).
 
-1 and 2 are the moments from which a plan for any budget and step count is solved at run time.
-
-Shapes: G branches, S steps.
+One batch of samples is enough: a handful of weights are fitted to thousands of latent values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from ..attachment import architecture, fingerprint
 from ..bundle import Bundle
-from ..elastic import Elastic
-from ..planned.prediction import Moments
+from ..planned.choose_times import Fitted, choose
+from ..planned.closed_loop import Recording, Steps, Trajectory
+from ..planned.scheduler import check_scheduler, elastic_scheduler
+from ..planned.timeplan import Array, TimePlan, adams_bashforth, euler, moving, resampled, shifted
+from ..planned.universal import missing_shift
 from ..spec import TransformerSpec
-from .choose import choose_plans
-from .gains import measure_gains
-from .record import Record, record
+from .settings import EXACT, FitSettings
 from .state import State
-from .workload import Workload
+from .workload import Workload, require_finite
 
 Report = Callable[[str, int, int], None]
 """(phase, done, of)."""
 
 
-@dataclass(frozen=True)
-class FitSettings:
-    """probes: single predictions to measure gains with. tried: samples that plans are run on, 0 for none.
-    least: smallest budget that plans are run for. seed: of the workload, for the record.
-    """
+class Fit:
+    """A fit under way. state: keeps what is finished, and gives back what an earlier attempt kept."""
 
-    probes: int = 80
-    tried: int = 8
-    least: float = 0.35
-    seed: int = 0
+    def __init__(
+        self, workload: Workload, settings: FitSettings, state: State | None, report: Report
+    ) -> None:
+        self.workload, self.settings, self.state, self.report = workload, settings, state, report
+        self.grid: Array = np.zeros(0)
+        check_scheduler(workload.pipe.scheduler)
+
+    def run(self, steps: Callable[[Array], Steps | None]) -> Tensor:
+        """The samples' latents along what a planner makes of their own times. Raises NotFiniteError."""
+
+        def planner(grid: Array) -> Steps | None:
+            self.grid = grid
+            return steps(moving(grid))
+
+        with torch.no_grad(), elastic_scheduler(self.workload.pipe, planner):
+            latents = self.workload.run(0).cpu()
+        require_finite(latents, "in the final latents of the calibration samples")
+        return latents
+
+    def record(self, target: str) -> Trajectory:
+        """The run that plans aim at."""
+        stored = None if self.state is None else self.state.get(f"record-{target}")
+        if stored is None:
+            stored = self._record(target)
+            if self.state is not None:
+                self.state.keep(f"record-{target}", stored)
+        self.grid = stored["grid"].double().numpy()
+        velocities = [] if target == "dense" else list(stored["velocities"])
+        return Trajectory(stored["times"].tolist(), list(stored["states"]), velocities)
+
+    def _record(self, target: str) -> dict[str, Tensor]:
+        recordings: list[Recording] = []
+
+        def planner(grid: Array) -> Recording:
+            if target == "dense":
+                plan = euler(grid)
+            else:
+                times = shifted(resampled(grid, EXACT * (len(grid) - 1)), missing_shift(grid))
+                plan = adams_bashforth(times, 2)
+            recordings.append(Recording(plan))
+            return recordings[-1]
+
+        self.run(planner)
+        path = recordings[-1].trajectory
+        return {
+            "grid": torch.from_numpy(self.grid.copy()),
+            "times": torch.tensor(path.times, dtype=torch.float64),
+            "states": torch.stack(path.states).cpu(),
+            "velocities": torch.stack(path.velocities).cpu(),
+        }
+
+    def plans(self) -> dict[str, dict[int, TimePlan]]:
+        """For each target and number of evaluations."""
+        chosen: dict[str, dict[int, TimePlan]] = {}
+        for target in self.settings.targets:
+            self.report(f"record {target}", 0, 1)
+            recorded = self.record(target)
+            numbers = self.settings.evaluations(len(self.grid) - 1)
+            for done, evaluations in enumerate(numbers):
+                self.report(f"plans, {target}", done, len(numbers))
+                chosen.setdefault(target, {})[evaluations] = self._plan(recorded, evaluations, target)
+        return chosen
+
+    def _plan(self, recorded: Trajectory, evaluations: int, target: str) -> TimePlan:
+        name = f"plan-{target}-{evaluations}"
+        stored = None if self.state is None else self.state.get(name)
+        if stored is not None:
+            return TimePlan.from_arrays({key: value.numpy() for key, value in stored.items()})
+        fitted: Fitted = choose(
+            lambda steps: self.run(lambda grid: steps), recorded, self.grid, evaluations, target,
+            self.settings.tries,
+        )  # fmt: skip
+        if self.state is not None:
+            arrays = fitted.plan.to_arrays()
+            self.state.keep(name, {key: torch.from_numpy(array.copy()) for key, array in arrays.items()})
+        return fitted.plan
 
 
 def fit(
-    transformer: torch.nn.Module,
+    transformer: nn.Module,
     spec: TransformerSpec,
     workload: Workload,
     base_model: str,
@@ -55,48 +122,25 @@ def fit(
     report: Report = lambda phase, done, total: None,
     state: State | None = None,
 ) -> Bundle:
-    """Fit a bundle to `transformer` on a workload. The weights are not changed.
+    """Fit a bundle to a model on the first batch of a workload.
 
     state: keeps the progress; a fit that continues gives the same bundle as one in one go.
-    Raises NotFiniteError, and OSError if the state cannot be written.
+    Raises NotFiniteError, OSError if the state cannot be written, ValueError for a scheduler that a plan
+    cannot stand in for.
     """
     settings = settings or FitSettings()
-    elastic = Elastic(transformer, spec)
-    try:
-        recorded = record(elastic, workload, partial(report, "record"), state)
-        moments = first_moments(recorded, workload.branches, guidance)
-        gain = measure_gains(
-            elastic, workload, recorded, moments, settings.probes, partial(report, "gains"), state
-        )
-        moments = replace(moments, gain=gain)
-        plans = choose_plans(
-            elastic, workload, recorded, moments, settings.tried, settings.least,
-            partial(report, "plans"), state,
-        )  # fmt: skip
-    finally:
-        elastic.detach()
+    work = Fit(workload, settings, state, report)
+    plans = work.plans()
+    metadata: dict[str, Any] = {"method": "fit", "rows": workload.rows, "seed": settings.seed}
+    metadata["generations"] = round(settings.cost(workload.num_steps), 2)
     return Bundle(
         spec=spec,
-        moments=replace(moments, plans=plans),
         base_model=base_model,
         architecture=architecture(transformer),
         fingerprint=fingerprint(transformer),
         num_steps=workload.num_steps,
         guidance=guidance,
-        times=recorded.times,
-        metadata={
-            "method": "fit",
-            "rows": workload.rows * workload.num_batches,
-            "probes": settings.probes,
-            "seed": settings.seed,
-            "latent_energy": float(recorded.latents.square().mean()),
-        },
+        times=work.grid.tolist(),
+        plans=plans,
+        metadata=metadata,
     )
-
-
-def first_moments(recorded: Record, branches: tuple[str, ...], guidance: float) -> Moments:
-    """Averages over rows; gains not yet measured are 1."""
-    steps = recorded.gram.shape[1] // len(branches)
-    # Classifier-free guidance gives uncond + g (cond - uncond).
-    mixing = np.array([guidance, 1.0 - guidance]) if len(branches) == 2 else np.ones(len(branches))
-    return Moments(branches, recorded.gram.mean(axis=0), np.ones(steps), mixing)

@@ -1,9 +1,7 @@
 """Progress of an unfinished calibration, kept so that an interrupted run can be resumed.
 
-    request.json                what is being calibrated, and how; a resumed run must request the same
-    record-0000.safetensors     what one dense batch gave (`record.Recorder.tensors`)
-    gains.json                  one [[step, log gain], ...] per finished batch of probes
-    trials.json                 one [levels of all steps, dB] per finished trial of a plan
+    request.json          what is being calibrated, and how; a resumed run must request the same
+    NAME.safetensors      what a finished part gave: a recorded run, a plan, a batch of a training
 
 Each file appears whole or not at all.
 """
@@ -23,9 +21,7 @@ from torch import Tensor
 
 from ..files import write_whole
 
-REQUEST, GAINS, TRIALS = "request.json", "gains.json", "trials.json"
-Probes = list[tuple[int, float]]
-"""(step, log of its gain) of each probe in a batch."""
+REQUEST = "request.json"
 
 
 class State:
@@ -33,8 +29,6 @@ class State:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._gains: list[Probes] = []
-        self._trials: list[tuple[list[int], float]] = []
 
     def begin(self, request: Mapping[str, Any], resume: bool) -> bool:
         """Start anew, or with resume go on where an earlier attempt stopped; True if there is one.
@@ -44,13 +38,11 @@ class State:
         file = self.folder / REQUEST
         if resume and file.is_file():
             self._check(_read_json(file), json.loads(json.dumps(request)))
-            gains, trials = self.folder / GAINS, self.folder / TRIALS
-            self._gains = _read_json(gains) if gains.is_file() else []
-            self._trials = _read_json(trials) if trials.is_file() else []
             return True
         self.discard()
         self.folder.mkdir(parents=True)
-        self._write(REQUEST, json.dumps(request, indent=1))
+        text = json.dumps(request, indent=1)
+        write_whole({file: lambda path: Path(path).write_text(text, encoding="utf-8")})
         return False
 
     def discard(self) -> None:
@@ -58,9 +50,9 @@ class State:
         if self.folder.is_dir():
             shutil.rmtree(self.folder)
 
-    def batch(self, number: int) -> dict[str, Tensor] | None:
-        """What a dense batch gave, or None if it was not finished."""
-        file = self.batch_file(number)
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        """What a part gave, or None if it was not finished. Raises ValueError if its file is damaged."""
+        file = self.file(name)
         if not file.is_file():
             return None
         try:
@@ -68,38 +60,15 @@ class State:
         except SafetensorError as error:
             raise _damaged(file) from error
 
-    def keep_batch(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Remember a finished dense batch."""
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Remember a finished part."""
         # cloned: rows may share memory
-        apart = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        write_whole({self.batch_file(number): partial(save_file, apart)})
+        apart = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+        write_whole({self.file(name): partial(save_file, apart)})
 
-    def probes(self, number: int) -> Probes | None:
-        """What a batch of probes gave, or None if it was not finished."""
-        if number >= len(self._gains):
-            return None
-        return [(int(step), float(gain)) for step, gain in self._gains[number]]
-
-    def keep_probes(self, probes: Probes) -> None:
-        """Remember the next finished batch of probes."""
-        self._gains.append(probes)
-        self._write(GAINS, json.dumps(self._gains))
-
-    def trial(self, levels: list[int]) -> float | None:
-        """What a plan's trial gave, in dB, or None if it was not finished."""
-        return next((float(score) for tried, score in self._trials if list(tried) == levels), None)
-
-    def keep_trial(self, levels: list[int], score: float) -> None:
-        """Remember a finished trial."""
-        self._trials.append((levels, score))
-        self._write(TRIALS, json.dumps(self._trials))
-
-    def batch_file(self, number: int) -> Path:
-        """Where a dense batch is kept."""
-        return self.folder / f"record-{number:04d}.safetensors"
-
-    def _write(self, name: str, text: str) -> None:
-        write_whole({self.folder / name: lambda path: Path(path).write_text(text, encoding="utf-8")})
+    def file(self, name: str) -> Path:
+        """Where a part is kept."""
+        return self.folder / f"{name}.safetensors"
 
     def _check(self, before: Any, now: Mapping[str, Any]) -> None:
         if not isinstance(before, dict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ from ..policy import Policy
 class Workload(Protocol):
     """A fixed set of generations, runnable again and again with the same noise.
 
-    num_batches: how many batches. rows: samples per batch. num_steps: denoising steps of each run.
+    pipe: the pipeline that runs. num_batches: how many batches. rows: samples per batch. num_steps: denoising
+    steps of each run.
     branches: names of the CFG branches in the order they are called ("cond", "uncond"), or ("main",).
     Branches that share a batch are one call of branch "main", its rows one branch after the other.
     """
 
+    pipe: Any
     num_batches: int
     rows: int
     num_steps: int

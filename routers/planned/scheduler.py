@@ -7,11 +7,13 @@ bar, callbacks and masks go by the times that they are offered.
 
 A run from a picture (img2img, inpainting) begins part of the way. Pipelines find that place by
 `get_timesteps(steps, strength)`; while the scheduler is in place, it answers on the pipeline's own grid, so
-that `strength` means the same noise as ever, and what remains of the grid gets a plan of its own.
+that `strength` means the same noise as ever, and what remains of the grid gets a plan of its own. That holds
+for every pipeline that shares the scheduler, whenever it was made.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,23 +27,26 @@ from torch import Tensor
 from .closed_loop import Follower, Steps
 from .timeplan import Array, TimePlan
 
-Planner = Callable[[Array], Steps]
-"""From the times of a run's own grid [N + 1] to what is done instead."""
+Planner = Callable[[Array], Steps | None]
+"""From the times of a run's own grid [N + 1] to what is done instead; None: the run's own steps."""
 
 
 class ElasticFlowScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     """diffusers' flow-matching Euler scheduler with a plan's times and weights.
 
     planner: set by `elastic_scheduler`. grid [N + 1]: the pipeline's own times of this run. plan: what is
-    done instead.
+    done instead, None for the pipeline's own steps. on_step: called at each
+    evaluation.
     """
 
     planner: Planner
-    plan: Steps
+    plan: Steps | None
     timesteps: Tensor
     sigmas: Tensor
     grid: Array
+    on_step: Callable[[], None]
     _run: Follower
+    _patched: list[Any]
 
     def set_timesteps(
         self,
@@ -53,7 +58,28 @@ class ElasticFlowScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mis
     ) -> None:
         """As the pipeline's own scheduler (pipelines look at the arguments' names), then the plan's times."""
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        self._serve(_caller(self))
         self._offer(np.array(self.sigmas.tolist()))
+
+    def _serve(self, pipe: Any) -> None:
+        """Answer for a pipeline where a run from a picture begins, until `leave`."""
+        if not hasattr(pipe, "get_timesteps") or any(pipe is other for other in self._patched):
+            return
+
+        def get_timesteps(
+            num_inference_steps: int, strength: float, device: Any = None
+        ) -> tuple[Tensor, int]:
+            times = self.begin_at(strength)
+            return times, len(times)
+
+        pipe.get_timesteps = get_timesteps
+        self._patched.append(pipe)
+
+    def leave(self) -> None:
+        """Give pipelines back what `_serve` replaced."""
+        for pipe in self._patched:
+            del pipe.get_timesteps
+        self._patched.clear()
 
     def begin_at(self, strength: float) -> Tensor:
         """A run that begins at the step of its own grid that `strength` means; returns its times."""
@@ -65,16 +91,18 @@ class ElasticFlowScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mis
 
     def _offer(self, grid: Array) -> None:
         self.grid, self.plan = grid, self.planner(grid)
-        device = self.timesteps.device
-        self.sigmas = torch.tensor(self.plan.times.tolist(), dtype=torch.float32, device=device)
-        self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+        times = grid if self.plan is None else self.plan.times
+        self.sigmas = torch.tensor(times.tolist(), dtype=torch.float32, device=self.sigmas.device)
+        scale = self.config.num_train_timesteps
+        self.timesteps = (self.sigmas[:-1] * scale).to(self.timesteps.device)
         self.num_inference_steps = len(self.timesteps)
 
     def _init_step_index(self, timestep: Any) -> None:
         super()._init_step_index(timestep)
         if self._step_index and isinstance(self.plan, TimePlan):
             self.plan = self.plan.begun_at(self._step_index)
-        self._run = Follower(self.plan)
+        if self.plan is not None:
+            self._run = Follower(self.plan)
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, *, return_dict: bool = True, **kwargs: Any
@@ -85,6 +113,9 @@ class ElasticFlowScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mis
         if self.step_index is None:
             self._init_step_index(timestep)
         step = self.step_index
+        self.on_step()
+        if self.plan is None:
+            return super().step(model_output, timestep, sample, return_dict=return_dict, **kwargs)
         size = float(self.sigmas[step + 1].double() - self.sigmas[step].double())
         after = self._run.step(step, sample, model_output, size).to(model_output.dtype)
         self._step_index += 1
@@ -93,6 +124,10 @@ class ElasticFlowScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mis
 
 def check_scheduler(scheduler: Any) -> None:
     """Raises ValueError, with the reason, if a plan in time cannot take this scheduler's place."""
+    if hasattr(scheduler, "planned"):
+        return
+    if isinstance(scheduler, ElasticFlowScheduler):
+        raise ValueError("this pipeline already follows a plan: detach it first")
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise ValueError(
             f"a plan in time takes the place of FlowMatchEulerDiscreteScheduler, and this pipeline has "
@@ -103,28 +138,47 @@ def check_scheduler(scheduler: Any) -> None:
             raise ValueError(f"a plan in time follows the flow's own times; this scheduler has {name}=True")
 
 
+def takes_plans(scheduler: Any) -> bool:
+    """Whether a plan in time can take a scheduler's place."""
+    try:
+        check_scheduler(scheduler)
+    except ValueError:
+        return False
+    return True
+
+
+def _caller(scheduler: Any) -> Any:
+    """The pipeline whose method is setting this scheduler's timesteps; None outside of one."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",):
+            pipe = frame.f_locals.get("self")
+            if getattr(pipe, "__dict__", {}).get("scheduler") is scheduler:
+                return pipe
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
 @contextmanager
-def elastic_scheduler(pipe: Any, planner: Planner) -> Iterator[ElasticFlowScheduler]:
-    """The pipeline on a planner's times and weights instead of its own. Raises as `check_scheduler`."""
+def elastic_scheduler(
+    pipe: Any, planner: Planner, on_step: Callable[[], None] = lambda: None
+) -> Iterator[Any]:
+    """The pipeline on a planner's times and weights instead of its own. Raises as `check_scheduler`.
+
+    A scheduler that is not diffusers' may bring its own counterpart: `scheduler.planned(planner, on_step)`.
+    on_step: called at each evaluation.
+    """
     check_scheduler(pipe.scheduler)
     before = pipe.scheduler
-    scheduler = ElasticFlowScheduler.from_config(before.config)
-    scheduler.set_shift(before.shift)  # it may have been set after the scheduler was made
-    scheduler.planner = planner
+    if hasattr(before, "planned"):
+        scheduler = before.planned(planner, on_step)
+    else:
+        scheduler = ElasticFlowScheduler.from_config(before.config)
+        scheduler.set_shift(before.shift)  # it may have been set after the scheduler was made
+        scheduler.planner, scheduler.on_step, scheduler._patched = planner, on_step, []
     pipe.scheduler = scheduler
-    starts_late = hasattr(pipe, "get_timesteps")
-    if starts_late:
-
-        def get_timesteps(
-            num_inference_steps: int, strength: float, device: Any = None
-        ) -> tuple[Tensor, int]:
-            times = scheduler.begin_at(strength)
-            return times, len(times)
-
-        pipe.get_timesteps = get_timesteps
     try:
         yield scheduler
     finally:
         pipe.scheduler = before
-        if starts_late:
-            del pipe.get_timesteps
+        scheduler.leave()

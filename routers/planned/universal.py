@@ -1,52 +1,86 @@
-"""A plan for any budget with nothing measured: the run's own times, shifted, and Adams-Bashforth's weights.
+"""A plan for any budget with nothing measured: times warped, and Adams-Bashforth's weights.
 
-Towards the exact solution these are Adams-Bashforth's own. Towards the run of all steps ("dense") they are
-summed on its grid, so that a plan goes astray as Euler's run does: nearer to it by several dB than to the
-exact solution, at the same price, and at the full budget it is that run.
+Towards the exact solution a plan moves the run's own times towards the noise. Towards the run of all steps
+("dense") it takes some of that run's own times, and its weights are summed on that grid, so that a plan
+goes astray as Euler's run does: nearer to it by several dB than to the exact solution, at the same price, and
+at the full budget it is that run.
+
+Pipelines of large models bring times that are shifted already; those are moved only as far as `SHIFT`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
+from ..spec import TARGETS
+from .spent import evaluations_for
 from .timeplan import Array, TimePlan, adams_bashforth, euler, moving, resampled, shifted
 
 SHIFT = 2.2
-"""Of a run's own times (docs/notes/solver-plan.md)."""
-TARGETS = ("dense", "exact")
-"""What a plan aims at: the run of all the pipeline's steps, or the solution that ever more steps tend to."""
-GRAIN = 1e-6
-"""A budget may be so little above what whole evaluations come to, as a share of one."""
-
-
-def evaluations_for(budget: float, steps: int) -> int:
-    """Whole evaluations that a share of the dense run's FLOPs buys, at least one.
-
-    Raises ValueError for a budget that is not in (0, 1].
-    """
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget {budget:g} is not a share of the dense run's FLOPs; give one in (0, 1]")
-    return max(1, int(budget * steps + GRAIN))
+"""Of times from even ones (docs/notes/solver-plan.md)."""
+BEND = 1.2
+"""Towards both ends of the run, where a dense run's steps are not left out."""
 
 
 def universal_plan(grid: Array, evaluations: int, target: str) -> TimePlan:
     """The plan for a run's own times [N + 1]. Raises ValueError for an unknown target."""
-    if target not in TARGETS:
-        raise ValueError(f"target {target!r} is not one of {', '.join(TARGETS)}")
+    check_wishes(1, target)
     grid = moving(grid)
-    if target == "dense" and evaluations >= len(grid) - 1:
-        return euler(grid)
-    times = shifted(resampled(grid, evaluations), SHIFT)
-    return adams_bashforth(times, 2, grid if target == "dense" else None)
+    if target == "exact":
+        return adams_bashforth(shifted(resampled(grid, evaluations), missing_shift(grid)), 2)
+    steps = grid_steps(len(grid) - 1, evaluations, missing_shift(grid))
+    return adams_bashforth(grid[[*steps, -1]], 2, grid)
 
 
-def universal_planner(budget: float, target: str) -> Callable[[Array], TimePlan]:
-    """What `scheduler.elastic_scheduler` asks: from a run's own times to a plan within a budget.
+def grid_steps(steps: int, evaluations: int, shift: float = SHIFT, bend: float = BEND) -> list[int]:
+    """Which of a run's steps are computed, ascending, the first among them: at most `evaluations`."""
+    count = min(evaluations, steps)
+    share = 1 - np.arange(1, count) / count
+    logit = np.log(shift) + bend * np.log(share / (1 - share))
+    chosen = [0, *np.rint(steps / (1 + np.exp(logit))).astype(int).tolist()]
+    for i in range(1, count):
+        chosen[i] = max(chosen[i], chosen[i - 1] + 1)
+    return [min(step, steps - (count - i)) for i, step in enumerate(chosen)]
+
+
+def missing_shift(grid: Array) -> float:
+    """By how much a grid's times are short of `SHIFT`, at least 1: read where half of its steps are done."""
+    middle = float(resampled(grid, 2)[1] / grid[0])
+    return max(1.0, SHIFT * (1 - middle) / middle) if 0 < middle < 1 else 1.0
+
+
+def universal_planner(budget: float, target: str) -> Callable[[Array], TimePlan | None]:
+    """What `elastic_scheduler` asks: from a run's own times to a plan within a budget; None where the
+    run's own steps are it.
 
     The share is of the steps that the run would make: of fewer ones where it begins at a picture.
     Raises ValueError for a budget or target that does not exist, before any run.
     """
+    check_wishes(budget, target)
+
+    def planner(grid: Array) -> TimePlan | None:
+        evaluations = evaluations_for(budget, len(grid) - 1)
+        if target == "dense" and evaluations == len(grid) - 1:
+            return None
+        return universal_plan(grid, evaluations, target)
+
+    return planner
+
+
+def fewer_steps(budget: float) -> Callable[[Array], TimePlan | None]:
+    """A planner for a solver that somebody named: fewer of Euler's steps, at the run's own times."""
+
+    def planner(grid: Array) -> TimePlan | None:
+        evaluations = evaluations_for(budget, len(grid) - 1)
+        return None if evaluations == len(grid) - 1 else euler(resampled(grid, evaluations))
+
+    return planner
+
+
+def check_wishes(budget: float, target: str) -> None:
+    """Raises ValueError for a budget or target that does not exist."""
     evaluations_for(budget, 1)
     if target not in TARGETS:
         raise ValueError(f"target {target!r} is not one of {', '.join(TARGETS)}")
-    return lambda grid: universal_plan(grid, evaluations_for(budget, len(grid) - 1), target)

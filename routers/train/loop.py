@@ -1,9 +1,8 @@
 """`calibrate --method train`: the paper's own training (arXiv 2602.13993), for all budgets at once.
 
 1. record: the dense model's calls, their arguments and answers;
-2. gains: what an error at one step does to the final latents, which weighs the steps;
-3. train: routers, told a random budget per sample, alone or with the backbone;
-4. profile: what the routers spend at each step of a run, by which a run lands on its budget.
+2. train: routers, told a random budget per sample, alone or with the backbone;
+3. profile: what the routers spend at each step of a run, by which a run lands on its budget.
 
 Shapes: R rows, L tokens, C channels, K budgets, S steps.
 """
@@ -21,12 +20,9 @@ from torch import Tensor, nn
 
 from ..attachment import architecture, fingerprint
 from ..bundle import Bundle
-from ..calibrate.fit import first_moments
-from ..calibrate.gains import measure_gains
 from ..calibrate.state import State
 from ..calibrate.workload import Workload
 from ..elastic import Elastic
-from ..planned.prediction import Moments
 from ..spec import TransformerSpec
 from ..trained.bundle import Trained
 from ..trained.policy import Profile
@@ -34,7 +30,7 @@ from . import progress
 from .objective import Draw, Draws, Routers, decide, expected_spend, relative_error
 from .settings import TrainSettings
 from .student import Student
-from .trajectory import RecordedCall, Trajectories, record_batch
+from .trajectory import RecordedCall, Trajectories, batch_name, record_batch
 from .tuned import tuned, tuned_weights
 
 Report = Callable[[str, int, int, str], None]
@@ -75,7 +71,7 @@ class Training:
         Raises LossNotFiniteError, NotFiniteError, ValueError, OSError.
         """
         prints = architecture(self.transformer), fingerprint(self.transformer)
-        recorded, moments = self._record(guidance)
+        recorded = self._record()
         student = Student(self.transformer, self.spec, self.settings.save_memory)
         pooled, modulation = recorded.features(0, 0, self.device)
         time_dim = 0 if modulation is None else modulation.shape[-1]
@@ -83,11 +79,10 @@ class Training:
             torch.manual_seed(self.settings.seed)
             routers = Routers(len(pooled), pooled.shape[-1], time_dim, self.settings.hidden).to(self.device)
             with student.attached():
-                last = self._optimise(student, routers, backbone, recorded, moments)
+                last = self._optimise(student, routers, backbone, recorded, guidance)
             weights = {name: p.detach().cpu().clone() for name, p in backbone.items()}
         return Bundle(
             spec=self.spec,
-            moments=moments,
             base_model=base_model,
             architecture=prints[0],
             fingerprint=prints[1],
@@ -117,8 +112,8 @@ class Training:
 
     # -- before --------------------------------------------------------------------------------
 
-    def _record(self, guidance: float) -> tuple[Trajectories, Moments]:
-        """Run the dense model, batches shared out among the processes, and weigh its steps."""
+    def _record(self) -> Trajectories:
+        """Run the dense model, batches shared out among the processes."""
         elastic, total = Elastic(self.transformer, self.spec), self.workload.num_batches
         recorded = Trajectories(self.workload, self.spec, len(elastic.blocks))
         processes = self.processes
@@ -127,28 +122,21 @@ class Training:
                 shared = self.state is not None
                 if shared and batch % processes.num_processes != processes.process_index:
                     continue
-                if self.state is not None and self.state.batch(batch) is not None:
+                if self.state is not None and self.state.file(batch_name(batch)).is_file():
                     continue
                 tensors = record_batch(elastic, self.workload, batch)
                 if self.state is None:
                     recorded.hold(batch, tensors)
                 else:
-                    self.state.keep_batch(batch, tensors)
+                    self.state.keep(batch_name(batch), tensors)
                 self.report("record", batch + 1, total, "")
             processes.wait_for_everyone()
             self.report("record", total, total, "")
             if self.state is not None:
                 recorded.open(self.state)
-            record = recorded.record()
-            moments = first_moments(record, self.workload.branches, guidance)
-            gain = measure_gains(
-                elastic, self.workload, record, moments, self.settings.probes,
-                lambda done, of: self.report("gains", done, of, ""),
-                self.state if processes.is_main_process else None,
-            )  # fmt: skip
         finally:
             elastic.detach()
-        return recorded, replace(moments, gain=gain)
+        return recorded
 
     # -- training ------------------------------------------------------------------------------
 
@@ -158,7 +146,7 @@ class Training:
         routers: Routers,
         backbone: dict[str, nn.Parameter],
         recorded: Trajectories,
-        moments: Moments,
+        guidance: float,
     ) -> dict[str, float]:
         """Train; the last step's loss terms."""
         settings = self.settings
@@ -168,8 +156,10 @@ class Training:
         groups = [p for p in (list(routers.parameters()), list(backbone.values())) if p]
         optimiser = torch.optim.AdamW([{"params": p} for p in groups], weight_decay=0.0)
         start = 0 if self.state is None else progress.restore(self.state.folder, named, optimiser)
-        draws = Draws(recorded, self.workload, moments, settings.low, settings.seed)
-        mixing = torch.from_numpy(moments.mixing.copy()).float().to(self.device)
+        draws = Draws(recorded, self.workload, settings.low, settings.seed)
+        # classifier-free guidance gives uncond + g (cond - uncond)
+        two = len(self.workload.branches) == 2
+        mixing = torch.tensor([guidance, 1 - guidance] if two else [1.0], device=self.device)
         terms: dict[str, float] = {}
         kept = start
         for step in range(start, settings.steps):
@@ -220,7 +210,7 @@ class Training:
                 answered = torch.cat([student(call).float() for call in calls])
             target = torch.cat([call.output.float() for call in calls])
             error = relative_error(guided(answered, mixing), guided(target, mixing))
-            parts = {"distillation": draw.weight * error}
+            parts = {"distillation": error}
             if self.data is not None and settings.denoise:
                 parts["denoising"] = settings.denoise * self._denoise(student, calls[0], draw, generator)
             spend = expected_spend(routers, recorded, draw.batch, budget).mean(dim=0)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate.workload import Workload
-from ..planned.prediction import Moments
 from ..spec import WIDTHS
 from ..trained.router import BudgetRouter
 from .student import Decision
@@ -79,38 +78,29 @@ def expected_spend(routers: Routers, recorded: Trajectories, batch: int, budget:
 
 @dataclass(frozen=True)
 class Draw:
-    """What one optimiser step is made of: a recorded step of a batch, budgets [R] of its samples.
-
-    weight: of its error, so that the mean over draws is the mean over steps.
-    """
+    """What one optimiser step is made of: a recorded step of a batch, budgets [R] of its samples."""
 
     batch: int
     step: int
     budget: Tensor
-    weight: float
 
 
 class Draws:
     """Which recorded step is trained on at which optimiser step: a function of seed, step and process alone.
 
-    So a training that is continued sees what it would have seen. Steps are drawn in proportion to the square
-    root of what an error there does to the final latents, and weighted by the other root.
+    So a training that is continued sees what it would have seen.
     """
 
-    def __init__(
-        self, recorded: Trajectories, workload: Workload, moments: Moments, low: float, seed: int
-    ) -> None:
+    def __init__(self, recorded: Trajectories, workload: Workload, low: float, seed: int) -> None:
         self.recorded, self.samples, self.low, self.seed = recorded, workload.rows, low, seed
-        self.root = torch.from_numpy(moments.gain.copy()).float()[1:].sqrt()
 
     def draw(self, step: int, process: int, processes: int) -> tuple[Draw, torch.Generator]:
         """The draw of an optimiser step in one of several processes, and the generator for its noise."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step * processes + process)
         batch = int(torch.randint(self.recorded.num_batches, (1,), generator=generator))
-        chosen = int(torch.multinomial(self.root, 1, generator=generator))
-        weight = float(self.root[chosen] * self.root.sum() / self.root.square().sum())
+        chosen = 1 + int(torch.randint(self.recorded.num_steps - 1, (1,), generator=generator))
         budget = self.low + (1 - self.low) * torch.rand(self.samples, generator=generator)
-        return Draw(batch, chosen + 1, budget, weight), generator
+        return Draw(batch, chosen, budget), generator
 
 
 def relative_error(answered: Tensor, target: Tensor) -> Tensor:

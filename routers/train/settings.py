@@ -16,7 +16,7 @@ class TrainSettings:
     steps, then a cosine down to a tenth. hidden: router width. low: the lowest budget that is trained.
     rank: of the LoRA. denoise, cost: weights of these loss terms beside the distillation's 1. clip: largest
     gradient norm. settle: share of the steps, at the end, in which the noise on the decisions fades away.
-    probes: see `calibrate.gains`. every: steps between two kept states.
+    every: steps between two kept states.
     """
 
     train: str = "routers"
@@ -30,7 +30,6 @@ class TrainSettings:
     cost: float = 10.0
     clip: float = 1.0
     settle: float = 0.3
-    probes: int = 80
     every: int = 50
     precision: str = "no"
     save_memory: bool = False

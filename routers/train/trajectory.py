@@ -1,7 +1,7 @@
 """Recorded runs of the dense model: what training distils from.
 
-Beside what `calibrate.record` keeps of a batch (moments, final latents), the routers' inputs are kept, and
-every transformer call: its arguments, so that it can be made again, and what the dense model answered.
+Kept are the routers' inputs and every transformer call: its arguments, so that it can be made again, and what
+the dense model answered.
 
 Shapes: R rows, L tokens, C channels, D dim, E time embedding dim, N blocks, S steps, G CFG branches.
 """
@@ -19,7 +19,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..block import by_name
-from ..calibrate.record import Record, Recorder
 from ..calibrate.state import State
 from ..calibrate.workload import Workload, run_patched
 from ..calls import first_tensor, flatten, unflatten
@@ -56,10 +55,10 @@ class RecordedCall:
 
 
 class CallRecorder:
-    """Keeps the arguments and answers of the transformer in one batch; blocks are watched by a `Recorder`."""
+    """Keeps the arguments and answers of the transformer in one batch, and the inputs of its blocks."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+    def __init__(self, workload: Workload) -> None:
+        self.workload, self.times = workload, [0.0] * workload.num_steps
         self.tensors: dict[str, Tensor] = {}
         self.plain: dict[str, Any] = {}
         self._seen: Computed | None = None
@@ -68,9 +67,11 @@ class CallRecorder:
     def observe(self, seen: Computed) -> None:
         """A block was computed."""
         self._seen, info, block = seen, seen.call.info, seen.block
-        self.recorder(seen)
-        (branch, rows), *_ = self.recorder.parts(info.branch, info.rows)
-        if branch == 0:  # decides for all
+        if block.index == 0:
+            self.times[info.step] = float(seen.call.time.flatten()[0])
+        # of rows of several branches those of the first come first, as many as there are samples
+        rows = slice(self.workload.rows)
+        if info.branch in ("main", self.workload.branches[0]):  # decides for all
             pooled = seen.before[0].mean(dim=1)[rows]
             self.tensors[f"pooled.{info.step}.{block.index}"] = pooled.half().cpu()
             if block.index == 0 and block.spec.modulation:
@@ -104,24 +105,30 @@ class CallRecorder:
         self.tensors[f"out.{key}"] = first_tensor(output).detach().cpu()
         return output
 
-    def kept(self, latents: Tensor) -> dict[str, Tensor]:
+    def kept(self) -> dict[str, Tensor]:
         """All tensors of the batch, the plain values among them as JSON in bytes."""
         text = json.dumps(self.plain).encode()
         plain = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        return {**self.recorder.tensors(latents), **self.tensors, "plain": plain}
+        times = torch.tensor(self.times, dtype=torch.float64)
+        return {**self.tensors, "times": times, "plain": plain}
+
+
+def batch_name(batch: int) -> str:
+    """Name of a batch in a calibration's state."""
+    return f"record-{batch:04d}"
 
 
 def record_batch(elastic: Elastic, workload: Workload, batch: int) -> dict[str, Tensor]:
     """Run one batch densely; what `Trajectories` reads. Raises NotFiniteError, ValueError."""
-    watcher = CallRecorder(Recorder(workload, elastic.segments, batch))
+    watcher = CallRecorder(workload)
     elastic.observer = watcher.observe
     try:
         with Patches() as patches:
             patches.add(elastic.transformer, partial(watcher.forward, elastic.names))
-            latents = run_patched(elastic, workload, batch, OpenPolicy(), "record")
+            run_patched(elastic, workload, batch, OpenPolicy(), "record")
     finally:
         elastic.observer = None
-    return watcher.kept(latents)
+    return watcher.kept()
 
 
 class Trajectories:
@@ -140,7 +147,7 @@ class Trajectories:
     def open(self, state: State) -> None:
         """Read batches from a calibration's state, memory-mapped."""
         for batch in range(self.num_batches):
-            self._held[batch] = safe_open(state.batch_file(batch), framework="pt")
+            self._held[batch] = safe_open(state.file(batch_name(batch)), framework="pt")
 
     def tensor(self, batch: int, name: str) -> Tensor:
         """One tensor of a batch."""
@@ -191,11 +198,6 @@ class Trajectories:
             return pooled.float().to(device), None
         modulation = self.tensor(batch, f"modulation.{step}")
         return pooled.float().to(device), modulation.float().to(device)
-
-    def record(self) -> Record:
-        """What `calibrate.fit` works with."""
-        names = ("gram", "latents", "times")
-        return Record.join([{name: self.tensor(b, name) for name in names} for b in range(self.num_batches)])
 
     def _numbers(self, branch: str, rows: int) -> list[int]:
         if branch in self.branches:

@@ -9,13 +9,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from backbones.hunyuan3d.elastic_scheduler import elastic_mesh_scheduler
 from backbones.hunyuan3d.pipeline import denoise
 from backbones.hunyuan3d.schedulers import FlowMatchEulerScheduler
 from backbones.solvers import solver
 from routers.planned.closed_loop import StageFit, Trajectory
 from routers.planned.scheduler import ElasticFlowScheduler, elastic_scheduler
-from routers.planned.timeplan import adams_bashforth, euler, resampled
+from routers.planned.timeplan import adams_bashforth, euler, moving, resampled
 from tests.tiny_pipelines import make_flux
 
 SIGMAS = np.linspace(1.0, 1 / 8, 8).tolist()
@@ -24,7 +23,7 @@ START = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
 
 def elastic(planner, **config) -> ElasticFlowScheduler:
     scheduler = ElasticFlowScheduler(**config)
-    scheduler.planner = planner
+    scheduler.planner, scheduler.on_step, scheduler._patched = planner, lambda: None, []
     return scheduler
 
 
@@ -206,8 +205,8 @@ def test_a_mesh_run_of_all_steps_is_its_own_bit_for_bit_and_needs_no_last_evalua
 
     pipe = SimpleNamespace(scheduler=FlowMatchEulerScheduler(shift=2.0))
     own = make(pipe.scheduler, steps)
-    with elastic_mesh_scheduler(pipe, euler):
+    with elastic_scheduler(pipe, lambda grid: euler(moving(grid))):
         assert torch.equal(make(pipe.scheduler, steps - 1), own)
-    with elastic_mesh_scheduler(pipe, lambda grid: euler(resampled(grid, 1))):
+    with elastic_scheduler(pipe, lambda grid: euler(resampled(grid, 1))):
         assert torch.allclose(make(pipe.scheduler, 1), START[None] / 2)
     assert torch.equal(make(pipe.scheduler, steps), own)

@@ -1,0 +1,90 @@
+"""A pipeline whose sampler follows a plan in time: what `routers.attach` makes of a pipeline and a budget.
+
+The scheduler is replaced (`scheduler.py`), the transformer is left alone: what a plan leaves out is never
+called. So anything that works on the transformer works as before: compiled, quantised, offloaded, sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from ..patching import check_cache
+from .scheduler import Planner, elastic_scheduler
+from .spent import PlanTrace, evaluations_for
+from .timeplan import Array
+from .universal import check_wishes
+
+PlannerFor = Callable[[float, str], Planner]
+"""From a budget and a target to a planner: `universal_planner`, or a bundle's."""
+
+
+class Sampled:
+    """Made by `routers.attach`. budget: ratio of dense FLOPs. target: "dense" or "exact" (`universal.py`).
+
+    trace: of the last run, None before the first. Raises ValueError for a scheduler that a plan cannot stand
+    in for, and for a transformer with a cache of its own.
+    """
+
+    def __init__(self, pipe: Any, planner_for: PlannerFor, budget: float, target: str) -> None:
+        check_wishes(budget, target)
+        check_cache(pipe.transformer)
+        self.pipe, self.planner_for, self.budget, self.target = pipe, planner_for, budget, target
+        self.trace: PlanTrace | None = None
+        self._planner: Planner | None = None
+        self._scope: PlanTrace | None = None
+        self._undo = ExitStack()
+        self.scheduler = self._undo.enter_context(elastic_scheduler(pipe, self._plan, self._count))
+
+    @contextmanager
+    def scope(
+        self,
+        *,
+        budget: float | None = None,
+        target: str | None = None,
+        samples: int = 1,
+        planner: Planner | None = None,
+    ) -> Iterator[PlanTrace]:
+        """A run with wishes of its own: its trace. samples: pictures that it makes. planner: instead of the
+        bundle's or the universal one. Raises RuntimeError if a scope is open, ValueError as `attach`.
+        """
+        if self._scope is not None:
+            raise RuntimeError("a scope is already open on this pipeline; scopes do not nest")
+        trace = self._trace(budget, target, samples)
+        check_wishes(trace.requested, trace.target)
+        self._scope, self._planner = trace, planner
+        try:
+            yield trace
+        finally:
+            self._scope = self._planner = None
+            self.trace = trace
+
+    def evaluations(self, steps: int, budget: float | None = None) -> int:
+        """How many evaluations a run of so many steps makes."""
+        return evaluations_for(self.budget if budget is None else budget, steps)
+
+    def summary(self) -> str:
+        """One paragraph on the last run."""
+        return "no run yet" if self.trace is None else self.trace.summary()
+
+    def detach(self) -> None:
+        """Give the pipeline its own scheduler back. Safe to call twice."""
+        self._undo.close()
+
+    def _trace(self, budget: float | None, target: str | None, samples: int) -> PlanTrace:
+        return PlanTrace(self.budget if budget is None else budget, target or self.target, samples)
+
+    def _plan(self, grid: Array) -> Any:
+        """A run begins. grid: the times that the pipeline would have taken."""
+        check_cache(self.pipe.transformer)
+        trace = self.trace = self._scope or self._trace(None, None, 1)
+        plan = (self._planner or self.planner_for(trace.requested, trace.target))(grid)
+        trace.steps = trace.of = len(grid) - 1
+        trace.planned, trace.made = (trace.steps if plan is None else len(plan.times) - 1), 0
+        return plan
+
+    def _count(self) -> None:
+        """An evaluation was made."""
+        assert self.trace is not None
+        self.trace.made += 1

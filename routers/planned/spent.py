@@ -1,0 +1,67 @@
+"""What a budget buys, and what a run on a plan spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GRAIN = 0.005
+"""A budget may be missed by so much before a run says so."""
+ROUNDING = 1e-6
+"""A budget may be so little below what whole evaluations come to, as a share of one."""
+
+
+def evaluations_for(budget: float, steps: int) -> int:
+    """Whole evaluations that a share of the dense run's FLOPs buys, at least one.
+
+    Raises ValueError for a budget that is not in (0, 1].
+    """
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget {budget:g} is not a share of the dense run's FLOPs; give one in (0, 1]")
+    return max(1, int(budget * steps + ROUNDING))
+
+
+@dataclass
+class PlanTrace:
+    """requested: share of the dense run's FLOPs. target: see `universal.py`. samples: results of the run.
+    steps: what the dense run takes; planned: how many of them the plan evaluates. made, of: evaluations made
+    so far, and how many the dense run would have made.
+    """
+
+    requested: float
+    target: str = "dense"
+    samples: int = 1
+    steps: int = 0
+    planned: int = 0
+    made: int = 0
+    of: int = 0
+    host_syncs: int = 0
+
+    @property
+    def share(self) -> float:
+        """Share of the dense run's FLOPs that was spent."""
+        return self.made / self.of if self.of else 1.0
+
+    @property
+    def spent(self) -> list[float]:
+        """The share, for every sample."""
+        return [self.share] * self.samples
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of this run, in plain words."""
+        share = self.planned / self.steps if self.steps else self.requested
+        if abs(share - self.requested) <= GRAIN:
+            return []
+        return [
+            f"a budget of {self.requested:g} buys {self.planned} of {self.steps} evaluations, which is "
+            f"{share:.2f} of the dense FLOPs"
+        ]
+
+    def summary(self) -> str:
+        """One paragraph: budget asked and spent, evaluations, notes."""
+        if not self.of:
+            return "no run yet"
+        spent = f"budget asked {self.requested:g}, spent {self.share:.3f} of dense FLOPs"
+        return "\n".join(
+            [f"{spent}: {self.made} evaluations of {self.of}, target {self.target}", *self.notes]
+        )
