@@ -212,7 +212,8 @@ CALIBRATE: Options = {
                      "both. [dim]default dense[/]", choice(*TARGETS, "both")),
     "samples": Option("--samples", "N", "Pictures or meshes to calibrate on, in one batch (train: in "
                       "several).", whole(1, 4096), shown="4, 1 for large models, 32 to train"),
-    "tries": Option("--tries", "N", "Candidates that are run for each plan.", whole(1, 4), shown="2"),
+    "tries": Option("--tries", "N", "Candidates that are run for each plan. [dim]default: 1 or 2, of the "
+                    "first of many all[/]", whole(1, 6)),
     **only(MODEL, "model"), **only(PROMPTS, "prompts_file"),
     "steps": replace(SAMPLING["steps"], check=whole(2, checks.MAX_STEPS)),
     **only(SAMPLING, "guidance", "seed"),

@@ -27,7 +27,7 @@ from torch import Tensor
 from .files import write_whole
 from .planned.scheduler import Planner
 from .planned.timeplan import Array, TimePlan
-from .planned.universal import universal_planner
+from .planned.universal import Warp, universal_planner
 from .spec import TransformerSpec
 from .trained.backbone import FILE as BACKBONE_FILE
 from .trained.bundle import Trained
@@ -58,7 +58,8 @@ PLAIN_FIELDS = (
 class Bundle:
     """Plans or trained routers, and where they belong.
 
-    times [N + 1]: of the run that plans were fitted for. plans: by target and number of evaluations.
+    times [N + 1]: of the run that plans were fitted for. plans: by target and number of evaluations. warps:
+    by target, of the times where there is no plan.
     metadata: JSON data for people and reports.
     """
 
@@ -76,6 +77,7 @@ class Bundle:
     path: str = ""
     trained: Trained | None = None
     plans: dict[str, dict[int, TimePlan]] = field(default_factory=dict, repr=False)
+    warps: dict[str, Warp] = field(default_factory=dict)
 
     def policy(self, *, batch_mean: bool = False) -> TrainedPolicy:
         """Of trained routers. batch_mean: they decide for the batch's mean, not for each sample."""
@@ -84,7 +86,8 @@ class Bundle:
 
     def planner(self, budget: float, target: str) -> Planner:
         """From the times of a run to the plan that was fitted for them, else to the universal one."""
-        universal, plans = universal_planner(budget, target), self.plans.get(target, {})
+        universal = universal_planner(budget, target, self.warps.get(target))
+        plans = self.plans.get(target, {})
 
         def planner(grid: Array) -> TimePlan | None:
             plan = universal(grid)
@@ -114,6 +117,7 @@ class Bundle:
             "format": FORMAT if trained is None else TRAINED_FORMAT,
             "spec": self.spec.to_dict(),
             **{name: getattr(self, name) for name in PLAIN_FIELDS},
+            "warps": self.warps,
             **({} if trained is None else trained.description()),
         }
         text = json.dumps(description, indent=1) + "\n"
@@ -148,6 +152,7 @@ def load_bundle(path: str | Path) -> Bundle:
         return Bundle(
             spec=TransformerSpec.from_dict(data["spec"]),
             plans=_plans(stored.tensors),
+            warps={target: (shift, bend) for target, (shift, bend) in data.get("warps", {}).items()},
             trained=Trained.read(path, data, stored.tensors) if data["format"] == TRAINED_FORMAT else None,
             digest=stored.digest,
             path=str(file or path),

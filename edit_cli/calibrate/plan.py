@@ -15,7 +15,7 @@ from edit_cli.generate.routers import NO_ROUTERS
 from edit_cli.generate.samples import held_out, in_folder, medium_of, picture_files, sample_plan, take
 from edit_cli.options import TRAIN
 from edit_cli.request import Request
-from routers.calibrate.settings import TRIES, FitSettings
+from routers.calibrate.settings import FitSettings
 from routers.spec import TARGETS
 from routers.train.settings import TrainSettings
 
@@ -70,7 +70,7 @@ def make_calibration_plan(request: Request) -> CalibrationPlan:
     fitted = FitSettings(
         budgets=request.get("budgets"),
         targets=TARGETS if target == "both" else (target,),
-        tries=request.get("tries", TRIES),
+        tries=request.get("tries"),
         seed=seed,
     )
     return CalibrationPlan(

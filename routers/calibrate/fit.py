@@ -8,7 +8,7 @@ One batch of samples is enough: a handful of weights are fitted to thousands of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from ..attachment import architecture, fingerprint
 from ..bundle import Bundle
-from ..planned.choose_times import Fitted, choose
+from ..planned.choose_times import CANDIDATES, choose
 from ..planned.closed_loop import Recording, Steps, Trajectory
 from ..planned.scheduler import check_scheduler, elastic_scheduler
 from ..planned.timeplan import Array, TimePlan, adams_bashforth, euler, moving, resampled, shifted
-from ..planned.universal import missing_shift
+from ..planned.universal import WARPS, Warp, missing_shift
 from ..spec import TransformerSpec
 from .settings import EXACT, FitSettings
 from .state import State
@@ -39,6 +39,7 @@ class Fit:
     ) -> None:
         self.workload, self.settings, self.state, self.report = workload, settings, state, report
         self.grid: Array = np.zeros(0)
+        self.warps: dict[str, Warp] = {}
         check_scheduler(workload.pipe.scheduler)
 
     def run(self, steps: Callable[[Array], Steps | None]) -> Tensor:
@@ -71,7 +72,9 @@ class Fit:
             if target == "dense":
                 plan = euler(grid)
             else:
-                times = shifted(resampled(grid, EXACT * (len(grid) - 1)), missing_shift(grid))
+                times = shifted(
+                    resampled(grid, EXACT * (len(grid) - 1)), missing_shift(grid, WARPS["exact"][0])
+                )
                 plan = adams_bashforth(times, 2)
             recordings.append(Recording(plan))
             return recordings[-1]
@@ -86,30 +89,42 @@ class Fit:
         }
 
     def plans(self) -> dict[str, dict[int, TimePlan]]:
-        """For each target and number of evaluations."""
+        """For each target and number of evaluations. The plan in the middle tries all warps of the times, and
+        tells with which of them the others begin.
+        """
         chosen: dict[str, dict[int, TimePlan]] = {}
         for target in self.settings.targets:
             self.report(f"record {target}", 0, 1)
-            recorded = self.record(target)
+            recorded, warps = self.record(target), CANDIDATES[target]
             numbers = self.settings.evaluations(len(self.grid) - 1)
-            for done, evaluations in enumerate(numbers):
+            middle = numbers[len(numbers) // 2]
+            for done, evaluations in enumerate([middle, *(n for n in numbers if n != middle)]):
                 self.report(f"plans, {target}", done, len(numbers))
-                chosen.setdefault(target, {})[evaluations] = self._plan(recorded, evaluations, target)
+                tries = self.settings.tries_for(evaluations, len(self.grid) - 1, first=not done)
+                plan, ranked = self._plan(recorded, evaluations, target, warps[:tries])
+                chosen.setdefault(target, {})[evaluations] = plan
+                if not done:
+                    self.warps[target] = ranked[0]
+                    warps = (*ranked, *(w for w in warps if w not in ranked))
         return chosen
 
-    def _plan(self, recorded: Trajectory, evaluations: int, target: str) -> TimePlan:
+    def _plan(
+        self, recorded: Trajectory, evaluations: int, target: str, warps: Sequence[Warp]
+    ) -> tuple[TimePlan, list[Warp]]:
+        """The best plan, and the warps from the best on."""
         name = f"plan-{target}-{evaluations}"
         stored = None if self.state is None else self.state.get(name)
-        if stored is not None:
-            return TimePlan.from_arrays({key: value.numpy() for key, value in stored.items()})
-        fitted: Fitted = choose(
-            lambda steps: self.run(lambda grid: steps), recorded, self.grid, evaluations, target,
-            self.settings.tries,
-        )  # fmt: skip
-        if self.state is not None:
-            arrays = fitted.plan.to_arrays()
-            self.state.keep(name, {key: torch.from_numpy(array.copy()) for key, array in arrays.items()})
-        return fitted.plan
+        if stored is None:
+            ranked = choose(
+                lambda steps: self.run(lambda grid: steps), recorded, self.grid, evaluations, target, warps
+            )
+            best = next(iter(ranked.values())).plan
+            stored = {key: torch.from_numpy(array.copy()) for key, array in best.to_arrays().items()}
+            stored["warps"] = torch.tensor(list(ranked), dtype=torch.float64)
+            if self.state is not None:
+                self.state.keep(name, stored)
+        order: list[Warp] = [(float(shift), float(bend)) for shift, bend in stored["warps"].tolist()]
+        return TimePlan.from_arrays({key: value.numpy() for key, value in stored.items()}), order
 
 
 def fit(
@@ -142,5 +157,6 @@ def fit(
         guidance=guidance,
         times=work.grid.tolist(),
         plans=plans,
+        warps=work.warps,
         metadata=metadata,
     )

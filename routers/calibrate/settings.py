@@ -7,29 +7,43 @@ from dataclasses import dataclass
 from ..planned.spent import evaluations_for
 
 EXACT = 4
-"""Evaluations of the exact run, as a multiple of the dense run's: AB2's error is then far below any plan's."""
-TRIES = 2
-"""Candidates that are run for every number of evaluations."""
+"""Evaluations of the exact run, as a multiple of the dense run's: AB2's error is then far below a plan's."""
+BUDGETS = 19
+"""Plans at most: from 0.05 to 0.95."""
+MANY, ALL = 6, 6
+"""From so many plans on the first one has all candidates, which are so many."""
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """budgets: that plans are made for; None: for every number of evaluations. targets: see
-    `routers.attach`. tries: candidates per plan. seed: of the first sample's noise, for the record.
+    """budgets: that plans are made for; None: `BUDGETS` of them. targets: see `routers.attach`. tries:
+    candidates per plan; None: as many as 20 dense generations allow for all plans, 2 for one. seed: of the
+    first sample's noise, for the record.
     """
 
     budgets: tuple[float, ...] | None = None
     targets: tuple[str, ...] = ("dense",)
-    tries: int = TRIES
+    tries: int | None = None
     seed: int = 0
 
     def evaluations(self, steps: int) -> list[int]:
         """Numbers of evaluations that get a plan, ascending; a run of all steps needs none."""
-        if self.budgets is None:
-            return list(range(1, steps))
-        return sorted({evaluations_for(budget, steps) for budget in self.budgets} - {steps})
+        budgets = self.budgets or [i / (BUDGETS + 1) for i in range(1, BUDGETS + 1)]
+        return sorted({evaluations_for(budget, steps) for budget in budgets} - {steps})
+
+    def tries_for(self, evaluations: int, steps: int, first: bool) -> int:
+        """How many candidates a plan has: all, if it is the first of many and tells which are good; one, if
+        it is long.
+        """
+        if self.tries is not None:
+            return self.tries
+        if first and len(self.evaluations(steps)) >= MANY:
+            return ALL
+        return 1 + (evaluations <= steps / 2)
 
     def cost(self, steps: int) -> float:
-        """What a fit costs, in dense generations of its samples."""
-        plans = self.tries * sum(self.evaluations(steps)) / steps
+        """What a fit costs at most, in dense generations of its samples."""
+        numbers = self.evaluations(steps)
+        middle = numbers[len(numbers) // 2]
+        plans = sum(n * self.tries_for(n, steps, first=n == middle) for n in numbers) / steps
         return 1 + len(self.targets) * plans + EXACT * ("exact" in self.targets)

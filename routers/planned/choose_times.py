@@ -7,18 +7,18 @@ kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from .closed_loop import FitSettings, StageFit, Steps, Trajectory
-from .timeplan import Array, TimePlan, adams_bashforth, moving, resampled, shifted
-from .universal import BEND, SHIFT, grid_steps, missing_shift
+from .timeplan import Array, TimePlan
+from .universal import WARPS, Warp, universal_plan
 
-WARPS = ((SHIFT, BEND), (1.5, 1.2), (SHIFT, 1.0), (3.0, BEND))
-"""Shift and bend of the steps taken from a dense run, in the order in which they are tried."""
-SHIFTS = (SHIFT, 1.7, 3.0)
-"""Of the times of a plan that aims at the exact solution."""
+CANDIDATES: dict[str, tuple[Warp, ...]] = {
+    "dense": (WARPS["dense"], (1.7, 1.3), (1.0, 1.3), (2.2, 1.2), (2.2, 1.4), (1.5, 1.2)),
+    "exact": (WARPS["exact"], (1.7, 1.0), (3.0, 1.0)),
+}
+"""Warps of the times by target, in the order in which they are tried."""
 FEW = 6
 """Up to so many evaluations weights are fitted to the exact solution; from there on Adams-Bashforth's are as
 good (docs/notes/solver-plan.md)."""
@@ -37,25 +37,9 @@ class Fitted:
     snr: float
 
 
-def candidates(grid: Array, evaluations: int, target: str) -> Iterator[tuple[TimePlan, FitSettings]]:
-    """Plans to start from, and what of them is fitted; the most promising first.
-
-    grid [N + 1]: the run's own times. To the dense run: steps of its grid, weights free. To the exact
-    solution: its times shifted.
-    """
-    grid = moving(grid)
-    if target == "dense":
-        seen = set()
-        for shift, bend in WARPS:
-            steps = grid_steps(len(grid) - 1, evaluations, shift, bend)
-            if tuple(steps) not in seen:
-                seen.add(tuple(steps))
-                yield adams_bashforth(grid[[*steps, -1]], 2, grid), FREE
-        return
-    for shift in SHIFTS:
-        times = shifted(resampled(grid, evaluations), shift * missing_shift(grid) / SHIFT)
-        for settings in (HELD, STATE) if evaluations <= FEW else (HELD,):
-            yield adams_bashforth(times, 2), settings
+def freedom(evaluations: int, target: str) -> FitSettings:
+    """How far a plan's weights are fitted."""
+    return FREE if target == "dense" else STATE if evaluations <= FEW else HELD
 
 
 def fit(run: Run, near: TimePlan, target: Trajectory, settings: FitSettings) -> Fitted:
@@ -66,8 +50,13 @@ def fit(run: Run, near: TimePlan, target: Trajectory, settings: FitSettings) -> 
 
 
 def choose(
-    run: Run, recorded: Trajectory, grid: Array, evaluations: int, target: str, tries: int = len(WARPS)
-) -> Fitted:
-    """The candidate that ends nearest to the recorded target, of the first `tries`."""
-    tried = islice(candidates(grid, evaluations, target), tries)
-    return max((fit(run, near, recorded, how) for near, how in tried), key=lambda fitted: fitted.snr)
+    run: Run, recorded: Trajectory, grid: Array, evaluations: int, target: str, warps: Sequence[Warp]
+) -> dict[Warp, Fitted]:
+    """What each warp of the times comes to, the best first; warps that give the same times count once."""
+    fitted: dict[tuple[float, ...], tuple[Warp, Fitted]] = {}
+    for warp in warps:
+        near = universal_plan(grid, evaluations, target, warp)
+        if tuple(near.times) not in fitted:
+            found = fit(run, near, recorded, freedom(evaluations, target))
+            fitted[tuple(near.times)] = warp, found
+    return dict(sorted(fitted.values(), key=lambda pair: -pair[1].snr))

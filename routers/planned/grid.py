@@ -19,7 +19,7 @@ from ..block import argument_names, by_name
 from ..patching import Patches, check_cache
 from ..runs import Runs
 from .spent import PlanTrace, evaluations_for
-from .universal import grid_steps
+from .universal import WARPS, grid_steps
 
 TIMES = ("timestep", "timesteps", "t", "vision_timesteps", "audio_timestep")
 """What transformers call the time of a call."""
@@ -59,7 +59,7 @@ class GridRun:
     def __init__(self, trace: PlanTrace, steps: int) -> None:
         self.trace, self.pasts = trace, dict[str, Past]()
         trace.steps, trace.planned = steps, evaluations_for(trace.requested, steps)
-        self.computed = frozenset(grid_steps(steps, trace.planned))
+        self.computed = frozenset(grid_steps(steps, trace.planned, *WARPS["dense"]))
 
 
 class OnGrid:

@@ -5,7 +5,7 @@ Towards the exact solution a plan moves the run's own times towards the noise. T
 goes astray as Euler's run does: nearer to it by several dB than to the exact solution, at the same price, and
 at the full budget it is that run.
 
-Pipelines of large models bring times that are shifted already; those are moved only as far as `SHIFT`.
+Pipelines of large models bring times that are shifted already; those are moved no further than `WARPS` says.
 """
 
 from __future__ import annotations
@@ -18,23 +18,22 @@ from ..spec import TARGETS
 from .spent import evaluations_for
 from .timeplan import Array, TimePlan, adams_bashforth, euler, moving, resampled, shifted
 
-SHIFT = 2.2
-"""Of times from even ones (docs/notes/solver-plan.md)."""
-BEND = 1.2
-"""Towards both ends of the run, where a dense run's steps are not left out."""
+Warp = tuple[float, float]
+"""Shift of times towards the noise, and bend: of them towards both ends of the run, more than 1."""
+WARPS: dict[str, Warp] = {"dense": (1.3, 1.2), "exact": (2.2, 1.0)}
+"""By target (docs/notes/solver-plan.md); a bend is for steps of a dense run's own grid."""
 
 
-def universal_plan(grid: Array, evaluations: int, target: str) -> TimePlan:
-    """The plan for a run's own times [N + 1]. Raises ValueError for an unknown target."""
-    check_wishes(1, target)
-    grid = moving(grid)
+def universal_plan(grid: Array, evaluations: int, target: str, warp: Warp | None = None) -> TimePlan:
+    """The plan for a run's own times [N + 1]. warp: default that of `WARPS`."""
+    grid, (shift, bend) = moving(grid), warp or WARPS[target]
     if target == "exact":
-        return adams_bashforth(shifted(resampled(grid, evaluations), missing_shift(grid)), 2)
-    steps = grid_steps(len(grid) - 1, evaluations, missing_shift(grid))
+        return adams_bashforth(shifted(resampled(grid, evaluations), missing_shift(grid, shift)), 2)
+    steps = grid_steps(len(grid) - 1, evaluations, shift, bend)
     return adams_bashforth(grid[[*steps, -1]], 2, grid)
 
 
-def grid_steps(steps: int, evaluations: int, shift: float = SHIFT, bend: float = BEND) -> list[int]:
+def grid_steps(steps: int, evaluations: int, shift: float, bend: float) -> list[int]:
     """Which of a run's steps are computed, ascending, the first among them: at most `evaluations`."""
     count = min(evaluations, steps)
     share = 1 - np.arange(1, count) / count
@@ -45,13 +44,15 @@ def grid_steps(steps: int, evaluations: int, shift: float = SHIFT, bend: float =
     return [min(step, steps - (count - i)) for i, step in enumerate(chosen)]
 
 
-def missing_shift(grid: Array) -> float:
-    """By how much a grid's times are short of `SHIFT`, at least 1: read where half of its steps are done."""
+def missing_shift(grid: Array, shift: float) -> float:
+    """By how much a grid's times are short of a shift, at least 1: read where half of its steps are done."""
     middle = float(resampled(grid, 2)[1] / grid[0])
-    return max(1.0, SHIFT * (1 - middle) / middle) if 0 < middle < 1 else 1.0
+    return max(1.0, shift * (1 - middle) / middle) if 0 < middle < 1 else 1.0
 
 
-def universal_planner(budget: float, target: str) -> Callable[[Array], TimePlan | None]:
+def universal_planner(
+    budget: float, target: str, warp: Warp | None = None
+) -> Callable[[Array], TimePlan | None]:
     """What `elastic_scheduler` asks: from a run's own times to a plan within a budget; None where the
     run's own steps are it.
 
@@ -64,7 +65,7 @@ def universal_planner(budget: float, target: str) -> Callable[[Array], TimePlan 
         evaluations = evaluations_for(budget, len(grid) - 1)
         if target == "dense" and evaluations == len(grid) - 1:
             return None
-        return universal_plan(grid, evaluations, target)
+        return universal_plan(grid, evaluations, target, warp)
 
     return planner
 
