@@ -65,6 +65,8 @@ class Elastic(Watch):
         self._context: str | None = None
         self._call: Call | None = None
         self._dense = False
+        self.step_of: Callable[[int], int] = lambda call: call
+        """For a sampler that leaves out steps: from the number of a branch's call to its step."""
         self._attach()
 
     # -- runs ----------------------------------------------------------------------------------
@@ -112,7 +114,9 @@ class Elastic(Watch):
         )
         make: Callable[..., Run] = getattr(scope.policy, "run_class", Run)
         self.trace = trace
-        return make(scope.policy, info, trace, [block.ragged for block in self.blocks], scope.samples)
+        run = make(scope.policy, info, trace, [block.ragged for block in self.blocks], scope.samples)
+        run.step_of = self.step_of
+        return run
 
     def summary(self) -> str:
         """One paragraph on the last run: budget asked and spent, decisions, cache, notes."""

@@ -8,7 +8,7 @@ Shapes: R rows, N blocks, U units of blocks, P cached passes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -157,6 +157,7 @@ class Run:
         self.policy, self.info, self.trace = policy, info, trace
         self.ragged, self.samples = ragged, samples
         self.routers: RouterStack | None = None
+        self.step_of: Callable[[int], int] = lambda call: call
         self.branches: dict[str, Branch] = {}
         trace.begin(info.num_steps)
         policy.start(info)
@@ -186,7 +187,7 @@ class Run:
     def _call_info(self, branch: Branch, cost: CallCost) -> CallInfo:
         rows, samples = branch.rows, self.samples
         return CallInfo(
-            step=branch.step,
+            step=self.step_of(branch.step),
             branch=branch.name,
             branches=tuple(self.branches),
             rows=rows,

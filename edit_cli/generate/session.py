@@ -86,8 +86,11 @@ class Session:
         device = getattr(self.pipe, "_execution_device", self.pipe.device)
         return str(device.type)
 
-    def attach(self) -> None:
-        """Make the pipeline keep to budgets: by a plan, or by routers that decide over its blocks."""
+    def attach(self, watched: bool = False) -> None:
+        """Make the pipeline keep to budgets: by a plan, or by routers that decide over its blocks.
+
+        watched: with its blocks in sight, for `edit profile`.
+        """
         transformer, spec = self.pipe.transformer, self.plan.backbone.family.transformer
         with bad_input():
             if self._release_routers is not None:
@@ -95,6 +98,12 @@ class Session:
                 self.elastic = Elastic(transformer, spec, policy, list(self._release_routers))
             else:
                 self.elastic = attach(self.pipe, self.source.bundle, force=self.plan.force)
+            if watched and isinstance(self.elastic, Sampled):
+                from routers.watch.planned import WatchedPlan
+
+                plans = self.elastic
+                plans.detach()
+                self.elastic = WatchedPlan(self.pipe, plans.planner_for, plans.budget, plans.target, spec)
 
     def detach(self) -> None:
         """Leave a clean model. Safe to call twice."""

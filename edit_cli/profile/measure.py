@@ -62,7 +62,8 @@ class Timed:
         """FLOPs `[N]` spent in each block, routers included. traces: of the same calls."""
         flops = np.zeros(blocks)
         for infos, trace in zip(self.calls, traces, strict=True):
-            for info, record in zip(infos, trace.calls, strict=True):
+            # steps that were left out come last in a trace, and no call was made for them
+            for info, record in zip(infos, trace.calls, strict=False):
                 table = np.array([[cost.at(width) for width in WIDTHS] for cost in info.costs])
                 spent = table[np.arange(blocks), np.maximum(record.actions, 0)] + info.overhead
                 flops += np.where(record.actions >= 0, spent, 0.0).sum(axis=0)
@@ -120,7 +121,7 @@ def measure(plan: ProfilePlan, step: Callable[[str, int], None] = lambda what, t
     probed: list[int] = []
     streams: list[Streams] = []
     try:
-        subject.session.attach()
+        subject.session.attach(watched=True)
         clock = clock_for(torch.device(subject.session.device))
         step("looking, dense", total)
         with _dense_policy(subject):
@@ -169,7 +170,7 @@ def _repeat(
     _forget_peak(subject)
     dense.plain.append(_without_results(subject.run(1.0)))
     dense.peak_bytes = max(dense.peak_bytes, _peak_bytes(subject))
-    subject.session.attach()
+    subject.session.attach(watched=True)
     step("dense, timed")
     with _dense_policy(subject):
         dense.timed.append(_timed(subject, clock, 1.0))

@@ -13,6 +13,7 @@ from edit_cli.generate.routers import RouterSource
 from edit_cli.generate.session import Batch, Session, at_budget
 from edit_cli.profile.plan import ProfilePlan
 from routers.elastic import Elastic
+from routers.watch.planned import WatchedPlan
 
 Call = Callable[[Callable[[], Batch]], Batch]
 """Wraps a pipeline call, to set up and read a timer."""
@@ -43,8 +44,8 @@ class Subject:
     def elastic(self) -> Elastic:
         """The attached transformer."""
         elastic = self.session.elastic
-        assert isinstance(elastic, Elastic), "the subject is attached while it is measured"
-        return elastic
+        assert elastic is not None, "the subject is attached while it is measured"
+        return elastic.elastic if isinstance(elastic, WatchedPlan) else elastic  # type: ignore[no-any-return]
 
     def run(self, budget: float | None, call: Call = lambda run: run()) -> Round:
         """One round. Raises RunError for a sample that failed."""

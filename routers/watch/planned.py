@@ -1,0 +1,70 @@
+"""A plan's run with its blocks in sight: what `edit profile` measures where no router decides.
+
+Steps are counted as the dense run counts them: an evaluation is at the step of the dense run whose time is
+nearest, and a step that the plan leaves out shows as one that reuses what was computed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ..elastic import Elastic
+from ..planned.sampled import PlannerFor, Sampled
+from ..planned.timeplan import Array
+from ..policy import OpenPolicy
+from ..spec import TransformerSpec
+from ..trace import REUSE, CallRecord, Trace
+
+
+class WatchedPlan(Sampled):
+    """`Sampled` with all blocks open under an `Elastic`, whose trace and observers see the run."""
+
+    def __init__(
+        self, pipe: Any, planner_for: PlannerFor, budget: float, target: str, spec: TransformerSpec
+    ) -> None:
+        super().__init__(pipe, planner_for, budget, target)
+        self._steps: list[int] = []
+        self.elastic = Elastic(pipe.transformer, spec, OpenPolicy, pipe=pipe)
+        self.elastic.step_of = lambda call: self._steps[call] if call < len(self._steps) else call
+
+    @contextmanager
+    def scope(self, *, samples: int = 1, **wishes: Any) -> Iterator[Any]:
+        """As `Sampled.scope`; the trace is the engine's, complete when the scope ends."""
+        with super().scope(samples=samples, **wishes) as spent, self.elastic.scope(samples=samples) as trace:
+            yield trace
+        _add_left_out(trace, spent.steps)
+
+    def detach(self) -> None:
+        """As `Sampled.detach`."""
+        self.elastic.detach()
+        super().detach()
+
+    def _plan(self, grid: Array) -> Any:
+        plan = super()._plan(grid)
+        times = grid[:-1] if plan is None else plan.times[:-1]
+        self._steps = _nearest_steps(grid[:-1], times)
+        return plan
+
+
+def _nearest_steps(grid: Array, times: Array) -> list[int]:
+    """For every evaluation a step of its own, in order, with a time near by."""
+    steps: list[int] = []
+    for i, time in enumerate(times):
+        nearest = int(np.abs(grid - time).argmin())
+        low, high = (steps[-1] + 1 if steps else 0), len(grid) - (len(times) - i)
+        steps.append(min(max(nearest, low), high))
+    return steps
+
+
+def _add_left_out(trace: Trace, steps: int) -> None:
+    made = {(call.branch, call.step) for call in trace.calls}
+    for branch in dict.fromkeys(call.branch for call in trace.calls):
+        like = next(call for call in trace.calls if call.branch == branch)
+        for step in range(steps):
+            if (branch, step) not in made:
+                actions, flops = np.full_like(like.actions, REUSE), np.zeros_like(like.flops)
+                trace.calls.append(CallRecord(step, branch, actions, flops, like.dense_flops))
