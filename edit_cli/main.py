@@ -111,17 +111,21 @@ def spread(words: Sequence[str], command: Command) -> list[str]:
     result: list[str] = []
     further: list[tuple[int, str]] = []  # places in the result of values that follow another, and whose
     given: set[str] = set()
-    current, rest = "", iter(words)
-    for word in rest:
+    current, rest = "", list(words)
+    while rest:
+        word = rest.pop(0)
         typed, inline, _ = word.partition("=")
         if word == "--":
             result += [word, *rest]
+            rest.clear()
             given.add("argument")
         elif typed in command.spelled:
             name, option = command.spelled[typed]
             given.add(name)
             takes_next = option.check is not None and not inline
-            result += [word, *([value] if takes_next and (value := next(rest, None)) is not None else [])]
+            if takes_next and option.bare and not (rest and _accepts(option, rest[0])):
+                rest.insert(0, option.bare)
+            result += [word, *([rest.pop(0)] if takes_next and rest else [])]
             current = typed if option.many and option.metavar.endswith("...") else ""
         elif current and not word.startswith("-") and _accepts(command.spelled[current][1], word):
             further.append((len(result), current))

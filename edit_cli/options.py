@@ -122,8 +122,9 @@ MESH_MACHINE: Options = {
 OUTPUT: Options = under("Output", {
     "output": Option("--output -o", "PATH", f"File (.png .jpg .webp), folder, or template with {{prompt}} "
                      f"{TEMPLATE}. [dim]default: named after the prompt[/]", text, line="value"),
-    "compare": Option("--compare", "", "Also run dense with the same seeds: side-by-side picture, PSNR, "
-                      "SSIM, measured time ratio."),
+    "compare": Option("--compare", "[dense|exact]", "Also run dense with the same seeds: side-by-side "
+                      "picture, PSNR, SSIM, measured time ratio; exact: both beside the exact solution.",
+                      choice(*TARGETS), bare="dense"),
 })
 MESH_OUTPUT: Options = under("Output", {
     "format": Option("--format", "NAME", f"{', '.join(MESH_FORMATS)}, where --output names none. "
@@ -133,8 +134,9 @@ MESH_OUTPUT: Options = under("Output", {
                      text, line="value"),
     "preview": Option("--preview", "PNG", "Also write a lit turntable picture of the mesh (file or folder).",
                       text),
-    "compare": Option("--compare", "", "Also make the dense mesh with the same seed: Chamfer distance, "
-                      "F-score, volume IoU, seconds."),
+    "compare": Option("--compare", "[dense|exact]", "Also make the dense mesh with the same seed: Chamfer "
+                      "distance, F-score, volume IoU, seconds; exact: of both to the exact solution.",
+                      choice(*TARGETS), bare="dense"),
 })
 DRY_RUN: Options = under("Output", {
     "dry_run": Option("--dry-run", "", "Show plan, FLOPs and memory; load no weights, write nothing."),

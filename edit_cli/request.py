@@ -20,8 +20,9 @@ class Option:
     names: its spellings, the first is used in messages; without dashes it is a positional argument.
     check: None for a switch. many: may be given several times; where the metavar ends with "...", several
     values may follow the name. line: whether it may stand in a JSON line of an input list, as a value or a
-    list. default: typed where nothing is; shown: the default as help tells it. instead: of an argument that
-    has to be given, the options that may take its place. panel: heading in help.
+    list. bare: what it means where no value follows. default: typed where nothing is; shown: the default as
+    help tells it. instead: of an argument that has to be given, the options that may take its place. panel:
+    heading in help.
     """
 
     names: str
@@ -30,6 +31,7 @@ class Option:
     check: Check | None = None
     many: bool = False
     line: Literal["", "value", "list"] = ""
+    bare: str = ""
     default: str | None = None
     shown: str | bool = False
     instead: tuple[str, ...] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,20 +60,24 @@ def _run_batches(session: Session, batches: Batches, result: Result, bars: Any) 
     on_step = _task(bars, "denoising", [session.evaluations(jobs[0]) for jobs, _ in batches])
     dense_steps = [jobs[0].denoising_steps for jobs, _ in batches] if compare else []
     on_dense_step = _task(bars, "dense, to compare", dense_steps)
+    exactly = compare == "exact"
     taken = StageClock(medium.stages)
     for number, (jobs, rows) in enumerate(batches):
-        dense = None
+        references: dict[str, Batch] = {}
         if compare:
             with session.dense(), session.timed_by(taken):
                 if number == 0:
                     session.warm_up(jobs)
-                dense = session.run(jobs, on_dense_step)
+                references["dense"] = session.run(jobs, on_dense_step)
+            if exactly:
+                with session.timed_by(StageClock(medium.stages)):
+                    references["exact"] = session.run_exact(jobs)
             if number == 0:
                 session.warm_up(jobs)
         batch = session.run(jobs, on_step)
         _save(batch, rows, session, result)
-        if dense is not None:
-            _compare(result, batch, rows, dense)
+        if references:
+            _compare(result, batch, rows, references)
     return taken
 
 
@@ -102,15 +106,23 @@ def _save(batch: Batch, rows: Sequence[int], session: Session, result: Result) -
             raise batch.results[row]
 
 
-def _compare(result: Result, batch: Batch, rows: Sequence[int], dense: Batch) -> None:
+def _compare(result: Result, batch: Batch, rows: Sequence[int], references: Mapping[str, Batch]) -> None:
+    """What a batch is like beside the last of the references, and the dense run too if that is another."""
     medium = result.plan.medium
     comparison = result.comparison = result.comparison or {}
     for row in rows:
-        made, reference, path = batch.results[row], dense.results[row], batch.jobs[row].path
-        if isinstance(reference, RunError):
-            raise reference
-        path = medium.comparison_path(path)
-        write_files({path: medium.encode_comparison(made, reference, batch.trace.spent[row], path.suffix)})
+        made = {name: reference.results[row] for name, reference in references.items()}
+        for each in made.values():
+            if isinstance(each, RunError):
+                raise each
+        *others, last = made
+        path = medium.comparison_path(batch.jobs[row].path, last)
+        shown = {**made, f"spent {batch.trace.spent[row]:.2f}": batch.results[row]}
+        write_files({path: medium.encode_comparison(shown, path.suffix)})
         result.written.append(path)
-        for name, value in {"outputs": str(path), **medium.compare(made, reference)}.items():
+        measures = {"outputs": str(path), **medium.compare(batch.results[row], made[last])}
+        for name in others:
+            compared = medium.compare(made[name], made[last])
+            measures |= {f"{name}_{measure}": value for measure, value in compared.items()}
+        for name, value in measures.items():
             comparison.setdefault(name, []).append(value)

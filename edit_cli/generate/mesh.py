@@ -259,9 +259,9 @@ class Mesh:
             seed=first.seed,
         )  # fmt: skip
 
-    def comparison_path(self, path: Path) -> Path:
-        """The dense mesh."""
-        return path.with_name(f"{path.stem}-dense{path.suffix}")
+    def comparison_path(self, path: Path, compare: str) -> Path:
+        """The dense or exact mesh."""
+        return path.with_name(f"{path.stem}-{compare}{path.suffix}")
 
     def compare(self, made: Made, dense: Made) -> dict[str, float]:
         """Chamfer distance as a share of the box, F-score and volume IoU."""
@@ -269,9 +269,9 @@ class Mesh:
 
         return compare_meshes(made.mesh, dense.mesh, made.volume, dense.volume)
 
-    def encode_comparison(self, _made: Made, dense: Made, _spent: float, suffix: str) -> bytes:
-        """The dense mesh."""
-        return encode_mesh(dense.mesh, suffix, {})
+    def encode_comparison(self, made: Mapping[str, Made], suffix: str) -> bytes:
+        """The exact mesh if there is one, else the dense one."""
+        return encode_mesh(made.get("exact", made["dense"]).mesh, suffix, {})
 
     def compared_seconds(self, seconds: Mapping[str, float]) -> dict[str, float]:
         """By stage, from denoising on."""
@@ -286,7 +286,7 @@ class Mesh:
         return (
             f"{stages}; denoising {elastic['denoise']:.2f} s elastic: measured time ratio "
             f"{comparison['time_ratio']:.2f}; Chamfer {chamfer:.2%} of the box, "
-            f"F-score {f_score:.3f} at 1 %, volume IoU {iou:.3f}"
+            f"F-score {f_score:.3f} at 1 %, volume IoU {iou:.3f}{_beside_dense(comparison)}"
         )
 
     def calls(self, job: Any, backbone: Backbone) -> list[CallSize]:
@@ -308,6 +308,14 @@ class Mesh:
 
 
 MESH = Mesh()
+
+
+def _beside_dense(comparison: Mapping[str, Any]) -> str:
+    """How near the dense run comes to what was compared with, where that is the exact solution."""
+    if "dense_chamfer" not in comparison:
+        return ""
+    chamfer, iou = fmean(comparison["dense_chamfer"]), fmean(comparison["dense_iou"])
+    return f" to the exact solution; the dense run: Chamfer {chamfer:.2%}, volume IoU {iou:.3f}"
 
 
 def read_object(path: str, how: str) -> tuple[Image.Image, str]:

@@ -203,7 +203,7 @@ class Picture:
             first.height, seed=first.seed,
         )  # fmt: skip
 
-    def comparison_path(self, path: Path) -> Path:
+    def comparison_path(self, path: Path, _compare: str) -> Path:
         """The side-by-side picture."""
         return path.with_name(f"{path.stem}-compare.png")
 
@@ -213,11 +213,11 @@ class Picture:
 
         return {"psnr": round(min(psnr(dense, made), 99.0), 2), "ssim": round(ssim(dense, made), 4)}
 
-    def encode_comparison(self, made: Any, dense: Any, spent: float, _suffix: str) -> bytes:
-        """Both pictures side by side, as PNG."""
+    def encode_comparison(self, made: Mapping[str, Any], _suffix: str) -> bytes:
+        """The pictures side by side with their names, as PNG."""
         from edit_cli.generate.closeness import side_by_side
 
-        return encode_picture(side_by_side({"dense": dense, f"spent {spent:.2f}": made}), ".png", {})
+        return encode_picture(side_by_side(dict(made)), ".png", {})
 
     def compared_seconds(self, seconds: Mapping[str, float]) -> float:
         """Of denoising."""
@@ -229,7 +229,7 @@ class Picture:
             f"denoising took {comparison['dense_seconds']:.2f} s dense, "
             f"{comparison['elastic_seconds']:.2f} s elastic: measured time ratio "
             f"{comparison['time_ratio']:.2f}; PSNR {fmean(comparison['psnr']):.1f} dB, "
-            f"SSIM {fmean(comparison['ssim']):.3f}"
+            f"SSIM {fmean(comparison['ssim']):.3f}{_beside_dense(comparison)}"
         )
 
     def calls(self, job: Any, backbone: Backbone) -> list[CallSize]:
@@ -252,6 +252,14 @@ class Picture:
 
 
 PICTURE = Picture()
+
+
+def _beside_dense(comparison: Mapping[str, Any]) -> str:
+    """How near the dense run comes to what was compared with, where that is the exact solution."""
+    if "dense_psnr" not in comparison:
+        return ""
+    dense = f"{fmean(comparison['dense_psnr']):.1f} dB, SSIM {fmean(comparison['dense_ssim']):.3f}"
+    return f" to the exact solution, which the dense run comes near to with {dense}"
 
 
 def steps_taken(steps: int, strength: float | None) -> int:

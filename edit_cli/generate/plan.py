@@ -32,7 +32,8 @@ SAME_RESULT = (
 class Plan:
     """Everything a run needs. routers: a bundle or a checkpoint of the paper's, or None for the dense model.
 
-    force: accept routers that were fitted on other weights of the same architecture. compare: run dense too.
+    force: accept routers that were fitted on other weights of the same architecture. compare: what with, if
+    anything: "dense", or with both that and "exact".
     replayed: the record that is replayed unchanged, else None; peers: the batch that it came from.
     """
 
@@ -43,7 +44,7 @@ class Plan:
     jobs: tuple[Job, ...]
     batch_size: int
     force: bool = False
-    compare: bool = False
+    compare: str = ""
     replayed: Mapping[str, Any] | None = None
     peers: tuple[Job, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -90,7 +91,7 @@ def make_plan(request: Request, medium: Medium, *, kept: bool = True) -> Plan:
     for each in fields:
         jobs.append(medium.job(**each))
     if "compare" in request:
-        _check_comparisons(jobs, medium)
+        _check_comparisons(jobs, medium, request["compare"])
     replayed = record if record and not set(request) - set(SAME_RESULT) else None
     rows = () if replayed is None or len(jobs) > 1 else replayed.get("batch", ())
     return Plan(
@@ -101,7 +102,7 @@ def make_plan(request: Request, medium: Medium, *, kept: bool = True) -> Plan:
         jobs=tuple(jobs),
         batch_size=request.get("batch_size", backbone.batch_size),
         force="force" in request or bool(record.get("force")),
-        compare="compare" in request,
+        compare=request.get("compare", ""),
         replayed=replayed,
         peers=tuple(replace(jobs[0], **medium.peer(row)) for row in rows) if len(rows) > 1 else (),
         warnings=tuple(dict.fromkeys(warnings)),
@@ -195,11 +196,11 @@ def _add_paths(jobs: list[Fields], names: list[Fields], request: Request, medium
                 job[option] = file
 
 
-def _check_comparisons(jobs: Sequence[Job], medium: Medium) -> None:
+def _check_comparisons(jobs: Sequence[Job], medium: Medium, compare: str) -> None:
     """What --compare writes may replace neither each other nor a result."""
     taken = {path for job in jobs for path in (job.path, *side_files(job, medium).values())}
     for job in jobs:
-        path = medium.comparison_path(job.path)
+        path = medium.comparison_path(job.path, compare)
         if path in taken or path.is_dir():
             raise EditError(
                 f"--compare would write {str(path)!r} over another file; give other names with --output"

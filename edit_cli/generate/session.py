@@ -22,7 +22,8 @@ from routers.elastic import Elastic
 from routers.paper import checkpoint as release
 from routers.paper import policy as release_policy
 from routers.planned.sampled import Sampled
-from routers.planned.universal import fewer_steps
+from routers.planned.scheduler import elastic_scheduler
+from routers.planned.universal import exact_planner, fewer_steps
 from routers.trace import Trace
 
 RELEASE_NOTE = (
@@ -141,6 +142,11 @@ class Session:
         """How often a job's run calls its `on_step`."""
         steps = job.denoising_steps
         return self.elastic.evaluations(steps, job.budget) if isinstance(self.elastic, Sampled) else steps
+
+    def run_exact(self, jobs: Sequence[Job], on_step: OnStep = lambda: None) -> Batch:
+        """The solution that ever more steps tend to. Raises EditError for a sampler that takes no others."""
+        with self.dense(), bad_input(), elastic_scheduler(self.pipe, exact_planner):
+            return self.run([replace(job, solver=None) for job in jobs], on_step)
 
     def warm_up(self, jobs: Sequence[Job]) -> None:
         """One denoising step whose result and time are thrown away, so that comparisons start warm."""

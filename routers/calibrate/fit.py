@@ -20,10 +20,11 @@ from ..bundle import Bundle
 from ..planned.choose_times import CANDIDATES, choose
 from ..planned.closed_loop import Recording, Steps, Trajectory
 from ..planned.scheduler import check_scheduler, elastic_scheduler
-from ..planned.timeplan import Array, TimePlan, adams_bashforth, euler, moving, resampled, shifted
-from ..planned.universal import WARPS, Warp, missing_shift
+from ..planned.spent import EXACT_SHARE
+from ..planned.timeplan import Array, TimePlan, euler, moving
+from ..planned.universal import Warp, universal_plan
 from ..spec import TransformerSpec
-from .settings import EXACT, FitSettings
+from .settings import FitSettings
 from .state import State
 from .workload import Workload, require_finite
 
@@ -72,10 +73,7 @@ class Fit:
             if target == "dense":
                 plan = euler(grid)
             else:
-                times = shifted(
-                    resampled(grid, EXACT * (len(grid) - 1)), missing_shift(grid, WARPS["exact"][0])
-                )
-                plan = adams_bashforth(times, 2)
+                plan = universal_plan(grid, EXACT_SHARE * (len(grid) - 1), "exact")
             recordings.append(Recording(plan))
             return recordings[-1]
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..planned.spent import evaluations_for
+from ..planned.spent import EXACT_SHARE, evaluations_for
 
-EXACT = 4
-"""Evaluations of the exact run, as a multiple of the dense run's: AB2's error is then far below a plan's."""
 BUDGETS = 19
 """Plans at most: from 0.05 to 0.95."""
 MANY, ALL = 6, 6
@@ -46,4 +44,4 @@ class FitSettings:
         numbers = self.evaluations(steps)
         middle = numbers[len(numbers) // 2]
         plans = sum(n * self.tries_for(n, steps, first=n == middle) for n in numbers) / steps
-        return 1 + len(self.targets) * plans + EXACT * ("exact" in self.targets)
+        return 1 + len(self.targets) * plans + EXACT_SHARE * ("exact" in self.targets)

@@ -8,6 +8,8 @@ GRAIN = 0.005
 """A budget may be missed by so much before a run says so."""
 ROUNDING = 1e-6
 """A budget may be so little below what whole evaluations come to, as a share of one."""
+EXACT_EVALUATIONS, EXACT_SHARE = 100, 4
+"""Evaluations of a run that counts as exact, and how many for each step of the dense run, if that is more."""
 
 
 def evaluations_for(budget: float, steps: int) -> int:

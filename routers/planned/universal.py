@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..spec import TARGETS
-from .spent import evaluations_for
+from .spent import EXACT_EVALUATIONS, EXACT_SHARE, evaluations_for
 from .timeplan import Array, TimePlan, adams_bashforth, euler, moving, resampled, shifted
 
 Warp = tuple[float, float]
@@ -68,6 +68,11 @@ def universal_planner(
         return universal_plan(grid, evaluations, target, warp)
 
     return planner
+
+
+def exact_planner(grid: Array) -> TimePlan:
+    """A planner for the exact solution: so many evaluations that more of them change nothing that is seen."""
+    return universal_plan(grid, max(EXACT_EVALUATIONS, EXACT_SHARE * (len(grid) - 1)), "exact")
 
 
 def fewer_steps(budget: float) -> Callable[[Array], TimePlan | None]:
