@@ -13,6 +13,7 @@ import pytest
 
 from backbones import registry
 from backbones.model_files import ModelError
+from backbones.pipeline_call import known_call, variant
 from backbones.spec import DIFFUSERS
 
 FAMILIES = {family.name: family for family in registry.FAMILIES if family.layout == DIFFUSERS}
@@ -71,10 +72,9 @@ def test_specs_name_what_diffusers_has(family, qwen_folder, flux_folder):
             assert isinstance(attrgetter(mlp.activation)(first), torch.nn.Module)
     pipeline = getattr(diffusers, family.pipeline_class)
     parameters = inspect.signature(pipeline.__call__).parameters
-    assert family.guidance_argument in parameters
-    assert {"image", "strength"} <= set(
-        inspect.signature(getattr(diffusers, family.image_to_image_class).__call__).parameters
-    )
+    assert known_call(family.pipeline_class).guidance in parameters
+    pictures = variant(family.pipeline_class, ("image",)).pipeline
+    assert {"image", "strength"} <= set(inspect.signature(getattr(diffusers, pictures).__call__).parameters)
 
 
 def test_folders_are_recognised_by_their_pipeline_class(qwen_folder, flux_folder):
