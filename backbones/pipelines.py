@@ -8,6 +8,7 @@ signature, and the blocks are described once the model is loaded (describe.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -46,6 +47,7 @@ def pipeline_family(index: Config, families: Iterable[Family], where: str) -> Fa
     return family if family.pipeline_class == name else sibling(family, call.pipeline)
 
 
+@functools.cache
 def sibling(family: Family, pipeline: str) -> Family:
     """Another pipeline class around a family's transformer: Kontext, Fill, ControlNet, image-to-image."""
 
@@ -58,6 +60,7 @@ def sibling(family: Family, pipeline: str) -> Family:
     return replace(family, pipeline_class=pipeline, traits=traits, single_files=())
 
 
+@functools.cache
 def generic_family(pipeline: str, transformer: str, name: str, makes: Makes) -> Family:
     """A pipeline class that nothing was written for. name: for people."""
 

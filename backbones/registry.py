@@ -1,8 +1,9 @@
 """The table of models, and `resolve`: registry name, folder, file or hub id -> Backbone. No torch here.
 
-Rows are data: `models.json`, and for models of the hub `configs/<name>.json`, so that dry runs need no
-download. Packaged models are folders like any other. A folder may hold `edit.json` ({"steps": 20, ...}:
-defaults for requests) and `routers/` (a bundle used by default).
+Rows are data: `models.json`, and for some models of the hub `configs/<name>.json`, so that dry runs need no
+download; a row that names a pipeline's class needs no code. Packaged models are folders like any other. A
+folder may hold `edit.json` ({"steps": 20, ...}: defaults for requests) and `routers/` (a bundle used by
+default).
 """
 
 from __future__ import annotations
@@ -121,6 +122,7 @@ def _row(name: str) -> Backbone | None:
     if "folder" in data:
         folder = PACKAGE_FOLDER / data.pop("folder")
         return replace(_from_folder(folder), packaged=True, **data) if _layout(folder) else None
+    data.pop("configs", None)
     defaults, family = Defaults(**data.pop("defaults")), data.pop("family")
     of_row = {key: data.pop(key, None) for key in ("pipeline", "transformer", "makes")}
     return Backbone(family=_row_family(family, **of_row), defaults=defaults, **data)
@@ -135,7 +137,8 @@ def _row_family(name: str, pipeline: str | None, transformer: str | None, makes:
 
 
 def _shipped_configs(name: str) -> Configs | None:
-    file = PACKAGE_FOLDER / "configs" / f"{name}.json"
+    data = next(row for row in _table() if row["name"] == name)
+    file = PACKAGE_FOLDER / "configs" / f"{data.get('configs', name)}.json"
     return read_json(file) if file.is_file() else None
 
 

@@ -247,4 +247,7 @@ EXPORT: Options = {
                          checks.size),
     **REPORT,
 }
-LISTING: Options = {"json": Option("--json", "", "Print one JSON object instead of the table.")}
+LISTING: Options = {
+    "inspect": Option("--inspect", "FOLDER", "Describe the blocks of a folder's transformers.", text),
+    "json": Option("--json", "", "Print one JSON object instead of the table."),
+}

@@ -57,7 +57,12 @@ def check_inputs(given: Fields, backbone: Backbone, options: Options) -> Pipelin
             f"{backbone.name} ({call.pipeline}) takes one --image and {len(given['image'])} were given"
         )
     known = {argument: name for name in ARGUMENTS if (argument := call.argument(name)) is not None}
-    for argument in call.required:
+    needed = list(call.required)
+    if GIVES.get(call.gives) == "picture" and call.argument("image") == "image":
+        # signatures say None for these where only a caller with latents of its own can do without
+        mask = call.argument("mask")
+        needed += [name for name in ("image", mask) if name and (mask or call.argument("strength"))]
+    for argument in needed:
         if argument not in known:
             raise EditError(
                 f"{backbone.name} ({call.pipeline}) needs {argument!r}, which `edit generate` cannot give"
