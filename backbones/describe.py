@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from backbones.model_files import ModelError
+from backbones.spec import Family
+from routers.cost import to_meta
 from routers.derive import DerivationError, Derived, derive
+from routers.derive.rows import count_rows, with_rows
 
 
 class _CalledError(BaseException):
@@ -20,10 +24,10 @@ class _CalledError(BaseException):
         self.inputs = inputs
 
 
-def describe(transformer: nn.Module, run: Callable[[], object]) -> Derived:
-    """What can be controlled in the transformer that `run` calls; the call itself is not carried out.
+def described(family: Family, transformer: nn.Module, run: Callable[[], object]) -> tuple[Family, Derived]:
+    """A family with the blocks and a typical call of the transformer that `run` calls, and what was derived.
 
-    Raises ModelError where the blocks cannot be described.
+    The call itself is not carried out. Raises ModelError where the blocks cannot be described.
     """
     names = list(inspect.signature(type(transformer).forward).parameters)[1:]
 
@@ -40,6 +44,9 @@ def describe(transformer: nn.Module, run: Callable[[], object]) -> Derived:
     finally:
         hook.remove()
     try:
-        return derive(transformer, inputs)
+        found = derive(transformer, inputs)
     except DerivationError as error:
         raise ModelError(str(error)) from error
+    rows = count_rows(inputs[found.spec.sample])
+    row = with_rows(to_meta({name: value for name, value in inputs.items() if value is not None}), rows, 1)
+    return replace(family, transformer=found.spec, call_inputs=lambda _configs, _size: row), found

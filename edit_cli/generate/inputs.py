@@ -58,7 +58,7 @@ def check_inputs(given: Fields, backbone: Backbone, options: Options) -> Pipelin
         )
     known = {argument: name for name in ARGUMENTS if (argument := call.argument(name)) is not None}
     needed = list(call.required)
-    if GIVES.get(call.gives) == "picture" and call.argument("image") == "image":
+    if GIVES.get(call.gives) == "picture" and call.argument("image") == "image" not in call.lists:
         # signatures say None for these where only a caller with latents of its own can do without
         mask = call.argument("mask")
         needed += [name for name in ("image", mask) if name and (mask or call.argument("strength"))]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones import loading, registry
-from backbones.describe import describe
+from backbones.describe import described
 from backbones.solvers import check_solver, solver
 from edit_cli.errors import EditError, bad_input, memory_errors
 from edit_cli.generate.medium import Job, OnStep
@@ -87,9 +87,8 @@ class Session:
         run = functools.partial(self.plan.medium.call, self, pipe, jobs, lambda: None)
         quiet, spare = loading.quiet_libraries(), StageClock(self.clock.seconds)
         with bad_input(), quiet, self.timed_by(spare):
-            found = describe(pipe.transformer, run)
+            family, found = described(backbone.family, pipe.transformer, run)
         self.notes += [f"{path} runs in full: {reason}" for path, reason in found.left_in_full.items()]
-        family = replace(backbone.family, transformer=found.spec)
         self.plan = replace(self.plan, backbone=replace(backbone, family=family))
 
     @property
