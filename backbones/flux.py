@@ -90,7 +90,6 @@ FAMILY = Family(
     traits=traits,
     call_inputs=call_inputs,
     pipeline_class="FluxPipeline",
-    image_to_image_class="FluxImg2ImgPipeline",
     text_tokens=text_tokens,
     single_files=(ORIGINAL, DIFFUSERS),
 )

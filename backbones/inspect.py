@@ -42,7 +42,8 @@ def inspect_folder(folder: Path) -> list[Inspection]:
     index = folder / "model_index.json"
     if not index.is_file():
         raise InspectError(f"{folder} has no model_index.json; give the folder of a diffusers pipeline")
-    components = [name for name in json.loads(index.read_text()) if name.startswith("transformer")]
+    entries = json.loads(index.read_text()).items()
+    components = [name for name, of in entries if name.startswith("transformer") and of != [None, None]]
     if not components:
         raise InspectError(f"{folder} has no transformer: {index.name} names none")
     return [_inspect(name, folder / name / "config.json") for name in components]

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from backbones.hunyuan3d.folders import cached_folder
-from backbones.model_files import ModelError, cached_file, hub_message, require_hub
-from backbones.registry import component_configs
+from backbones.model_files import ModelError, cached_file, hub_message, read_json, require_hub
+from backbones.pipeline_call import known_call
+from backbones.processors import without_video
+from backbones.registry import FAMILIES, component_configs
 from backbones.spec import DIFFUSERS, HUNYUAN3D, Backbone, CallSize, Lora, Placement
 from backbones.weights import build_transformer, load_transformer
 from routers.cost import transformer_flops
@@ -113,15 +115,12 @@ def call_flops(backbone: Backbone, size: CallSize) -> float:
     return float(transformer_flops(meta_transformer(backbone), inputs))
 
 
-def image_to_image(pipe: Any, backbone: Backbone) -> Any:
-    """The family's image-to-image pipeline around the same components. Raises ModelError if there is none."""
+def around(pipe: Any, pipeline: str) -> Any:
+    """A pipeline of another class around the same components."""
     import diffusers
 
-    name = backbone.family.image_to_image_class
-    if name is None:
-        raise ModelError(f"{backbone.family.name} offers no image-to-image; leave --image out")
     with quiet_libraries():
-        other = getattr(diffusers, name).from_pipe(pipe)
+        other = getattr(diffusers, pipeline).from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
     return other
 
@@ -196,7 +195,8 @@ def _load_diffusers(
     if transformer is None and backbone.static is not None:
         transformer = load_transformer(backbone, dtype)
     # a single file is read last: what else is missing shows at once, not after 24 GB
-    components = {"transformer": transformer} if from_file or transformer is not None else {}
+    components = _special(backbone)
+    components |= {"transformer": transformer} if from_file or transformer is not None else {}
     pipe = _from_pretrained(backbone, dtype, components)
     if from_file:
         pipe.register_modules(transformer=load_transformer(backbone, dtype))
@@ -232,6 +232,18 @@ def _from_pretrained(backbone: Backbone, dtype: torch.dtype, components: dict[st
         return pipeline_class.from_pretrained(backbone.source, **options)
     except Exception as error:  # the hub client has a dozen error types; the user needs one line
         raise ModelError(hub_message(backbone.source, error)) from error
+
+
+def _special(backbone: Backbone) -> dict[str, Any]:
+    """Components that a pipeline is given: what its class asks for and a folder was saved without, as None;
+    and what cannot be loaded as it is.
+    """
+    file = backbone.folder / DIFFUSERS if backbone.folder else cached_file(backbone.source, DIFFUSERS)
+    if file is None or backbone.family in FAMILIES:
+        return {}
+    index, call = read_json(file), known_call(backbone.family.pipeline_class)
+    absent = {name: None for name in call.components if index.get(name) == [None, None]}
+    return absent | without_video(index, backbone.source)
 
 
 def _add_lora(pipe: Any, lora: Lora, name: str) -> None:

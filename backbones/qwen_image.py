@@ -88,10 +88,8 @@ FAMILY = Family(
     traits=traits,
     call_inputs=call_inputs,
     pipeline_class="QwenImagePipeline",
-    guidance_argument="true_cfg_scale",
     # without a negative prompt the pipeline turns guidance off; the model card uses one space
     negative_prompt=" ",
-    image_to_image_class="QwenImageImg2ImgPipeline",
     text_tokens=text_tokens,
     single_files=(SINGLE_FILE,),
 )

@@ -1,8 +1,9 @@
 """The table of models, and `resolve`: registry name, folder, file or hub id -> Backbone. No torch here.
 
-Rows are data: `models.json`, and for models of the hub `configs/<name>.json`, so that dry runs need no
-download. Packaged models are folders like any other. A folder may hold `edit.json` ({"steps": 20, ...}:
-defaults for requests) and `routers/` (a bundle used by default).
+Rows are data: `models.json`, and for some models of the hub `configs/<name>.json`, so that dry runs need no
+download; a row that names a pipeline's class needs no code. Packaged models are folders like any other. A
+folder may hold `edit.json` ({"steps": 20, ...}: defaults for requests) and `routers/` (a bundle used by
+default).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from backbones.model_files import (
     stamp,
     static_entry,
 )
+from backbones.pipelines import generic_family, pipeline_family, sibling
 from backbones.single_file import check_fits, denoiser_shapes, read_single_file
 from backbones.spec import (
     COMMANDS,
@@ -49,6 +51,9 @@ from backbones.spec import (
 
 FAMILIES: tuple[Family, ...] = (qwen_image.FAMILY, flux.FAMILY, hunyuan3d.FAMILY_2, hunyuan3d.FAMILY_21)
 DEFAULT_MODELS: dict[Makes, str] = {"picture": "qwen-image-tiny", "mesh": "hunyuan3d-tiny"}
+
+CONFIGURED = ("transformer", "vae")
+"""Components whose configurations are read; the second may be missing."""
 
 MESH_COMPONENTS = {"model": "transformer", "vae": "VAE", "conditioner": "conditioner"}
 """What the parts of a Hunyuan3D checkpoint are called in reports."""
@@ -74,8 +79,8 @@ def resolve(model: str | None, base: str | None = None, makes: Makes | None = No
             f"--base {base!r} is for a single-file --model and {model!r} is not one; leave it out"
         )
     backbone = _from_file(Path(model).expanduser().resolve(), base) if is_file else _find(model, makes)
-    if makes is not None and backbone.makes != makes:
-        things, command = COMMANDS[backbone.makes]
+    things, command = COMMANDS[backbone.makes]
+    if makes is not None and command != COMMANDS[makes][1]:
         raise ModelError(f"{model!r} makes {things}: use `{command} -m {model}`")
     return backbone
 
@@ -89,7 +94,8 @@ def component_configs(backbone: Backbone) -> Configs:
         configs = _read_configs(backbone.folder, backbone.family.layout)
     else:
         row = next((row for row in rows().values() if row.source == backbone.source), None)
-        configs = _hub_configs(backbone.source) if row is None else _shipped_configs(row.name)
+        shipped = None if row is None else _shipped_configs(row.name)
+        configs = _hub_configs(backbone.source) if shipped is None else shipped
     return configs if backbone.file is None else {**configs, "transformer": backbone.file.config}
 
 
@@ -116,12 +122,24 @@ def _row(name: str) -> Backbone | None:
     if "folder" in data:
         folder = PACKAGE_FOLDER / data.pop("folder")
         return replace(_from_folder(folder), packaged=True, **data) if _layout(folder) else None
-    family, defaults = data.pop("family"), Defaults(**data.pop("defaults"))
-    return Backbone(family=next(f for f in FAMILIES if f.name == family), defaults=defaults, **data)
+    data.pop("configs", None)
+    defaults, family = Defaults(**data.pop("defaults")), data.pop("family")
+    of_row = {key: data.pop(key, None) for key in ("pipeline", "transformer", "makes")}
+    return Backbone(family=_row_family(family, **of_row), defaults=defaults, **data)
 
 
-def _shipped_configs(name: str) -> Configs:
-    return read_json(PACKAGE_FOLDER / "configs" / f"{name}.json")
+def _row_family(name: str, pipeline: str | None, transformer: str | None, makes: Makes | None) -> Family:
+    """By name; with a pipeline class another of that family, with a transformer's too one of its own."""
+    if pipeline is not None and transformer is not None:
+        return generic_family(pipeline, transformer, name, makes or "picture")
+    family = next(family for family in FAMILIES if family.name == name)
+    return family if pipeline is None else sibling(family, pipeline)
+
+
+def _shipped_configs(name: str) -> Configs | None:
+    data = next(row for row in _table() if row["name"] == name)
+    file = PACKAGE_FOLDER / "configs" / f"{data.get('configs', name)}.json"
+    return read_json(file) if file.is_file() else None
 
 
 def _find(model: str, makes: Makes | None) -> Backbone:
@@ -175,7 +193,7 @@ def _read_folder(folder: Path, _stamp: Stamp) -> Backbone:
     return replace(
         backbone,
         defaults=folder_defaults(folder, traits.defaults, family.makes),
-        batch_size=8 if backbone.small else 1,
+        batch_size=8 if backbone.small and family in FAMILIES else 1,
     )
 
 
@@ -186,11 +204,11 @@ def _layout(folder: Path) -> str | None:
 def _family(layout: str, index: Config, where: str) -> Family:
     """By the pipeline's class, or by the transformer's in Hunyuan3D's layout. Raises ModelError."""
     families = {
-        family.pipeline_class if layout == DIFFUSERS else family.transformer.transformer_class: family
-        for family in FAMILIES
-        if family.layout == layout
+        family.transformer.transformer_class: family for family in FAMILIES if family.layout == layout
     }
-    name = index.get("_class_name") if layout == DIFFUSERS else hunyuan3d.transformer_class(index)
+    if layout == DIFFUSERS:
+        return pipeline_family(index, families.values(), where)
+    name = hunyuan3d.transformer_class(index)
     if name not in families:
         what = f"holds {name}" if name else "does not say what it holds"
         raise ModelError(f"{where!r} {what}, which `edit` cannot run; it knows {', '.join(families)}")
@@ -200,7 +218,10 @@ def _family(layout: str, index: Config, where: str) -> Family:
 def _read_configs(folder: Path, layout: str) -> Configs:
     if layout == HUNYUAN3D:
         return read_yaml(folder / HUNYUAN3D)
-    return {part: read_json(folder / part / "config.json") for part in ("transformer", "vae")}
+    index = read_json(folder / DIFFUSERS)
+    return {
+        part: read_json(folder / part / "config.json") for part in CONFIGURED if index.get(part, [None])[0]
+    }
 
 
 def _count_parameters(folder: Path, layout: str) -> dict[str, int]:
@@ -228,8 +249,10 @@ def _from_hub(model: str) -> Backbone:
 def _hub_configs(repository: str) -> Configs:
     """Of a diffusers repository."""
     configs = {}
-    for part in ("transformer", "vae"):
+    for part in CONFIGURED:
         file = hub_file(repository, f"{part}/config.json")
+        if file is None and part != CONFIGURED[0]:
+            continue
         if file is None:
             raise ModelError(f"{repository!r} is incomplete: {part}/config.json is missing")
         configs[part] = read_json(file)

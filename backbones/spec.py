@@ -33,10 +33,12 @@ SMALL_MODEL = 10**9
 """Below this many parameters a model is small."""
 
 
-Makes = Literal["picture", "mesh"]
+Makes = Literal["picture", "video", "sound", "mesh"]
 
 COMMANDS: Mapping[Makes, tuple[str, str]] = {
     "picture": ("pictures", "edit generate"),
+    "video": ("videos", "edit generate"),
+    "sound": ("sounds", "edit generate"),
     "mesh": ("meshes", "edit generate-3d"),
 }
 """What models make: the plural, and the command for it."""
@@ -48,7 +50,7 @@ class Defaults:
 
     steps: denoising steps. guidance: guidance scale. width, height: px.
     max_sequence_length: prompt length in tokens the checkpoint was trained with.
-    octree_resolution: grid cells per axis.
+    octree_resolution: grid cells per axis. frames: of a video. fps: frames per second. seconds: of sound.
     """
 
     steps: int = 50
@@ -57,10 +59,16 @@ class Defaults:
     height: int | None = None
     max_sequence_length: int | None = None
     octree_resolution: int | None = None
+    frames: int | None = None
+    fps: float | None = None
+    seconds: float | None = None
 
 
+PICTURE_FIELDS = ("width", "height", "steps", "guidance", "max_sequence_length")
 DEFAULT_FIELDS: Mapping[Makes, tuple[str, ...]] = {
-    "picture": ("width", "height", "steps", "guidance", "max_sequence_length"),
+    "picture": PICTURE_FIELDS,
+    "video": (*PICTURE_FIELDS, "frames", "fps"),
+    "sound": ("steps", "guidance", "max_sequence_length", "seconds"),
     "mesh": ("steps", "guidance", "octree_resolution"),
 }
 """Which `Defaults` a model folder may change in its `edit.json`."""
@@ -125,7 +133,7 @@ class Family:
     """What all checkpoints of one kind share.
 
     name: for people and reports ("Qwen-Image"). makes: what its models make.
-    transformer: what `routers` needs to know of the denoiser.
+    transformer: what `routers` needs to know of the denoiser; without blocks where nobody wrote it down.
     traits: a model's configurations -> what holds for it and its requests.
     call_inputs: configurations and size -> arguments of one transformer call as meta tensors, to count FLOPs.
     layout: the file that a model folder of this family has.
@@ -135,9 +143,8 @@ class Family:
     dtype: what models run in by default unless they are small. offloads: ways to offload, of OFFLOADS.
 
     Of families that take a prompt:
-    guidance_argument: the pipeline's argument that takes `--guidance`.
-    negative_prompt: default of the second, unconditional branch; None if the family has no such branch.
-    image_to_image_class: diffusers class for `--image`, built from the loaded pipeline; None: not offered.
+    negative_prompt: default of the second, unconditional branch, "" for the pipeline's own; None if the
+        family has no such branch.
     text_tokens: (prompt, max_sequence_length) -> about how many text tokens the transformer sees.
     single_files: layouts of single-file checkpoints that can be read.
     """
@@ -151,9 +158,7 @@ class Family:
     layout: str = DIFFUSERS
     dtype: str = "bf16"
     offloads: tuple[str, ...] = OFFLOADS
-    guidance_argument: str = "guidance_scale"
     negative_prompt: str | None = None
-    image_to_image_class: str | None = None
     text_tokens: Callable[[str, int | None], int] = lambda prompt, limit: 0
     single_files: tuple[FileLayout, ...] = ()
 

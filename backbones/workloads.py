@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from backbones.loading import image_to_image
+from backbones.loading import around
+from backbones.model_files import ModelError
+from backbones.pipeline_call import known_call, variant
 from backbones.spec import Backbone
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class PipelineWorkload(_Workload):
         indices, generators = self._batch(batch, len(self.prompts))
         arguments: dict[str, Any] = {
             "prompt": [self.prompts[i] for i in indices],
-            family.guidance_argument: self.guidance,
+            str(known_call(family.pipeline_class).guidance): self.guidance,
             "num_inference_steps": num_steps or self.num_steps,
             "width": self.width,
             "height": self.height,
@@ -123,7 +125,10 @@ def encode(
     """
     from PIL import ImageOps
 
-    other, encoded = image_to_image(pipe, backbone), []
+    call, encoded = variant(backbone.family.pipeline_class, ("image",)), []
+    if call.argument("image") is None:
+        raise ModelError(f"{backbone.family.name} offers no image-to-image, so pictures cannot be trained on")
+    other = around(pipe, call.pipeline)
     device, dtype = pipe.vae.device, pipe.vae.dtype
     for i, picture in enumerate(pictures):
         fitted = ImageOps.fit(picture, size)

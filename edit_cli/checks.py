@@ -86,6 +86,9 @@ seed = whole(0, MAX_SEED)
 steps = whole(1, MAX_STEPS)
 side = whole(1, MAX_SIDE)
 count = whole(1, MAX_COUNT)
+frames = whole(1, MAX_COUNT)
+fps = share("allowed are 1 to 240, usual is 16 to 30", 1, 240)
+seconds = share("allowed are 0.1 to 3600", 0.1, 3600)
 
 
 def prompt(where: str, value: Any) -> str:

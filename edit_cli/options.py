@@ -57,11 +57,17 @@ PICTURE: Options = under("Picture", {
     "count": Option("--num-images -n", "N", "Pictures per prompt and seed: seeds N, N+1...", checks.count),
     "width": Option("--width", "PX", "Width.", checks.side, line="value"),
     "height": Option("--height", "PX", "Height.", checks.side, line="value"),
-    "image": Option("--image", "FILE", "Start from this picture (image-to-image).", checks.picture_file,
-                    line="value"),
+    "image": Option("--image", "FILE...", "Pictures to start from, to edit or to refer to.",
+                    checks.picture_file, many=True, line="list"),
+    "mask": Option("--mask", "FILE", "White where --image may change.", checks.picture_file, line="value"),
+    "control_image": Option("--control-image", "FILE", "What a control model follows: edges, depth, a pose.",
+                            checks.picture_file, line="value"),
     "strength": Option("--strength", "X", "How far to leave --image, 0 to 1. [dim]default 0.6[/]",
                        checks.strength, line="value"),
-    "replay": Option("--from", "PICTURE", "Repeat a picture made by edit; other options change it.", text),
+    "frames": Option("--frames --num-frames", "N", "Frames of a video.", checks.frames, line="value"),
+    "fps": Option("--fps --frame-rate", "X", "Frames per second of a video.", checks.fps, line="value"),
+    "seconds": Option("--seconds", "X", "Length of a sound.", checks.seconds, line="value"),
+    "replay": Option("--from", "FILE", "Repeat what edit made; other options change it.", text),
 })
 MESH: Options = under("Mesh", {
     "count": Option("--num-meshes -n", "N", "Meshes per picture and seed: seeds N, N+1...", checks.count),
@@ -247,4 +253,7 @@ EXPORT: Options = {
                          checks.size),
     **REPORT,
 }
-LISTING: Options = {"json": Option("--json", "", "Print one JSON object instead of the table.")}
+LISTING: Options = {
+    "inspect": Option("--inspect", "FOLDER", "Describe the blocks of a folder's transformers.", text),
+    "json": Option("--json", "", "Print one JSON object instead of the table."),
+}

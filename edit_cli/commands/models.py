@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backbones import registry
 from backbones.spec import COMMANDS, Backbone
 from edit_cli.console import print_json, readable_count, stdout
+from edit_cli.errors import bad_input
 from edit_cli.options import LISTING
 from edit_cli.request import Request, command
 
@@ -17,12 +20,20 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
+SIZES, MORE = ("width", "height"), {"video": ("frames", "fps"), "sound": ("seconds",)}
+"""Defaults that are listed of a model, by what it makes."""
 NAME_WIDTH = 24  # columns: the longest name with its indent
 
 
 @command(LISTING)
 def models(request: Request) -> None:
-    """List the models known by name; other pipeline folders and hub ids of these families work too."""
+    """List the models known by name; any diffusers pipeline with a transformer works too.
+
+    [dim]edit models --inspect FOLDER[/dim]
+    """
+    if "inspect" in request:
+        inspect(request)
+        return
     rows = list(registry.rows().values())
     if "json" in request:
         print_json(
@@ -38,8 +49,34 @@ def models(request: Request) -> None:
         stdout().print(_table(list(group)))
     stdout().print(
         "[dim]memory: all weights in bf16 (small models fp32)\n"
-        "folders and hub ids of these families work too[/]"
+        "folders and hub ids of any diffusers pipeline with a transformer work too[/]"
     )
+
+
+def inspect(request: Request) -> None:
+    """What can be controlled in a folder's transformers, from their configurations. Raises EditError."""
+    with bad_input():
+        from backbones.inspect import inspect_folder
+
+        found = inspect_folder(Path(request["inspect"]).expanduser())
+    if "json" in request:
+        print_json({"transformers": [asdict(inspection) for inspection in found]})
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    for inspection in found:
+        stdout().print(Text.assemble((inspection.component, "bold"), f"  {inspection.transformer}"))
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for name in ("list", "block", "streams -> returned at", "time", "MLPs"):
+            table.add_column(name, overflow="fold")
+        for row in inspection.rows:
+            table.add_row(*map(Text, (row.path, row.block, row.streams, row.time, row.mlps)))
+        stdout().print(table)
+        for path, reason in inspection.left_in_full.items():
+            stdout().print(Text(f"runs in full: {path} ({reason})", style="dim"))
+        for note in inspection.notes:
+            stdout().print(Text(note, style="dim"))
 
 
 def _heading(family: str, licence: str) -> Text:
@@ -61,8 +98,8 @@ def _table(rows: Sequence[Backbone]) -> Table:
         routers = ", with routers" if row.bundle else ""
         table.add_row(
             f"  {row.name}",
-            readable_count(row.parameters),
-            f"{row.memory_gib:g} GiB",
+            readable_count(row.parameters or row.transformer_parameters),
+            f"{row.memory_gib:g} GiB" if row.parameters else "",
             f"[green]packaged{routers}[/]" if row.packaged else "hub",
         )
     return table
@@ -71,10 +108,9 @@ def _table(rows: Sequence[Backbone]) -> Table:
 def as_dict(row: Backbone) -> dict[str, Any]:
     """A registry row for scripts."""
     made: dict[str, Any] = {"makes": COMMANDS[row.makes][0]}
-    if row.makes == "mesh":
-        made |= {"octree_resolution": row.defaults.octree_resolution, "views": row.views}
-    else:
-        made |= {"width": row.defaults.width, "height": row.defaults.height}
+    fields = ("octree_resolution",) if row.makes == "mesh" else (*SIZES, *MORE.get(row.makes, ()))
+    made |= {name: getattr(row.defaults, name) for name in fields}
+    made |= {"views": row.views} if row.makes == "mesh" else {}
     return {
         "name": row.name,
         "family": row.family.name,

@@ -9,7 +9,8 @@ same attributes and methods as its fellows (`picture.py` is the one to read, and
     list_option, example       the option that names a file of subjects; a JSON line of it
     missing                    the error where nothing is to be made
     stages                     of a run, in order, with names for people
-    suffixes, beside           of files, the first is the default; options that ask for another file, with its
+    suffixes, placeholders     of files, the first is the default; fields of names beside `outputs`' own
+    beside                     options that ask for another file, with its suffixes
     recorded_fields, per_row   of a job: in its record as they are; in which jobs of one batch may differ
     recorded_rows              of the rest of a batch: what decides the rounding
     recorded_as                where a record has another name for an option

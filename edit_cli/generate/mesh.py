@@ -73,6 +73,7 @@ class Mesh:
     """condition: pictures to embeddings. decode: latents to a sampled field. extract: that to triangles."""
     suffixes = MESH_SUFFIXES
     beside: Mapping[str, tuple[str, ...]] = {"preview": (".png",)}
+    placeholders: Mapping[str, str] = {}
     recorded_fields = (
         "seed", "steps", "guidance", "octree_resolution", "decode", "faces", "remove_background",
     )  # fmt: skip
@@ -109,6 +110,9 @@ class Mesh:
             "octree_resolution": fields.get("octree_resolution", backbone.defaults.octree_resolution),
             "decode": fields.get("decode", "auto"), "faces": fields.get("faces"), "remove_background": how,
         }  # fmt: skip
+
+    def check_path(self, path: Path) -> None:
+        """Every format can be written."""
 
     def title(self, fields: Mapping[str, Any]) -> str:
         """What files are named after: the first picture."""

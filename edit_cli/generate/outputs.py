@@ -15,7 +15,9 @@ from edit_cli.errors import EditError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MESH_SUFFIXES = (".glb", ".obj", ".ply", ".stl")
-TEMPLATE_FIELDS = ("prompt", "seed", "index", "budget", "model")
+FRAME = "frame"
+TEMPLATE_FIELDS = ("prompt", "seed", "index", "budget", "model", FRAME)
+"""What the name of a file may be made of; the last only where a result has frames."""
 MAX_NAME = 60  # characters of a prompt that become part of a file name
 MAX_BYTES = 240  # of a file name: file systems allow 255, and comparisons are named after results
 
@@ -87,11 +89,12 @@ def _free_name(folder: Path, name: str, suffix: str, taken: set[Path]) -> Path:
 def _fill(target: str, names: Mapping[str, Any], several: bool, option: str) -> Path:
     try:
         used = {field for _, field, _, _ in string.Formatter().parse(target) if field is not None}
-        unknown = used - set(TEMPLATE_FIELDS)
+        allowed = [name for name in TEMPLATE_FIELDS if name in names or name != FRAME]
+        unknown = used - set(allowed)
         if unknown:
             raise EditError(
                 f"{option} field {{{sorted(unknown)[0]}}} is unknown; "
-                f"allowed are {' '.join(f'{{{name}}}' for name in TEMPLATE_FIELDS)}"
+                f"allowed are {' '.join(f'{{{name}}}' for name in allowed)}"
             )
         path = Path(target.format(**{name: names.get(name, "") for name in used}) if used else target)
     except (ValueError, IndexError) as error:

@@ -16,6 +16,7 @@ from backbones import registry
 from backbones.spec import Backbone, Placement
 from edit_cli import checks
 from edit_cli.errors import EditError
+from edit_cli.generate.media import medium_for
 from edit_cli.generate.medium import Fields, Job, Medium
 from edit_cli.generate.outputs import plan_outputs
 from edit_cli.generate.routers import DEFAULT_ROUTERS, find_routers
@@ -81,6 +82,7 @@ def make_plan(request: Request, medium: Medium, *, kept: bool = True) -> Plan:
     record = medium.read_record(request["replay"]) if "replay" in request else {}
     base = request.get("base") or (None if "model" in request else record.get("model_base"))
     backbone = registry.resolve(request.get("model") or record.get("model_source"), base, medium.makes)
+    medium = medium_for(backbone, medium)
     routers = find_routers(request.get("routers") or record.get("routers") or DEFAULT_ROUTERS, backbone)
     placement = _placement(request, record, backbone)
     warnings: list[str] = []
@@ -173,9 +175,8 @@ def _fields(
         jobs.append({**common, **medium.complete({**fields, **common}, backbone, warnings)})
         budget = "auto" if common["budget"] is None else f"{common['budget']:g}"
         model, title = backbone.name.replace("/", "-"), medium.title(jobs[-1])
-        names.append(
-            {**common, "prompt": title, "budget": budget, "model": model, "output": fields["output"]}
-        )
+        name = {"prompt": title, "budget": budget, "model": model, "output": fields["output"]}
+        names.append({**common, **medium.placeholders, **name})
     return jobs, names
 
 
@@ -184,6 +185,7 @@ def _add_paths(jobs: list[Fields], names: list[Fields], request: Request, medium
     first = f".{request['format']}" if "format" in request else medium.suffixes[0]
     paths = plan_outputs(request.get("output"), names, tuple(dict.fromkeys((first, *medium.suffixes))))
     for job, name, path in zip(jobs, names, paths, strict=True):
+        medium.check_path(path)
         job["path"], name["prompt"], name["output"] = path, path.stem, None
         if "format" in request and path.suffix.lower() != first:
             raise EditError(

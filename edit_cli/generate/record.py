@@ -1,7 +1,7 @@
 """What a result remembers: everything needed to make it again, inside the file. Torch-free.
 
 PNG: two text chunks, `parameters` for people and `edit` as JSON. JPEG and WebP: EXIF UserComment, where web
-UIs look, and an XMP packet. GLB: `extras` of the asset (glTF 2.0).
+UIs look, and an XMP packet. GIF, MP4, WAV: the comment. GLB: `extras` of the asset (glTF 2.0).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from edit_cli.generate.session import Batch, Session
 
 MUST_MATCH = (
-    "model_hash", "routers_hash", "lora_hashes", "image_hash", "image_hashes", "device", "dtype", "compile",
+    "model_hash", "routers_hash", "lora_hashes", "image_hash", "image_hashes", "mask_hash",
+    "control_image_hash", "device", "dtype", "compile",
     "versions",
 )  # fmt: skip
 """Record entries that decide whether a replayed result can be identical."""
@@ -43,6 +44,8 @@ XMP = (
 )
 QUALITY = 95
 MAX_COMMENT = 60_000  # bytes; a segment of a JPEG holds 64 KiB
+COMMENTS = {".mp4": (b"\xa9cmt", 16), ".wav": (b"ICMT", 4)}
+"""Where files of sound and video have their comment: behind this marker and so many bytes of sizes."""
 GLB_MAGIC, JSON_CHUNK = b"glTF", b"JSON"
 
 
@@ -112,7 +115,7 @@ def parameters_text(record: Mapping[str, Any]) -> str:
         "Sampler": record.get("sampler", "Euler"),
         "CFG scale": record["guidance"],
         "Seed": record["seed"],
-        "Size": f"{record['width']}x{record['height']}",
+        "Size": f"{record['width']}x{record['height']}" if record.get("width") else None,
         "Model hash": record.get("model_hash"),
         "Model": record["model"],
         "Denoising strength": record.get("strength"),
@@ -127,10 +130,10 @@ def parameters_text(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def encode_picture(picture: Image.Image, suffix: str, record: Mapping[str, Any]) -> bytes:
+def encode_picture(picture: Image.Image, suffix: str, record: Mapping[str, Any], **more: Any) -> bytes:
     """The picture as a file's bytes, with its record inside. suffix: of a PNG, JPEG or WebP.
 
-    An empty record is left out (PNG only).
+    An empty record is left out. more: further arguments of Pillow's `save`, not for PNG.
     """
     from PIL import Image, PngImagePlugin
 
@@ -142,13 +145,40 @@ def encode_picture(picture: Image.Image, suffix: str, record: Mapping[str, Any])
             chunks.add_itxt("edit", data)
         picture.save(buffer, "PNG", pnginfo=chunks)
         return buffer.getvalue()
-    exif = Image.Exif()
-    comment = parameters_text(record).encode("utf-16-be")[:MAX_COMMENT]
-    exif.get_ifd(EXIF_IFD)[USER_COMMENT] = UNICODE_COMMENT + comment
-    options = {"exif": exif.tobytes(), "xmp": XMP.format(html.escape(data, quote=True)).encode()}
+    options: dict[str, Any] = {"quality": QUALITY, **more}
+    if record:
+        exif = Image.Exif()
+        comment = parameters_text(record).encode("utf-16-be")[:MAX_COMMENT]
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = UNICODE_COMMENT + comment
+        options["exif"], options["xmp"] = exif.tobytes(), XMP.format(html.escape(data, quote=True)).encode()
     kind = "WEBP" if suffix.lower() == ".webp" else "JPEG"
-    picture.convert("RGB").save(buffer, kind, quality=QUALITY, **options)
+    picture.convert("RGB").save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """The record of a file made by `edit generate`. Raises EditError if there is none."""
+    place = COMMENTS.get(Path(path).suffix.lower())
+    return read_picture(path) if place is None else _read_comment(Path(path).expanduser(), *place)
+
+
+def _read_comment(path: Path, marker: bytes, skip: int) -> dict[str, Any]:
+    """JSON behind a marker, up to its closing NUL or the end of its bytes."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise EditError(
+            f"--from {str(path)!r} cannot be read: {reason}; give a file made by `edit generate`"
+        ) from None
+    start = data.rfind(marker) + len(marker) + skip
+    try:
+        record, _ = json.JSONDecoder().raw_decode(data[start:].decode("utf-8", "replace"))
+    except ValueError:
+        record = None
+    if marker not in data or not isinstance(record, dict) or "prompt" not in record:
+        raise EditError(f"--from {str(path)!r} has no `edit` metadata; it was not made by `edit generate`")
+    return record
 
 
 def read_picture(path: str | Path) -> dict[str, Any]:
@@ -167,7 +197,7 @@ def read_picture(path: str | Path) -> dict[str, Any]:
         raise EditError(
             f"--from {str(path)!r} is not a readable picture; give one made by `edit generate`"
         ) from None
-    text, xmp = info.get("edit"), info.get("xmp")
+    text, xmp = info.get("edit") or info.get("comment"), info.get("xmp")
     if text is None and xmp is not None:
         packet = xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else str(xmp)
         stored = re.search(r'edit:request="([^"]*)"', packet)

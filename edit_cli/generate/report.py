@@ -63,7 +63,7 @@ def as_table(result: Result) -> RenderableType:
     summary = {
         "model": _model(result),
         "budget": f"asked {_budget(budget)}, spent {spread(result.spent)} of the dense FLOPs",
-        "compute": f"{flops(result.flops['spent'])} of {flops(result.flops['dense'])} dense, {_made(result)}",
+        "compute": f"{_flops_line(result)}{_made(result)}",
         **({} if result.decisions is None else {"decisions": decision_line(result.decisions)}),
         "time": " · ".join(f"{names[name]} {value:.2f} s" for name, value in result.seconds.items()),
         "": f"denoising is {share:.0%} of the time after loading: a lower budget can save no more than that",
@@ -100,6 +100,11 @@ def _model(result: Result) -> str:
         f"{plan.backbone.name}, {routers_label(plan.routers, plan.backbone)}, "
         f"{plan.medium.size(result.jobs)}, {numbers}, guidance {first.guidance:g}{solver}"
     )
+
+
+def _flops_line(result: Result) -> str:
+    counts = result.flops
+    return f"{flops(counts['spent'])} of {flops(counts['dense'])} dense, " if counts["dense"] else ""
 
 
 def _made(result: Result) -> str:

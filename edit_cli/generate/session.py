@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from backbones import loading, registry
+from backbones.describe import described
+from backbones.model_files import ModelError
 from backbones.solvers import check_solver, solver
 from edit_cli.errors import EditError, bad_input, memory_errors
 from edit_cli.generate.medium import Job, OnStep
@@ -79,7 +81,25 @@ class Session:
                 check_solver(pipe, name)
             if source.release is not None:
                 release.use_sigmoid_gelu(pipe.transformer, plan.backbone.family.transformer)
-        return cls(plan, pipe, clock, source, notes=notes, _release_routers=release_routers)
+        session = cls(plan, pipe, clock, source, notes=notes, _release_routers=release_routers)
+        if not plan.backbone.family.transformer.blocks:
+            session._describe()
+        return session
+
+    def _describe(self) -> None:
+        """Find the blocks of a model that nothing was written for, in a first call that is cut short."""
+        backbone, jobs = self.plan.backbone, self.plan.jobs[:1]
+        pipe = self.plan.medium.pipe(self, jobs[0])
+        run = functools.partial(self.plan.medium.call, self, pipe, jobs, lambda: None)
+        quiet, spare = loading.quiet_libraries(), StageClock(self.clock.seconds)
+        try:
+            with quiet, self.timed_by(spare):
+                family, found = described(backbone.family, pipe.transformer, run)
+        except ModelError as error:  # a plan does without; routers say so when they are attached
+            self.notes.append(f"FLOPs are not counted: {error}")
+            return
+        self.notes += [f"{path} runs in full: {reason}" for path, reason in found.left_in_full.items()]
+        self.plan = replace(self.plan, backbone=replace(backbone, family=family))
 
     @property
     def device(self) -> str:
@@ -135,6 +155,8 @@ class Session:
         """Routers count what they decide; of a plan it is the share of what the dense run takes."""
         if isinstance(trace, Trace):
             return trace.flops
+        if not self.plan.backbone.family.transformer.blocks:
+            return {}
         dense = sum(job_flops(self.plan, job) for job in jobs)
         return {"dense": dense, "spent": dense * trace.share}
 

@@ -13,10 +13,14 @@ import pytest
 
 from backbones import registry
 from backbones.model_files import ModelError
-from backbones.spec import DIFFUSERS
+from backbones.pipeline_call import GIVES, known_call, variant
+from backbones.spec import DIFFUSERS, PACKAGE_FOLDER
 
 FAMILIES = {family.name: family for family in registry.FAMILIES if family.layout == DIFFUSERS}
 HUB_ROWS = [name for name, row in registry.rows().items() if not row.packaged]
+TABLE = {row["name"]: row for row in json.loads((PACKAGE_FOLDER / "models.json").read_text())}
+DESCRIBED = [name for name in HUB_ROWS if "pipeline" not in TABLE[name]]
+NAMED = [name for name in HUB_ROWS if "pipeline" in TABLE[name]]
 
 
 def test_importing_it_imports_no_torch():
@@ -25,7 +29,20 @@ def test_importing_it_imports_no_torch():
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("name", HUB_ROWS)
+@pytest.mark.parametrize("name", NAMED)
+def test_rows_that_name_a_pipeline_agree_with_its_source(name):
+    row = registry.resolve(name)
+    call = known_call(row.family.pipeline_class)
+    assert GIVES[call.gives] == row.makes
+    assert registry.resolve(row.source) == row
+    assert row.parameters == 0 or row.parameters > row.transformer_parameters
+    assert call.guidance is not None or not row.takes_guidance
+    for given in ("width", "height", "frames"):
+        assert getattr(row.defaults, given) is None or call.argument(given)
+    assert len(call.required) == 0 and call.argument("prompt")
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
 def test_hub_rows_agree_with_their_shipped_configs(name):
     from backbones.loading import meta_transformer
 
@@ -38,7 +55,7 @@ def test_hub_rows_agree_with_their_shipped_configs(name):
     traits = row.family.traits(registry.component_configs(row))
     shared = ["guided", "takes_guidance", "size_multiple"]
     if row.makes == "picture":
-        shared.append("defaults")
+        shared += ["defaults"] if "configs" not in TABLE[name] else []
         assert row.defaults.width % row.size_multiple == 0
     assert [getattr(row, field) for field in shared] == [getattr(traits, field) for field in shared]
 
@@ -71,10 +88,9 @@ def test_specs_name_what_diffusers_has(family, qwen_folder, flux_folder):
             assert isinstance(attrgetter(mlp.activation)(first), torch.nn.Module)
     pipeline = getattr(diffusers, family.pipeline_class)
     parameters = inspect.signature(pipeline.__call__).parameters
-    assert family.guidance_argument in parameters
-    assert {"image", "strength"} <= set(
-        inspect.signature(getattr(diffusers, family.image_to_image_class).__call__).parameters
-    )
+    assert known_call(family.pipeline_class).guidance in parameters
+    pictures = variant(family.pipeline_class, ("image",)).pipeline
+    assert {"image", "strength"} <= set(inspect.signature(getattr(diffusers, pictures).__call__).parameters)
 
 
 def test_folders_are_recognised_by_their_pipeline_class(qwen_folder, flux_folder):

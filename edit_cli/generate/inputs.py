@@ -1,0 +1,183 @@
+"""What a diffusers pipeline is called with: checked against its signature before loading, made at the call.
+
+Torch-free until a pipeline is called.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from backbones.pipeline_call import ARGUMENTS, GIVES, PipelineCall, variant
+from backbones.spec import Backbone
+from edit_cli import checks
+from edit_cli.errors import EditError
+from edit_cli.generate.medium import Fields
+from edit_cli.request import Options
+
+if TYPE_CHECKING:
+    from edit_cli.generate.result import StageClock
+
+DEFAULT_STRENGTH = 0.6  # diffusers' own default for image-to-image
+PICTURES = ("image", "mask", "control_image")
+"""Inputs that are files of pictures."""
+PASSED = ("width", "height", "frames", "fps", "seconds", "strength", "max_sequence_length")
+"""Inputs that go into the call as they are, once for all rows."""
+
+
+def given_inputs(fields: Fields) -> Fields:
+    """What was given of ARGUMENTS; "none" takes out what a record holds. `image` is a tuple."""
+    given = {name: fields[name] for name in ARGUMENTS if fields.get(name) not in (None, checks.NONE)}
+    images = given.get("image", ())
+    images = tuple(images) if isinstance(images, (list, tuple)) else (images,)
+    given["image"] = tuple(image for image in images if image != checks.NONE)
+    if not given["image"]:
+        given.pop("image")
+        if fields.get("image"):  # taken out: what belonged to it goes with it
+            given.pop("strength", None)
+    return given
+
+
+def check_inputs(given: Fields, backbone: Backbone, options: Options) -> PipelineCall:
+    """The call that takes all that was given. Raises EditError naming what none takes, or what it lacks."""
+    labels = {name: option.label for name, option in options.items()}
+    wanted = tuple(name for name in given if name in labels)
+    if "strength" in given and "image" not in given:
+        raise EditError("--strength is for image-to-image; give --image FILE too")
+    call = variant(backbone.family.pipeline_class, wanted)
+    for name in wanted:
+        if call.argument(name) is None and not (name == "fps" and GIVES.get(call.gives) == "video"):
+            # every video file has frames per second
+            what = "prompt" if name == "prompt" else labels[name]
+            raise EditError(f"{backbone.name} ({call.pipeline}) takes no {what}; leave it out")
+    if len(given.get("image", ())) > 1 and call.argument("image") not in (*call.lists, "video"):
+        raise EditError(
+            f"{backbone.name} ({call.pipeline}) takes one --image and {len(given['image'])} were given"
+        )
+    known = {argument: name for name in ARGUMENTS if (argument := call.argument(name)) is not None}
+    needed = list(call.required)
+    if GIVES.get(call.gives) == "picture" and call.argument("image") == "image" not in call.lists:
+        # signatures say None for these where only a caller with latents of its own can do without
+        mask = call.argument("mask")
+        needed += [name for name in ("image", mask) if name and (mask or call.argument("strength"))]
+    for argument in needed:
+        if argument not in known:
+            raise EditError(
+                f"{backbone.name} ({call.pipeline}) needs {argument!r}, which `edit generate` cannot give"
+            )
+        if known[argument] not in given:
+            raise EditError(f"{backbone.name} ({call.pipeline}) needs {labels[known[argument]]}; give it too")
+    return call
+
+
+def arguments(call: PipelineCall, backbone: Backbone, jobs: Sequence[Any]) -> dict[str, Any]:
+    """The arguments of one call for jobs of one group."""
+    import torch
+
+    first = jobs[0]
+    # one CPU generator per result: the same noise in any batch and on any device
+    generators = [torch.Generator("cpu").manual_seed(job.seed) for job in jobs]
+    values: dict[str, Any] = {
+        "prompt": _rows([job.prompt for job in jobs]),
+        "steps": first.steps,
+        **{name: getattr(first, name) for name in PASSED if getattr(first, name, None) is not None},
+        **_pictures(call, first, len(jobs)),
+    }
+    if backbone.defaults.max_sequence_length is not None:
+        values["max_sequence_length"] = backbone.defaults.max_sequence_length
+    if backbone.branches(first.guidance) > 1 and first.negative_prompt:
+        values["negative_prompt"] = _rows([job.negative_prompt for job in jobs])
+    made = {argument: value for name, value in values.items() if (argument := call.argument(name))}
+    guidance = call.guidance
+    if guidance and (call.defaults[guidance] is not None or first.guidance != backbone.defaults.guidance):
+        made[guidance] = first.guidance
+    if "max_area" in call.defaults and first.width and first.height:  # else the size is only its shape
+        made["max_area"] = first.width * first.height
+    if "generator" in call.defaults:
+        made["generator"] = _rows(generators)
+    return made
+
+
+@contextmanager
+def refused_inputs(steps_made: Mapping[str, Any]) -> Iterator[None]:
+    """What a pipeline refuses before its first step is bad input, in its own words."""
+    try:
+        yield
+    except ValueError as error:
+        if steps_made:
+            raise
+        raise EditError(next(iter(str(error).splitlines()), type(error).__name__)) from error
+
+
+def _rows(values: list[Any]) -> Any:
+    """One for each row; alone where there is one, since not every pipeline takes lists."""
+    return values if len(values) > 1 else values[0]
+
+
+def _pictures(call: PipelineCall, job: Any, rows: int) -> dict[str, Any]:
+    """Opened pictures by name. A list is taken for pictures of one row where the call knows several."""
+    from edit_cli.generate.cutout import open_rgb
+
+    opened: dict[str, Any] = {}
+    for name in PICTURES:
+        value, argument = getattr(job, name, None), call.argument(name)
+        if not value or argument is None:
+            continue
+        files = value if isinstance(value, tuple) else (value,)
+        made = [open_rgb(file, f"--{name.replace('_', '-')}") for file in files]
+        opened[name] = made * rows if len(made) == 1 and rows > 1 else made
+        if len(opened[name]) == 1 and not argument.endswith("video"):
+            opened[name] = made[0]
+    return opened
+
+
+@contextmanager
+def timed_parts(pipe: Any, clock: StageClock, device: str) -> Iterator[None]:
+    """Split one pipeline call into text, decode, and the rest: denoise. Waits for the GPU between."""
+    from edit_cli.generate.result import waiter
+
+    inner = clock.seconds["text"] + clock.seconds["decode"]
+    start, wait = time.perf_counter(), waiter(device)
+    places = (
+        (pipe, "encode_prompt", "text"),
+        (getattr(pipe, "vae", None), "encode", "text"),
+        (getattr(pipe, "vae", None), "decode", "decode"),
+        (getattr(pipe, "image_processor", None), "postprocess", "decode"),
+        (getattr(pipe, "video_processor", None), "postprocess_video", "decode"),
+    )
+    parts = [place for place in places if hasattr(place[0], place[1])]
+
+    def timed(function: Any, stage: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            wait()
+            with clock.stage(stage, device):
+                return function(*args, **kwargs)
+
+        return call
+
+    for owner, name, stage in parts:
+        owner.__dict__[name] = timed(getattr(owner, name), stage)
+    try:
+        yield
+    finally:
+        for owner, name, _ in parts:
+            owner.__dict__.pop(name, None)
+        inner = clock.seconds["text"] + clock.seconds["decode"] - inner
+        clock.seconds["denoise"] += time.perf_counter() - start - inner
+
+
+def steps_taken(steps: int, strength: float | None) -> int:
+    """Denoising steps that are run of so many when a start picture is left this far."""
+    return steps if strength is None else steps - int(max(steps - min(steps * strength, steps), 0))
+
+
+def settled_strength(given: Mapping[str, Any], call: PipelineCall, steps: int) -> float | None:
+    """How far a start picture is left. Raises EditError where no step would be left to run."""
+    if "image" not in given or call.argument("strength") is None:
+        return None
+    strength = float(given.get("strength") or call.default("strength") or DEFAULT_STRENGTH)
+    if steps_taken(steps, strength) < 1:
+        raise EditError(f"--strength {strength:g} of {steps} steps leaves no step to run; raise either")
+    return strength

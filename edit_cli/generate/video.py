@@ -1,0 +1,168 @@
+"""The medium VIDEO: prompts to videos, a file or one picture a frame. Torch-free until the call."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from backbones.spec import Backbone, Makes
+from edit_cli.errors import EditError
+from edit_cli.generate.medium import Fields
+from edit_cli.generate.outputs import PICTURE_SUFFIXES
+from edit_cli.generate.picture import Picture, PictureJob
+from edit_cli.generate.record import encode_picture
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FPS = 16.0
+"""Where neither the request nor the model says how fast a video is played."""
+FRAME = "{frame}"
+"""What stands for a frame's number in the name of its picture."""
+STILLS = (".png", ".jpg", ".jpeg")
+QUALITY = {"crf": "16"}
+"""Of H.264: hardly any loss that shows."""
+
+Frames = list["Image.Image"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoJob(PictureJob):
+    """One video to make. frames None: as many as the pipeline makes. fps: frames per second."""
+
+    frames: int | None
+    fps: float
+
+
+class Video(Picture):
+    """Videos of prompts."""
+
+    makes: Makes = "video"
+    things = "videos"
+    job = VideoJob
+    suffixes = (".mp4", ".gif", *PICTURE_SUFFIXES)
+    if importlib.util.find_spec("av") is None:
+        suffixes = (".gif", ".mp4", *PICTURE_SUFFIXES)
+    placeholders: Mapping[str, str] = {"frame": FRAME}
+    recorded_fields = (*Picture.recorded_fields, "frames", "fps")
+
+    def complete(self, fields: Fields, backbone: Backbone, warnings: list[str]) -> Fields:
+        """As of a picture; frames and their rate."""
+        base = backbone.defaults
+        made = super().complete(fields, backbone, warnings)
+        fps = float(fields.get("fps") or base.fps or FPS)
+        return {
+            **made,
+            "frames": fields.get("frames") or base.frames,
+            "fps": int(fps) if fps == int(fps) else fps,
+        }
+
+    def check_path(self, path: Path) -> None:
+        """Raise EditError for a file that cannot be written here."""
+        if path.suffix.lower() == ".mp4" and importlib.util.find_spec("av") is None:
+            raise EditError(
+                f"--output {str(path)!r} needs PyAV; pip install 'elastic-dit[video]', or give a .gif"
+            )
+        if path.suffix.lower() in STILLS and FRAME not in path.name:
+            raise EditError(
+                f"--output {str(path)!r} is one picture of many; write {FRAME} where the frame's number "
+                f"goes, like {str(path.with_name(FRAME + path.suffix))!r}"
+            )
+
+    def size(self, jobs: Sequence[Any]) -> str:
+        """Width, height and frames."""
+        frames = {f"{job.frames} frames" if job.frames else "its own length" for job in jobs}
+        return f"{super().size(jobs)}, {frames.pop() if len(frames) == 1 else 'several lengths'}"
+
+    def results(self, _pipe: Any, made: Any, jobs: int) -> list[Any]:
+        """A list of pictures for each job."""
+        return [_frames(video) for video in (made if len(made) == jobs else [made])]
+
+    def encode(self, job: Any, made: Frames, record: Mapping[str, Any]) -> dict[Path, bytes]:
+        """One file, or one for every frame."""
+        if FRAME not in job.path.name:
+            return {job.path: encode_video(made, job.path.suffix, record, job.fps)}
+        return {
+            job.path.with_name(job.path.name.replace(FRAME, f"{i:04d}")): encode_picture(
+                frame, job.path.suffix, record
+            )
+            for i, frame in enumerate(made, 1)
+        }
+
+    def facts(self, made: Frames) -> dict[str, Any]:
+        """What came out."""
+        return {"frames": len(made), "size": list(made[0].size)}
+
+    def thumbnail(self, made: Frames) -> Image.Image:
+        """The first frame."""
+        return made[0]
+
+    def comparison_path(self, path: Path, _compare: str) -> Path:
+        """The side-by-side video."""
+        suffix = ".gif" if FRAME in path.name else path.suffix
+        return path.with_name(f"{path.stem.replace(FRAME, 'frames')}-compare{suffix}")
+
+    def compare(self, made: Frames, dense: Frames) -> dict[str, float]:
+        """Means over the frames."""
+        each = [super(Video, self).compare(a, b) for a, b in zip(made, dense, strict=True)]
+        return {name: round(fmean(values[name] for values in each), 4) for name in each[0]}
+
+    def encode_comparison(self, made: Mapping[str, Frames], suffix: str) -> bytes:
+        """The videos side by side with their names."""
+        from edit_cli.generate.closeness import side_by_side
+
+        rows = [dict(zip(made, frames, strict=True)) for frames in zip(*made.values(), strict=True)]
+        return encode_video([side_by_side(row) for row in rows], suffix, {}, FPS)
+
+
+VIDEO = Video()
+
+
+def _frames(video: Any) -> Frames:
+    """Pictures of what pipelines give: pictures, or values in [0, 1] [F, H, W, C] (NumPy), [F, C, H, W]."""
+    import numpy as np
+    from PIL import Image
+
+    if isinstance(video, list) and isinstance(video[0], Image.Image):
+        return video
+    if hasattr(video, "cpu"):
+        video = video.float().cpu().permute(0, 2, 3, 1).numpy()
+    values = np.nan_to_num(np.asarray(video))
+    return [Image.fromarray((frame.clip(0, 1) * 255).round().astype(np.uint8)) for frame in values]
+
+
+def encode_video(frames: Frames, suffix: str, record: Mapping[str, Any], fps: float) -> bytes:
+    """A video as a file's bytes, with its record inside. suffix: .mp4, .gif or .webp."""
+    if suffix.lower() == ".mp4":
+        return _mp4(frames, record, fps)
+    moving = {"save_all": True, "append_images": frames[1:], "duration": round(1000 / fps), "loop": 0}
+    if suffix.lower() == ".webp":
+        return encode_picture(frames[0], suffix, record, **moving)
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", comment=json.dumps(record).encode(), **moving)
+    return buffer.getvalue()
+
+
+def _mp4(frames: Frames, record: Mapping[str, Any], fps: float) -> bytes:
+    """H.264, the record as the file's comment. Sides are cut to even numbers."""
+    import av
+
+    buffer = io.BytesIO()
+    width, height = (side - side % 2 for side in frames[0].size)
+    with av.open(buffer, "w", format="mp4") as file:
+        file.metadata["comment"] = json.dumps(record)
+        stream: Any = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=QUALITY)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in frames:
+            file.mux(
+                stream.encode(av.VideoFrame.from_image(frame.convert("RGB").crop((0, 0, width, height))))
+            )
+        file.mux(stream.encode())
+    return buffer.getvalue()
