@@ -13,7 +13,6 @@ for every pipeline that shares the scheduler, whenever it was made.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,13 +24,15 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from .closed_loop import Follower, Steps
+from .ode import ElasticOdeScheduler, check_ode
+from .serving import Serving
 from .timeplan import Array, TimePlan
 
 Planner = Callable[[Array], Steps | None]
 """From the times of a run's own grid [N + 1] to what is done instead; None: the run's own steps."""
 
 
-class ElasticFlowScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     """diffusers' flow-matching Euler scheduler with a plan's times and weights.
 
     planner: set by `elastic_scheduler`. grid [N + 1]: the pipeline's own times of this run. plan: what is
@@ -46,7 +47,6 @@ class ElasticFlowScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mis
     grid: Array
     on_step: Callable[[], None]
     _run: Follower
-    _patched: list[Any]
 
     def set_timesteps(
         self,
@@ -58,28 +58,8 @@ class ElasticFlowScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mis
     ) -> None:
         """As the pipeline's own scheduler (pipelines look at the arguments' names), then the plan's times."""
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-        self._serve(_caller(self))
+        self.serve()
         self._offer(np.array(self.sigmas.tolist()))
-
-    def _serve(self, pipe: Any) -> None:
-        """Answer for a pipeline where a run from a picture begins, until `leave`."""
-        if not hasattr(pipe, "get_timesteps") or any(pipe is other for other in self._patched):
-            return
-
-        def get_timesteps(
-            num_inference_steps: int, strength: float, device: Any = None
-        ) -> tuple[Tensor, int]:
-            times = self.begin_at(strength)
-            return times, len(times)
-
-        pipe.get_timesteps = get_timesteps
-        self._patched.append(pipe)
-
-    def leave(self) -> None:
-        """Give pipelines back what `_serve` replaced."""
-        for pipe in self._patched:
-            del pipe.get_timesteps
-        self._patched.clear()
 
     def begin_at(self, strength: float) -> Tensor:
         """A run that begins at the step of its own grid that `strength` means; returns its times."""
@@ -126,13 +106,11 @@ def check_scheduler(scheduler: Any) -> None:
     """Raises ValueError, with the reason, if a plan in time cannot take this scheduler's place."""
     if hasattr(scheduler, "planned"):
         return
-    if isinstance(scheduler, ElasticFlowScheduler):
+    if isinstance(scheduler, ElasticFlowScheduler | ElasticOdeScheduler):
         raise ValueError("this pipeline already follows a plan: detach it first")
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        raise ValueError(
-            f"a plan in time takes the place of FlowMatchEulerDiscreteScheduler, and this pipeline has "
-            f"{type(scheduler).__name__}"
-        )
+        check_ode(scheduler)
+        return
     for name in ("stochastic_sampling", "invert_sigmas"):
         if scheduler.config.get(name):
             raise ValueError(f"a plan in time follows the flow's own times; this scheduler has {name}=True")
@@ -145,18 +123,6 @@ def takes_plans(scheduler: Any) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _caller(scheduler: Any) -> Any:
-    """The pipeline whose method is setting this scheduler's timesteps; None outside of one."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_varnames[:1] == ("self",):
-            pipe = frame.f_locals.get("self")
-            if getattr(pipe, "__dict__", {}).get("scheduler") is scheduler:
-                return pipe
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
 
 
 @contextmanager
@@ -172,6 +138,8 @@ def elastic_scheduler(
     before = pipe.scheduler
     if hasattr(before, "planned"):
         scheduler = before.planned(planner, on_step)
+    elif not isinstance(before, FlowMatchEulerDiscreteScheduler):
+        scheduler = ElasticOdeScheduler(before, planner, on_step)
     else:
         scheduler = ElasticFlowScheduler.from_config(before.config)
         scheduler.set_shift(before.shift)  # it may have been set after the scheduler was made

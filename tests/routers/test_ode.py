@@ -1,0 +1,125 @@
+"""Plans in the place of samplers with other noise schedules, on Gaussian data with a perfect model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from routers.planned.scheduler import elastic_scheduler
+from routers.planned.universal import universal_planner
+
+SPREAD = torch.linspace(0.1, 2, 64)[None]
+SIGNAL = DDIMScheduler().alphas_cumprod.double().numpy()
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+SAMPLERS: dict[str, Any] = {
+    "ddim": lambda: DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
+    "ddim-v": lambda: DDIMScheduler(
+        clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing"
+    ),
+    "euler": lambda: EulerDiscreteScheduler(timestep_spacing="trailing"),
+    "dpm": lambda: DPMSolverMultistepScheduler(timestep_spacing="trailing"),
+    "dpm-flow": lambda: DPMSolverMultistepScheduler(**FLOW),
+    "unipc-flow": lambda: UniPCMultistepScheduler(**FLOW),
+}
+FIRST_ORDER = ("ddim", "ddim-v", "euler")
+
+
+def model(scheduler: Any, x: torch.Tensor, time: float) -> torch.Tensor:
+    """What a perfect model of this data says at x = alpha x_0 + sigma n, the variance kept or a flow."""
+    kind = scheduler.config.prediction_type
+    if kind == "flow_prediction":
+        alpha, sigma = 1 - time / 1000, time / 1000
+    else:
+        signal = float(np.exp(np.interp(time, np.arange(1000), np.log(SIGNAL))))
+        alpha, sigma = signal**0.5, (1 - signal) ** 0.5
+    clean = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2) * x
+    noise = (x - alpha * clean) / sigma
+    return {
+        "epsilon": noise,
+        "v_prediction": alpha * noise - sigma * clean,
+        "flow_prediction": noise - clean,
+    }[kind]
+
+
+def run(scheduler: Any, steps: int) -> tuple[torch.Tensor, int]:
+    """A run as pipelines make it: the data, and how often the model was asked."""
+    scheduler.set_timesteps(steps)
+    noise = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    x, calls = noise * scheduler.init_noise_sigma, 0
+    for time in scheduler.timesteps:
+        output = model(scheduler, scheduler.scale_model_input(x, time), float(time))
+        x, calls = scheduler.step(output, time, x, return_dict=False)[0], calls + 1
+    return x, calls
+
+
+def planned(name: str, budget: float, target: str) -> tuple[torch.Tensor, int]:
+    pipe = SimpleNamespace(scheduler=SAMPLERS[name]())
+    own = pipe.scheduler
+    with elastic_scheduler(pipe, universal_planner(budget, target)) as scheduler:
+        made = run(scheduler, 20)
+    assert pipe.scheduler is own
+    return made
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_full_budget_is_the_samplers_own_run_bit_for_bit(name: str) -> None:
+    own, _ = run(SAMPLERS[name](), 20)
+    made, calls = planned(name, 1.0, "dense")
+    assert calls == 20 and torch.equal(made, own)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_half_of_the_evaluations_come_nearer_to_the_exact_solution_than_half_of_the_own_steps(
+    name: str,
+) -> None:
+    exact, _ = run(SAMPLERS[name](), 999 if name in FIRST_ORDER else 200)
+    made, calls = planned(name, 0.5, "exact")
+    fewer, _ = run(SAMPLERS[name](), 10)
+    assert calls == 10
+    assert distance(made, exact) < distance(fewer, exact)
+    if name in FIRST_ORDER:  # nearer than all of the dense run's steps
+        assert distance(made, exact) < distance(run(SAMPLERS[name](), 20)[0], exact)
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_the_dense_target_comes_nearer_to_the_run_of_all_steps_than_fewer_steps(name: str) -> None:
+    dense, _ = run(SAMPLERS[name](), 20)
+    made, calls = planned(name, 0.5, "dense")
+    fewer, _ = run(SAMPLERS[name](), 10)
+    assert calls == 10 and distance(made, dense) < distance(fewer, dense) / 2
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "what"),
+    [
+        (DDPMScheduler(), "DDPMScheduler"),
+        (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), "sde"),
+    ],
+)
+def test_samplers_with_noise_of_their_own_are_refused(scheduler: Any, what: str) -> None:
+    pipe = SimpleNamespace(scheduler=scheduler)
+    with pytest.raises(ValueError, match=what), elastic_scheduler(pipe, universal_planner(0.5, "dense")):
+        pass
+
+
+def test_noise_that_is_asked_for_is_refused() -> None:
+    pipe = SimpleNamespace(scheduler=SAMPLERS["ddim"]())
+    with elastic_scheduler(pipe, universal_planner(0.5, "dense")) as scheduler:
+        scheduler.set_timesteps(10)
+        with pytest.raises(ValueError, match="eta"):
+            scheduler.step(SPREAD, scheduler.timesteps[0], SPREAD, eta=1.0)
