@@ -35,9 +35,9 @@ class FitSettings:
         """
         if self.tries is not None:
             return self.tries
-        if first and len(self.evaluations(steps)) >= MANY:
-            return ALL
-        return 1 + (evaluations <= steps / 2)
+        if len(self.evaluations(steps)) < MANY:
+            return max(1, min(ALL, steps // evaluations))
+        return ALL if first else 3 if evaluations <= steps / 2 else 1
 
     def cost(self, steps: int) -> float:
         """What a fit costs at most, in dense generations of its samples."""
