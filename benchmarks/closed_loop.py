@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from routers.planned.prior import prior
 
 from benchmarks import pareto
 from benchmarks.bench import Attached, Bench
@@ -30,8 +31,8 @@ from benchmarks.pareto_run import measure_quality
 from benchmarks.pareto_store import Point, Store
 from benchmarks.rivals import Rival, Setting, all_rivals
 from routers.planned.choose_times import Fitted, choose, fit
-from routers.planned.closed_loop import FitSettings, Recording, Steps, Trajectory
-from routers.planned.prior import prior
+from routers.planned.closed_loop import FitSettings, Recording, Trajectory
+from routers.planned.follow import Steps
 from routers.planned.scheduler import elastic_scheduler
 from routers.planned.timeplan import Array, TimePlan, adams_bashforth, euler, moving, resampled, shifted
 from routers.planned.universal import SHIFT, TARGETS, evaluations_for

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from routers.planned.closed_loop import Follower
+from routers.planned.follow import Follower
 from routers.planned.scheduler import Planner
 
 from .schedulers import FlowMatchEulerScheduler

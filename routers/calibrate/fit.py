@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..attachment import architecture, fingerprint
 from ..bundle import Bundle
 from ..planned.choose_times import CANDIDATES, choose
-from ..planned.closed_loop import Recording, Steps, Trajectory
+from ..planned.closed_loop import Recording, Trajectory
+from ..planned.follow import Steps
 from ..planned.scheduler import check_scheduler, elastic_scheduler
 from ..planned.spent import EXACT_SHARE
 from ..planned.timeplan import Array, TimePlan, euler, moving

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .closed_loop import FitSettings, StageFit, Steps, Trajectory
+from .closed_loop import FitSettings, StageFit, Trajectory
+from .follow import Steps
 from .timeplan import Array, TimePlan
 from .universal import WARPS, Warp, universal_plan
 

@@ -17,24 +17,20 @@ Shapes: M samples, R regressors (P outputs, then the state), D latent values.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .follow import advance
 from .timeplan import PASSES, Array, TimePlan, adams_bashforth
 
 SMALL = 1e-9
 """Share of a goal's energy below which an error is none."""
 REWEIGHTED = 5
 """Rounds of least squares; a sixth changes weights by less than 0.01."""
-
-Velocity = Callable[[Tensor, float], Tensor]
-"""The guided velocity at (x, s)."""
 
 
 @dataclass(frozen=True)
@@ -210,57 +206,3 @@ class Recording:
             path.times.append(float(self.times[-1]))
             path.states.append(advance(x, outputs, row, state, size)[kept].float())
         return row, state
-
-
-class Steps(Protocol):
-    """What a run can follow: `TimePlan`, `StageFit`, `Recording`."""
-
-    @property
-    def times(self) -> Array:
-        """[n + 1]."""
-        ...
-
-    @property
-    def passes(self) -> int:
-        """Outputs that a step is made from."""
-        ...
-
-    def row(self, step: int, x: Tensor, outputs: Sequence[Tensor]) -> tuple[Array, float]:
-        """Weights of the outputs, newest first, and of x, for the step from times[step]."""
-        ...
-
-
-class Follower:
-    """One run of a plan: keeps the outputs that its next steps are made from."""
-
-    def __init__(self, plan: Steps) -> None:
-        self.plan = plan
-        self._outputs: list[Tensor] = []
-
-    def step(self, index: int, x: Tensor, v: Tensor, size: float) -> Tensor:
-        """The next state, at least in float32: a step of a (negative) size from x, where v is the output."""
-        exact = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(exact)
-        self._outputs = [v.to(exact), *self._outputs][: self.plan.passes]
-        row, state = self.plan.row(index, x, self._outputs)
-        return advance(x, self._outputs, row, state, size)
-
-
-def follow(velocity: Velocity, x: Tensor, plan: Steps) -> Tensor:
-    """A whole run on a velocity given as a function, from x at times[0] to times[-1]."""
-    run = Follower(plan)
-    for step, (start, end) in enumerate(pairwise(plan.times.tolist())):
-        x = run.step(step, x, velocity(x, start), end - start)
-    return x
-
-
-def advance(x: Tensor, outputs: Sequence[Tensor], weights: Array, state: float, size: float) -> Tensor:
-    """Returns x + size (sum of weights times outputs + state x)."""
-    total: Tensor | None = None
-    for weight, v in zip(weights.tolist(), outputs, strict=False):
-        if weight:
-            part = v if weight == 1 else weight * v
-            total = part if total is None else total + part
-    if state:
-        total = state * x if total is None else total + state * x
-    return x if total is None else x + size * total

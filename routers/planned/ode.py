@@ -16,8 +16,8 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from .closed_loop import Follower, Steps
 from .flow import KINDS, Point
+from .follow import Follower, Steps
 from .serving import Serving
 from .timeplan import Array
 

@@ -23,7 +23,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
-from .closed_loop import Follower, Steps
+from .follow import Follower, Steps
 from .ode import ElasticOdeScheduler, check_ode
 from .serving import Serving
 from .timeplan import Array, TimePlan

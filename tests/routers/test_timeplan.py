@@ -7,20 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from routers.planned.prior import Flow, exact_states, grid_states, prior
 
 from routers.planned import timeplan
 from routers.planned.choose_times import HELD, SHIFTS, choose, fit, polish
-from routers.planned.closed_loop import (
-    FitSettings,
-    Recording,
-    StageFit,
-    Trajectory,
-    follow,
-    mean_snr,
-    solve_weights,
-)
+from routers.planned.closed_loop import FitSettings, Recording, StageFit, Trajectory, mean_snr, solve_weights
 from routers.planned.flow import Point
-from routers.planned.prior import Flow, exact_states, grid_states, prior
+from routers.planned.follow import follow
 from routers.planned.timeplan import TimePlan, adams_bashforth, euler, on_grid, resampled, shifted
 from routers.planned.universal import evaluations_for, universal_plan, universal_planner
 
