@@ -19,6 +19,7 @@ from .patching import check_run
 from .planned.grid import OnGrid
 from .planned.sampled import PlannerFor, Sampled
 from .planned.scheduler import takes_plans
+from .planned.serving import check_free
 from .planned.universal import check_wishes, universal_planner
 from .policy import OpenPolicy
 from .spec import TransformerSpec
@@ -53,11 +54,13 @@ def attach(
     Raises ValueError, one line, if the bundle does not fit the transformer or the budget.
     """
     pipe, transformer = (None, model) if isinstance(model, nn.Module) else (model, model.transformer)
+    check_free(getattr(pipe, "scheduler", None))
     if bundle is None and spec is not None:
         return Elastic(transformer, spec, OpenPolicy, budget=budget, num_steps=num_steps or 20, pipe=pipe)
     loaded = bundle if isinstance(bundle, Bundle) or bundle is None else load_bundle(bundle)
     if loaded is None:
-        return _planned(pipe, transformer, universal_planner, 1.0 if budget is None else budget, target, 20)
+        budget = 1.0 if budget is None else budget
+        return _planned(pipe, transformer, universal_planner, budget, target, num_steps or 20)
     budget = loaded.recommended_budget if budget is None else budget
     loaded.check_budget(budget)
     if loaded.trained is not None:
@@ -70,9 +73,9 @@ def _planned(
     pipe: Any, transformer: nn.Module, planner_for: PlannerFor, budget: float, target: str, num_steps: int
 ) -> Sampled | OnGrid:
     """The sampler on a plan in time where it can be, else on its own steps."""
+    check_wishes(budget, target)
     if pipe is not None and takes_plans(pipe.scheduler):
         return Sampled(pipe, planner_for, budget, target)
-    check_wishes(budget, target)
     return OnGrid(transformer, budget, num_steps, pipe)
 
 
@@ -99,6 +102,7 @@ def _routed(
 
 def check_fits(bundle: Bundle, transformer: nn.Module, force: bool = False) -> None:
     """Raises ValueError if the bundle was made for another architecture, or (unless forced) other weights."""
+    transformer = getattr(transformer, "_orig_mod", transformer)  # compiled as a whole
     found = architecture(transformer)
     if found != bundle.architecture:
         raise ValueError(

@@ -28,7 +28,7 @@ from .files import write_whole
 from .planned.scheduler import Planner
 from .planned.timeplan import Array, TimePlan
 from .planned.universal import Warp, universal_planner
-from .spec import TransformerSpec
+from .spec import TARGETS, TransformerSpec
 from .trained.backbone import FILE as BACKBONE_FILE
 from .trained.bundle import Trained
 from .trained.policy import TrainedPolicy
@@ -140,10 +140,12 @@ def load_bundle(path: str | Path) -> Bundle:
     file = find_file(path)
     try:
         stored = _read_folder(Path(path)) if file is None else _read_file(file)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable bundle: {type(error).__name__}: {error}") from error
     try:
         data = json.loads(stored.description)
+        if not isinstance(data, dict):
+            raise ValueError(f"{DESCRIPTION} is not an object with fields")
         if data.get("format") not in (FORMAT, TRAINED_FORMAT):
             raise ValueError(
                 f"format {data.get('format')!r}, this version reads {FORMAT} and {TRAINED_FORMAT}; "
@@ -151,8 +153,8 @@ def load_bundle(path: str | Path) -> Bundle:
             )
         return Bundle(
             spec=TransformerSpec.from_dict(data["spec"]),
-            plans=_plans(stored.tensors),
-            warps={target: (shift, bend) for target, (shift, bend) in data.get("warps", {}).items()},
+            plans=_plans(stored.tensors, _times(data["times"])),
+            warps={target: _warp(target, warp) for target, warp in data.get("warps", {}).items()},
             trained=Trained.read(path, data, stored.tensors) if data["format"] == TRAINED_FORMAT else None,
             digest=stored.digest,
             path=str(file or path),
@@ -162,15 +164,37 @@ def load_bundle(path: str | Path) -> Bundle:
         raise ValueError(f"{path} is not a readable bundle: {type(error).__name__}: {error}") from error
 
 
-def _plans(tensors: dict[str, Tensor]) -> dict[str, dict[int, TimePlan]]:
-    arrays: dict[tuple[str, int], dict[str, Any]] = {}
+def _times(values: Any) -> Array:
+    times = np.asarray(values, float)
+    if times.ndim != 1 or not np.isfinite(times).all():
+        raise ValueError("its times are not a list of numbers")
+    return times
+
+
+def _warp(target: str, warp: Any) -> Warp:
+    shift, bend = (float(value) for value in warp)
+    if target not in TARGETS or not (0 < shift < np.inf and 0 < bend < np.inf):
+        raise ValueError(f"the warp {warp} for {target!r}: a shift and a bend above 0, for {TARGETS}")
+    return shift, bend
+
+
+def _plans(tensors: dict[str, Tensor], times: Array) -> dict[str, dict[int, TimePlan]]:
+    arrays: dict[tuple[str, str], dict[str, Any]] = {}
     for key, value in tensors.items():
         if key.startswith("plans."):
-            _, target, evaluations, name = key.split(".")
-            arrays.setdefault((target, int(evaluations)), {})[name] = value.double().numpy()
+            target, evaluations, name = (*key.split(".")[1:], "", "")[:3]
+            arrays.setdefault((target, evaluations), {})[name] = value.double().numpy()
     plans: dict[str, dict[int, TimePlan]] = {}
-    for (aim, count), each in arrays.items():
-        plans.setdefault(aim, {})[count] = TimePlan.from_arrays(each)
+    for (target, evaluations), each in arrays.items():
+        try:
+            plan = TimePlan.from_arrays(each)
+            if target not in TARGETS or str(plan.evaluations) != evaluations:
+                raise ValueError(f"it makes {plan.evaluations} evaluations; targets are {TARGETS}")
+            if not np.allclose(plan.times[[0, -1]], times[[0, -1]], atol=SAME_TIMES):
+                raise ValueError("it begins or ends at other times than the run it was fitted for")
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"the plan {target}.{evaluations}: {error}") from error
+        plans.setdefault(target, {})[plan.evaluations] = plan
     return plans
 
 

@@ -97,6 +97,16 @@ def check_call(transformer: Any, blocks: Iterable[nn.Module] = ()) -> None:
             _check_hooks(module)
 
 
+def check_whole(transformer: nn.Module) -> None:
+    """That every call of a transformer is a whole evaluation. Raises ValueError for a cache, also one that
+    hooks on its blocks are; a transformer may be compiled, its projections fused.
+    """
+    check_cache(transformer)
+    for module in transformer.modules():
+        if "_diffusers_hook" in module.__dict__:
+            _check_hooks(module)
+
+
 def check_cache(transformer: Any) -> None:
     """Raises ValueError for a cache of the transformer's own, beside which no count of FLOPs would hold."""
     if getattr(transformer, "is_cache_enabled", False):

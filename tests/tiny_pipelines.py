@@ -131,7 +131,6 @@ def write_defaults(folder: Path, **defaults: float) -> None:
 def make_moments(branches: tuple[str, ...], steps: int):
     """Moments as of a smooth process: deltas of near steps and of the CFG branches resemble each other."""
     import numpy as np
-
     from routers.planned.prediction import Moments
 
     at = np.linspace(0, 1, steps)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from routers.planned.follow import Follower
 from routers.planned.scheduler import Planner
+from routers.planned.serving import own_steps
 
 from .schedulers import FlowMatchEulerScheduler
 
@@ -47,4 +48,5 @@ class ElasticMeshScheduler(FlowMatchEulerScheduler):
         return self._run.step(index, sample, -velocity, size).to(velocity.dtype)
 
     def leave(self) -> None:
-        """Nothing of the pipeline was replaced."""
+        """Make the own steps from now on; nothing of the pipeline was replaced."""
+        self.planner, self.on_step = own_steps, lambda: None

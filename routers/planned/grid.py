@@ -1,7 +1,7 @@
 """A plan on a sampler's own steps, for whatever cannot be given other times.
 
 A transformer without a pipeline, a pipeline with a loop, a solver or a noise of its own: its steps stay as
-they XX
+they are, and at those that are left out the transformer returns what its last two outputs tend to.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..block import argument_names, by_name
-from ..patching import Patches, check_cache
+from ..patching import Patches, check_call, check_whole
 from ..runs import Runs
 from .spent import PlanTrace, evaluations_for
 from .universal import WARPS, grid_steps
@@ -72,7 +72,8 @@ class OnGrid:
     def __init__(self, transformer: nn.Module, budget: float, num_steps: int = 20, pipe: Any = None) -> None:
         if "_edit_elastic" in transformer.__dict__:
             raise ValueError("routers are already attached to this transformer: detach them first")
-        check_cache(transformer)
+        check_call(transformer)
+        check_whole(transformer)
         self.transformer, self.budget, self.num_steps = transformer, budget, num_steps
         self.names = argument_names(transformer)
         self.time = next((name for name in TIMES if name in self.names), "")
@@ -93,10 +94,14 @@ class OnGrid:
     def scope(
         self, *, budget: float | None = None, num_steps: int | None = None, samples: int = 1, **_: Any
     ) -> Iterator[PlanTrace]:
-        """A run with wishes of its own: its trace. samples: pictures that it makes."""
+        """A run with wishes of its own: its trace. samples: pictures that it makes.
+
+        Raises RuntimeError if a scope is open, ValueError for a budget that does not exist.
+        """
         if self._scope is not None:
             raise RuntimeError("a scope is already open on this transformer; scopes do not nest")
         trace = PlanTrace(self.budget if budget is None else budget, samples=samples, steps=num_steps or 0)
+        evaluations_for(trace.requested, 1)
         self._scope = trace
         self._runs.forget(in_scope=True)
         try:
@@ -119,7 +124,8 @@ class OnGrid:
         self.transformer.__dict__.pop("_edit_elastic", None)
 
     def _start_run(self, num_steps: int | None) -> GridRun:
-        check_cache(self.transformer)
+        check_call(self.transformer)
+        check_whole(self.transformer)
         self.trace = trace = self._scope or PlanTrace(self.budget)
         return GridRun(trace, num_steps or trace.steps or self.num_steps)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from ..patching import check_cache
+from ..patching import check_whole
 from .scheduler import Planner, elastic_scheduler
 from .spent import PlanTrace, evaluations_for
 from .timeplan import Array
@@ -29,7 +29,9 @@ class Sampled:
 
     def __init__(self, pipe: Any, planner_for: PlannerFor, budget: float, target: str) -> None:
         check_wishes(budget, target)
-        check_cache(pipe.transformer)
+        if "_edit_elastic" in pipe.transformer.__dict__:
+            raise ValueError("routers are already attached to this transformer: detach them first")
+        check_whole(pipe.transformer)
         self.pipe, self.planner_for, self.budget, self.target = pipe, planner_for, budget, target
         self.trace: PlanTrace | None = None
         self._planner: Planner | None = None
@@ -77,7 +79,7 @@ class Sampled:
 
     def _plan(self, grid: Array) -> Any:
         """A run begins. grid: the times that the pipeline would have taken."""
-        check_cache(self.pipe.transformer)
+        check_whole(self.pipe.transformer)
         trace = self.trace = self._scope or self._trace(None, None, 1)
         if getattr(self.scheduler, "higher_order", False):  # its dense run is as good as exact
             trace.target = "exact"

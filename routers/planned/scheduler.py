@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .follow import Follower, Steps
 from .ode import ElasticOdeScheduler, check_ode
-from .serving import Serving
+from .serving import Serving, check_free
 from .timeplan import Array, TimePlan
 
 Planner = Callable[[Array], Steps | None]
@@ -104,10 +104,9 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
 
 def check_scheduler(scheduler: Any) -> None:
     """Raises ValueError, with the reason, if a plan in time cannot take this scheduler's place."""
+    check_free(scheduler)
     if hasattr(scheduler, "planned"):
         return
-    if isinstance(scheduler, ElasticFlowScheduler | ElasticOdeScheduler):
-        raise ValueError("this pipeline already follows a plan: detach it first")
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         check_ode(scheduler)
         return
@@ -117,7 +116,8 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def takes_plans(scheduler: Any) -> bool:
-    """Whether a plan in time can take a scheduler's place."""
+    """Whether a plan in time can take a scheduler's place. Raises ValueError if one has taken it."""
+    check_free(scheduler)
     try:
         check_scheduler(scheduler)
     except ValueError:
@@ -148,5 +148,6 @@ def elastic_scheduler(
     try:
         yield scheduler
     finally:
-        pipe.scheduler = before
+        if pipe.scheduler is scheduler:  # not what somebody has put there since
+            pipe.scheduler = before
         scheduler.leave()

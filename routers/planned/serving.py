@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 
-class Serving:
-    """Part of a scheduler that takes another's place. `begin_at`: its own."""
+def own_steps(grid: object) -> None:
+    """The planner of a scheduler that follows no plan any more: a pipeline made meanwhile may hold it."""
 
+
+class Serving:
+    """Part of a scheduler that takes another's place. `begin_at`, `planner`, `on_step`: its own."""
+
+    planner: Callable[[Any], Any]
+    on_step: Callable[[], None]
     _patched: list[Any]
 
     def begin_at(self, strength: float) -> Tensor:
@@ -20,7 +27,9 @@ class Serving:
     def serve(self) -> None:
         """Answer for the pipeline that sets timesteps where a run from a picture begins, until `leave`."""
         pipe = _caller(self)
-        if not hasattr(pipe, "get_timesteps") or any(pipe is other for other in self._patched):
+        if self.planner is own_steps or not hasattr(pipe, "get_timesteps"):
+            return
+        if any(pipe is other for other in self._patched):
             return
 
         def get_timesteps(
@@ -33,10 +42,17 @@ class Serving:
         self._patched.append(pipe)
 
     def leave(self) -> None:
-        """Give pipelines back what `serve` replaced."""
+        """Give pipelines back what `serve` replaced, and make the own steps from now on."""
+        self.planner, self.on_step = own_steps, lambda: None
         for pipe in self._patched:
             del pipe.get_timesteps
         self._patched.clear()
+
+
+def check_free(scheduler: Any) -> None:
+    """Raises ValueError for a scheduler that follows a plan."""
+    if getattr(scheduler, "planner", own_steps) is not own_steps:
+        raise ValueError("this pipeline already follows a plan: detach it first")
 
 
 def _caller(scheduler: Any) -> Any:

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from routers.calibrate.gains import ProbePolicy
+from routers.calibrate.record import record
+from routers.planned.plan import Planner
 
 import routers
 from backbones import registry
@@ -20,10 +23,7 @@ from backbones.hunyuan3d.schedulers import FlowMatchEulerScheduler
 from backbones.workloads import MeshWorkload, embed
 from routers.calibrate.evaluate import evaluate
 from routers.calibrate.fit import FitSettings, first_moments, fit
-from routers.calibrate.gains import ProbePolicy
-from routers.calibrate.record import record
 from routers.elastic import Elastic
-from routers.planned.plan import Planner
 from routers.trace import FULL, REUSE
 from tests.hunyuan3d_tiny import components
 

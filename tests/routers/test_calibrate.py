@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from routers.calibrate.gains import ProbePolicy, measure_gains, prediction_error, smooth
+from routers.calibrate.record import Record, record
+from routers.planned.plan import Planner
 
 import routers
 from backbones import qwen_image, registry
 from backbones.workloads import PipelineWorkload
 from routers.calibrate.evaluate import Quality, evaluate, recommend
 from routers.calibrate.fit import FitSettings, first_moments, fit
-from routers.calibrate.gains import ProbePolicy, measure_gains, prediction_error, smooth
-from routers.calibrate.record import Record, record
 from routers.elastic import Elastic
-from routers.planned.plan import Planner
 from routers.trace import FULL, REUSE
 from tests.tiny_pipelines import make_moments, make_qwen_image
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from routers.calibrate.gains import from_probes
+from routers.planned.prediction import DEAD, gains_at
 
 import routers
 from backbones.hunyuan3d.family import TRANSFORMER_2
@@ -19,10 +21,8 @@ from backbones.workloads import MeshWorkload
 from routers import files
 from routers.bundle import Bundle
 from routers.calibrate.fit import FitSettings, fit
-from routers.calibrate.gains import from_probes
 from routers.calibrate.state import State
 from routers.calibrate.workload import NotFiniteError
-from routers.planned.prediction import DEAD, gains_at
 from tests.cli.test_calibrate_mesh import STEPS, make_workload
 from tests.conftest import EDIT, TIMEOUT, edit_environment
 

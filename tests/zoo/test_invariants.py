@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from routers.planned.policy import PlannedPolicy
 from torch import Tensor, nn
 
 from routers.derive import derive
 from routers.elastic import Elastic
-from routers.planned.policy import PlannedPolicy
 from routers.policy import FixedPolicy, OpenPolicy
 from routers.spec import TransformerSpec
 from routers.trace import FULL, REUSE, SKIP
