@@ -97,7 +97,7 @@ def test_a_circle_is_found() -> None:
 
 def test_imports_are_read() -> None:
     """Inside of functions and `from package import module` too; not those for type checkers."""
-    assert "routers.planned.plan" in IMPORTS["routers.bundle"]
+    assert "routers.planned.timeplan" in IMPORTS["routers.bundle"]
     assert "routers.train.loop" in IMPORTS["edit_cli.calibrate.training"], "imported where it is needed"
     assert "routers.paper.policy" in IMPORTS["edit_cli.generate.session"], "from package import module"
     assert "routers.block" not in IMPORTS["routers.cost"], "for type checkers alone"

@@ -1,4 +1,4 @@
-"""Calibration on a random pipeline of the real classes: it measures what happens, and the bundle works."""
+"""Calibration of small models: its plans beat those with nothing measured, and it costs what it says."""
 
 from __future__ import annotations
 
@@ -8,138 +8,167 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from routers.calibrate.gains import ProbePolicy, measure_gains, prediction_error, smooth
-from routers.calibrate.record import Record, record
-from routers.planned.plan import Planner
+from diffusers import DDIMScheduler
 
 import routers
-from backbones import qwen_image, registry
-from backbones.workloads import PipelineWorkload
-from routers.calibrate.evaluate import Quality, evaluate, recommend
-from routers.calibrate.fit import FitSettings, first_moments, fit
-from routers.elastic import Elastic
-from routers.trace import FULL, REUSE
-from tests.tiny_pipelines import make_moments, make_qwen_image
+from backbones import qwen_image
+from backbones.hunyuan3d.family import TRANSFORMER_2
+from backbones.workloads import MeshWorkload, PipelineWorkload
+from routers.bundle import Bundle
+from routers.calibrate.evaluate import Quality, evaluate, latent_snr, recommend
+from routers.calibrate.fit import fit
+from routers.calibrate.settings import FitSettings
+from routers.planned.sampled import Sampled
+from tests.tiny_workloads import ROWS, mesh_workload, picture_workload
 
-STEPS, ROWS = 6, 2
-
-
-@pytest.fixture(scope="module")
-def workload(tmp_path_factory: pytest.TempPathFactory) -> PipelineWorkload:
-    from diffusers import QwenImagePipeline
-
-    folder = make_qwen_image(tmp_path_factory.mktemp("pipeline") / "qwen")
-    pipe = QwenImagePipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    with torch.no_grad():
-        # random modulations are near zero: make blocks matter
-        for parameter in pipe.transformer.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    prompts = ["a cat", "a red car", "a tree", "the sun"]
-    return PipelineWorkload(pipe, registry.resolve(str(folder)), ROWS, STEPS, 4.0, prompts, 64, 64)
+STEPS = 10
+BOTH = ("dense", "exact")
 
 
 @pytest.fixture(scope="module")
-def recorded(workload: PipelineWorkload) -> Record:
-    elastic = Elastic(workload.pipe.transformer, qwen_image.TRANSFORMER)
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> PipelineWorkload:
+    return picture_workload(tmp_path_factory.mktemp("pipeline") / "qwen", STEPS)
+
+
+@pytest.fixture(scope="module")
+def meshes() -> MeshWorkload:
+    return replace(mesh_workload(), num_steps=STEPS)
+
+
+Workload = PipelineWorkload | MeshWorkload
+
+
+@pytest.fixture(scope="module", params=["pictures", "meshes"])
+def workload(request: pytest.FixtureRequest) -> Workload:
+    return request.getfixturevalue(request.param)
+
+
+def fitted(workload: Workload, settings: FitSettings, report=lambda *_: None) -> Bundle:
+    spec = TRANSFORMER_2 if isinstance(workload, MeshWorkload) else qwen_image.TRANSFORMER
+    return fit(workload.pipe.transformer, spec, workload, "random", 4.0, settings, report)
+
+
+def evaluations(workload: Workload) -> int:
+    """Of the transformer, by one run of the first batch."""
+    calls = []
+    handle = workload.pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
-        return record(elastic, workload)
+        workload.run(0)
     finally:
-        elastic.detach()
+        handle.remove()
+    return len(calls)
 
 
-def test_workload_is_repeatable_and_counts_branches(workload: PipelineWorkload) -> None:
-    assert (workload.num_batches, workload.branches) == (2, ("cond", "uncond"))
-    assert torch.equal(workload.run(1), workload.run(1))
-    assert not torch.equal(workload.run(0), workload.run(1))
+def test_a_workload_is_repeatable_and_counts_branches(pictures: PipelineWorkload) -> None:
+    assert (pictures.num_batches, pictures.branches) == (2, ("cond", "uncond"))
+    assert torch.equal(pictures.run(1), pictures.run(1))
+    assert not torch.equal(pictures.run(0), pictures.run(1))
 
 
-def test_recorded_moments_are_products_of_what_the_stack_adds(
-    workload: PipelineWorkload, recorded: Record
-) -> None:
-    """Watch the model's first and last block from outside."""
-    blocks, deltas, entry = workload.pipe.transformer.transformer_blocks, [], []
-    handles = [
-        blocks[0].register_forward_pre_hook(
-            lambda _m, _a, kwargs: entry.append(kwargs["hidden_states"]), with_kwargs=True
-        ),
-        blocks[-1].register_forward_hook(lambda _m, _a, out: deltas.append(out[1] - entry[-1])),
-    ]
+# -- what is fitted -----------------------------------------------------------------------------
+
+
+def snr(workload: Workload, bundle: Bundle | None, budget: float, target: str, goal: torch.Tensor) -> float:
+    """How near the first batch's latents come to a goal, dB."""
+    sampled = routers.attach(workload.pipe, bundle, budget=budget, target=target)
+    assert isinstance(sampled, Sampled)
     try:
-        with torch.no_grad():
-            workload.run(1)
+        latents = workload.run(0)
     finally:
-        for handle in handles:
-            handle.remove()
-    stacked = torch.stack([*deltas[0::2], *deltas[1::2]], dim=1).flatten(2).double()  # branch-major
-    gram = torch.einsum("rkx,rlx->rkl", stacked, stacked) / stacked.shape[2]
-    assert recorded.gram.shape == (4, 2 * STEPS, 2 * STEPS)
-    assert recorded.gram[ROWS:] == pytest.approx(gram.numpy(), rel=1e-4, abs=1e-7)
+        sampled.detach()
+    return float(np.mean(latent_snr(latents, goal)))
 
 
-def test_probe_policy_predicts_all_blocks_of_its_step(workload: PipelineWorkload, recorded: Record) -> None:
-    moments = first_moments(recorded, workload.branches, 4.0)
-    elastic = Elastic(workload.pipe.transformer, qwen_image.TRANSFORMER)
-    policy = ProbePolicy([2, 4], Planner(moments))
+def exact_run(workload: Workload) -> torch.Tensor:
+    sampled = routers.attach(workload.pipe, target="exact")
     try:
-        with torch.no_grad(), elastic.scope(policy=policy, num_steps=STEPS) as trace:
-            workload.run(0)
+        return workload.run(0, num_steps=8 * STEPS)
     finally:
-        elastic.detach()
-    for call in trace.calls:
-        for row, step in enumerate([2, 4]):
-            assert (call.actions[row] == (REUSE if call.step == step else FULL)).all()
+        sampled.detach()
 
 
-def test_gains_say_what_an_error_does_to_the_latents(workload: PipelineWorkload, recorded: Record) -> None:
-    """The last step's error goes straight into the latents: its gain is known from the sampler's step."""
-    moments = first_moments(recorded, workload.branches, 4.0)
-    elastic = Elastic(workload.pipe.transformer, qwen_image.TRANSFORMER)
-    try:
-        gain = measure_gains(elastic, workload, recorded, moments, probes=20)
-    finally:
-        elastic.detach()
-    assert gain.shape == (STEPS,) and (gain > 0).all() and np.isfinite(gain).all()
-
-
-def test_prediction_error_of_an_exact_process_is_small() -> None:
-    """Deltas linear in time are predicted from two passes."""
-    at = np.arange(6.0)
-    line = 1 + np.outer(at, at)
-    moments = replace(make_moments(("main",), 6), gram=line, gain=np.ones(6))
-    assert prediction_error(Planner(moments), 4, line) < 1e-3 * line[4, 4]
-
-
-def test_gains_are_recovered_from_noisy_probes() -> None:
-    random = np.random.default_rng(0)
-    truth = np.cumsum(random.normal(0, 0.4, 20)) - 3
-    found = [(s, truth[s] + 0.1 * random.normal()) for s in range(1, 20) for _ in range(3)]
-    estimate = smooth(found, 20)
-    assert np.abs(estimate[1:] - truth[1:]).max() < 0.3
-    assert estimate[0] == pytest.approx(estimate[1], abs=1e-6), "step 0 is never predicted and follows step 1"
-
-
-def test_fit_gives_a_bundle_that_keeps_budgets(workload: PipelineWorkload, tmp_path: Path) -> None:
-    phases = set()
-    settings = FitSettings(probes=16)
+@pytest.mark.parametrize("target", BOTH)
+def test_two_samples_make_plans_that_beat_the_universal_one(workload: Workload, target: str) -> None:
+    """On those samples, where it was sent: at the budget that was fitted."""
     before = [p.clone() for p in workload.pipe.transformer.parameters()]
-    bundle = fit(
-        workload.pipe.transformer, qwen_image.TRANSFORMER, workload, "random", 4.0, settings,
-        lambda phase, done, total: phases.add(phase),
-    )  # fmt: skip
-    assert phases == {"record", "gains", "plans"}
+    own, dense = workload.pipe.scheduler, workload.run(0)
+    bundle = fitted(workload, FitSettings(budgets=(0.4,), targets=(target,)))
+    assert {t: list(each) for t, each in bundle.plans.items()} == {target: [4]}
+    goal = dense if target == "dense" else exact_run(workload)
+    universal = snr(workload, None, 0.4, target, goal)
+    assert snr(workload, bundle, 0.4, target, goal) > universal + 0.3
+    assert workload.pipe.scheduler is own and torch.equal(workload.run(0), dense)
     assert all(torch.equal(a, b) for a, b in zip(before, workload.pipe.transformer.parameters(), strict=True))
-    assert len(bundle.times) == STEPS and bundle.times[0] > bundle.times[-1]
+
+
+def test_a_bundle_has_a_plan_for_every_budget_and_keeps_it(workload: Workload, tmp_path: Path) -> None:
+    phases: list[tuple[str, int, int]] = []
+    settings = FitSettings(budgets=(0.3, 0.5, 0.7), targets=BOTH)
+    bundle = fitted(workload, settings, lambda *phase: phases.append(phase))
+    assert {name for name, _, _ in phases} == {
+        f"{what}{target}" for target in BOTH for what in ("record ", "plans, ")
+    }
+    assert all(0 <= done < total for _, done, total in phases)
+    assert {t: sorted(each) for t, each in bundle.plans.items()} == {target: [3, 5, 7] for target in BOTH}
+    assert set(bundle.warps) == set(BOTH) and len(bundle.times) == STEPS + 1
     bundle.save(tmp_path / "b")
-    rows = evaluate(
-        workload.pipe.transformer, routers.load_bundle(tmp_path / "b"), workload, [0.5, 0.75, 1.0]
-    )
-    assert [row.budget for row in rows] == [0.5, 0.75, 1.0]
-    # 4 blocks x 6 steps: half a block is 2 %
-    assert all(abs(row.spent - row.budget) < 0.025 for row in rows)
-    assert rows[2].snr > rows[1].snr > rows[0].snr > 0
-    assert "_edit_elastic" not in workload.pipe.transformer.__dict__
+    rows = evaluate(routers.load_bundle(tmp_path / "b"), workload, [0.3, 0.5, 0.7, 1.0])
+    assert [row.spent for row in rows] == pytest.approx([0.3, 0.5, 0.7, 1.0])
+    assert all(row.spent_low == row.spent_high == row.spent for row in rows)
+    assert rows[3].snr > 100 and rows[2].snr > rows[0].snr > 0
+    assert all(row.time_ratio > 0 for row in rows)
+
+
+def test_other_numbers_of_evaluations_begin_with_the_warp_that_was_best() -> None:
+    bundle = fitted(mesh_workload(), FitSettings(budgets=(0.2, 0.5), tries=2))
+    grid = np.array(bundle.times)
+    assert bundle.warps["dense"] in ((1.3, 1.2), (1.7, 1.3)), "one of the two that were tried"
+    for plan in bundle.plans["dense"].values():
+        assert set(np.round(plan.times, 9)) <= set(np.round(grid, 9)), "times of the dense run itself"
+
+
+def test_a_scheduler_that_a_plan_cannot_stand_in_for_is_refused(pictures: PipelineWorkload) -> None:
+    own, pictures.pipe.scheduler = pictures.pipe.scheduler, DDIMScheduler()
+    try:
+        with pytest.raises(ValueError, match="this pipeline has DDIMScheduler"):
+            fitted(pictures, FitSettings(budgets=(0.5,)))
+    finally:
+        pictures.pipe.scheduler = own
+
+
+# -- what it costs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", range(4, 51))
+def test_one_budget_costs_two_pictures_and_all_of_them_twenty(steps: int) -> None:
+    for budget in [*np.linspace(0.01, 0.99, 99), 1 / steps, 0.5]:
+        assert FitSettings(budgets=(float(budget),)).cost(steps) <= 2.2
+    assert FitSettings().cost(steps) <= 20
+    assert FitSettings(targets=BOTH).cost(steps) <= 42
+
+
+def test_every_number_of_evaluations_has_a_plan_and_all_steps_need_none() -> None:
+    assert FitSettings().evaluations(20) == list(range(1, 20))
+    assert FitSettings().evaluations(4) == [1, 2, 3]
+    assert FitSettings(budgets=(0.5, 0.51, 1.0)).evaluations(20) == [10]
+
+
+@pytest.mark.parametrize(
+    "settings", [FitSettings(budgets=(0.4,)), FitSettings(targets=BOTH)], ids=["one", "all of both targets"]
+)
+def test_the_cost_that_is_told_is_not_exceeded(meshes: MeshWorkload, settings: FitSettings) -> None:
+    dense, calls = evaluations(meshes), []
+    handle = meshes.pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        bundle = fitted(meshes, settings)
+    finally:
+        handle.remove()
+    told = bundle.metadata["generations"]
+    assert 0.5 * told < len(calls) / dense <= told + 0.01
+    assert bundle.metadata["rows"] == ROWS
+
+
+# -- what is recommended ------------------------------------------------------------------------
 
 
 def test_recommended_budget_is_the_smallest_without_loss() -> None:

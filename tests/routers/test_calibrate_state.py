@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import time
@@ -12,21 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from routers.calibrate.gains import from_probes
-from routers.planned.prediction import DEAD, gains_at
 
 import routers
 from backbones.hunyuan3d.family import TRANSFORMER_2
 from backbones.workloads import MeshWorkload
 from routers import files
 from routers.bundle import Bundle
-from routers.calibrate.fit import FitSettings, fit
+from routers.calibrate.fit import fit
+from routers.calibrate.settings import FitSettings
 from routers.calibrate.state import State
 from routers.calibrate.workload import NotFiniteError
-from tests.cli.test_calibrate_mesh import STEPS, make_workload
 from tests.conftest import EDIT, TIMEOUT, edit_environment
+from tests.tiny_workloads import mesh_workload, picture
 
-SETTINGS = FitSettings(probes=8, tried=2)
+SETTINGS = FitSettings(budgets=(0.2, 0.4, 0.6), targets=("dense", "exact"), tries=2)
 ASKED = {"model": "m", "steps": 6, "weights": [1.0, 2.0]}
 
 
@@ -36,7 +34,7 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
 @pytest.fixture(scope="module")
 def workload() -> MeshWorkload:
-    return make_workload("2.0")
+    return mesh_workload()
 
 
 def run_fit(workload: MeshWorkload, state: State | None = None, stop: tuple[str, int] = ("", 0)) -> Bundle:
@@ -62,28 +60,40 @@ def counting(workload: MeshWorkload) -> Counting:
     return Counting(**{name: getattr(workload, name) for name in workload.__dataclass_fields__})
 
 
+@pytest.fixture(scope="module")
+def whole(workload: MeshWorkload) -> tuple[Bundle, int]:
+    """The bundle of a fit in one go, and how many runs that takes."""
+    reference = Counting(**{name: getattr(workload, name) for name in workload.__dataclass_fields__})
+    return run_fit(reference), reference.runs
+
+
 @pytest.mark.parametrize(
-    ("stop", "left"), [(("record", 1), 5), (("record", 2), 4), (("gains", 6), 1), (("plans", 3), 0)]
+    ("stop", "made"),
+    [(("record dense", 0), 0), (("plans, dense", 1), 2), (("plans, exact", 0), 5), (("plans, exact", 2), 7)],
 )
 def test_a_continued_fit_gives_the_same_bundle(
-    workload: MeshWorkload, counting: Counting, tmp_path: Path, stop: tuple[str, int], left: int
+    workload: MeshWorkload, counting: Counting, whole, tmp_path: Path, stop: tuple[str, int], made: int
 ) -> None:
-    reference = replace(counting)
-    whole = run_fit(reference)
-    trials = reference.runs - 6
+    """made: parts that were finished, a recording or a plan, before it stopped."""
+    reference, runs = whole
     state = State(tmp_path / "state")
     assert state.begin(ASKED, resume=False) is False
+    first = replace(counting)
     with pytest.raises(Stopped):
-        run_fit(workload, state, stop)
+        run_fit(first, state, stop)
+    kept = len(list(state.folder.glob("*.safetensors")))
     again = State(tmp_path / "state")
     assert again.begin(ASKED, resume=True) is True
-    done = len(json.loads((tmp_path / "state" / "trials.json").read_text())) if stop[0] == "plans" else 0
-    assert (done > 0) == (stop[0] == "plans")
     bundle = run_fit(counting, again)
-    assert counting.runs == left + trials - done, "2 dense batches and 4 of probes, then trials of plans"
-    for name in ("gram", "gain", "mixing", "plans"):
-        assert np.array_equal(getattr(bundle.moments, name), getattr(whole.moments, name))
-    assert bundle.metadata == whole.metadata and bundle.times == whole.times
+    assert counting.runs == runs - first.runs, "nothing that was finished is run again"
+    assert (first.runs > 0) == (made > 0) and kept == made
+    assert bundle.plans.keys() == reference.plans.keys() and bundle.warps == reference.warps
+    for target, plans in reference.plans.items():
+        assert bundle.plans[target].keys() == plans.keys()
+        for evaluations, plan in plans.items():
+            for name, array in bundle.plans[target][evaluations].to_arrays().items():
+                assert np.array_equal(array, plan.to_arrays()[name])
+    assert bundle.metadata == reference.metadata and bundle.times == reference.times
 
 
 @pytest.mark.parametrize(
@@ -102,86 +112,78 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path, change: dict, mess
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["request.json", "gains.json", "record-0000.safetensors"])
-def test_a_damaged_state_is_named(workload: MeshWorkload, tmp_path: Path, name: str) -> None:
-    state = State(tmp_path / "state")
+NAMES = ["request.json", "record-dense.safetensors", "plan-dense-2.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def stopped(workload: MeshWorkload, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a fit that was stopped after its first plan leaves."""
+    state = State(tmp_path_factory.mktemp("stopped") / "state")
     state.begin(ASKED, resume=False)
     with pytest.raises(Stopped):
-        run_fit(workload, state, ("gains", 2))
-    file = state.folder / name
-    file.write_bytes(file.read_bytes()[:9])
+        run_fit(workload, state, ("plans, dense", 1))
+    assert sorted(file.name for file in state.folder.iterdir()) == sorted(NAMES)
+    return state.folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_damaged_state_is_named(workload: MeshWorkload, stopped: Path, name: str) -> None:
+    file = stopped / name
+    before = file.read_bytes()
+    file.write_bytes(before[:9])
 
     def continued() -> None:
-        again = State(state.folder)
+        again = State(stopped)
         again.begin(ASKED, resume=True)
         run_fit(workload, again)
 
-    with pytest.raises(ValueError, match="is damaged; leave out --resume to start anew") as error:
-        continued()
-    assert name in str(error.value)
+    try:
+        with pytest.raises(ValueError, match="is damaged; leave out --resume to start anew") as error:
+            continued()
+        assert name in str(error.value)
+    finally:
+        file.write_bytes(before)
 
 
-def test_beginning_anew_forgets_the_earlier_attempt(workload: MeshWorkload, tmp_path: Path) -> None:
+def test_beginning_anew_forgets_the_earlier_attempt(tmp_path: Path) -> None:
     state = State(tmp_path / "state")
     state.begin(ASKED, resume=False)
-    with pytest.raises(Stopped):
-        run_fit(workload, state, ("gains", 2))
+    state.keep("record-dense", {"times": torch.zeros(2)})
+    assert state.get("record-dense") is not None
     again = State(state.folder)
     again.begin(ASKED, resume=False)
-    assert again.batch(0) is None and again.probes(0) is None
+    assert again.get("record-dense") is None
     again.discard()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nan_names_batch_and_step(workload: MeshWorkload) -> None:
-    """From one step on the model gives NaN, as fp16 does when it overflows."""
-    calls = 0
+@pytest.mark.parametrize("late", [False, True], ids=["in the dense run", "in a plan's run"])
+def test_nan_is_named_and_the_pipeline_left_whole(workload: MeshWorkload, tmp_path: Path, late: bool) -> None:
+    """From one call on the model gives NaN, as fp16 does when it overflows."""
+    state, calls, own = State(tmp_path / "state"), 0, workload.pipe.scheduler
+    state.begin(ASKED, resume=False)
 
     def poison(_module: object, _args: object, output: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        return output * float("nan") if calls > STEPS + 2 else output
+        return output * float("nan") if calls > (6 if late else 2) else output
 
     handle = workload.pipe.transformer.single_blocks[-1].register_forward_hook(poison)
     try:
-        with pytest.raises(
-            NotFiniteError, match=rf"in batch 2 of 2, step \d of {STEPS}; nothing was written"
-        ):
-            run_fit(workload)
+        with pytest.raises(NotFiniteError, match=r"NaN or infinite values in the final latents.*nothing was"):
+            run_fit(workload, state)
     finally:
         handle.remove()
-    assert "_edit_elastic" not in workload.pipe.transformer.__dict__
+    kept = [file.stem for file in state.folder.glob("*.safetensors")]
+    assert kept == (["record-dense"] if late else []), "what is damaged is not kept"
+    assert workload.pipe.scheduler is own
 
 
-def test_infinite_latents_name_the_probed_steps(
-    workload: MeshWorkload, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Late(Counting):
-        def run(self, batch: int, *, num_steps: int | None = None) -> torch.Tensor:
-            latents = super().run(batch, num_steps=num_steps)
-            return latents / 0 if self.runs > 3 else latents
-
-    late = Late(**{name: getattr(workload, name) for name in workload.__dataclass_fields__})
-    with pytest.raises(NotFiniteError, match=r"batch 2 of 2 \(gains, predicting steps 4, 5"):
-        run_fit(late)
-
-
-def test_steps_without_effect_leave_the_other_gains_alone() -> None:
-    found = [(s, 1.0) for s in (1, 2, 3)] + [(4, float("-inf")), (4, -30.0)]  # none, and rounding
-    gain = from_probes(found, 5)
-    assert gain[:4] == pytest.approx(np.full(4, np.e)) and gain[4] == pytest.approx(DEAD * np.e)
-    longer = gains_at(gain, 11)  # one step without effect there too
-    assert longer[:10] == pytest.approx(np.full(10, np.e)) and longer[10] == gain[4]
-    assert gains_at(np.array([1.0, 2.0, 4.0]), 5) == pytest.approx(2.0 ** np.array([0, 0.5, 1, 1.5, 2]))
-
-
-def test_a_full_disk_leaves_the_old_bundle(
-    workload: MeshWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle = run_fit(workload)
+def test_a_full_disk_leaves_the_old_bundle(whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, _ = whole
     bundle.save(tmp_path / "b")
     before = {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir()}
-    other = replace(bundle, moments=replace(bundle.moments, gram=2 * bundle.moments.gram))
+    other = replace(bundle, plans={"dense": bundle.plans["dense"]})
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -205,40 +207,36 @@ def test_safetensors_errors_are_os_errors(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_the_old_bundle_and_resume_continues(mesh_folder: Path, tmp_path: Path) -> None:
-    """The command killed after its first batches, then continued."""
-    from tests.cli.test_calibrate_mesh import picture
-
+    """The command killed after its first recording, then continued."""
     (tmp_path / "pictures").mkdir()
     picture("red").save(tmp_path / "pictures" / "red.png")
     routers.load_bundle(mesh_folder / "routers").save(tmp_path / "b")
     before = {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir()}
     command = [
-        str(EDIT), "calibrate", "-m", str(mesh_folder), "--images", "pictures", "-o", "b", "--samples", "4",
-        "--batch-size", "1", "--budgets", "0.5:1:2", "--json", "--plan-samples", "0", "--probes",
+        str(EDIT), "calibrate", "-m", str(mesh_folder), "--images", "pictures", "-o", "b", "--steps", "30",
+        "--target", "both", "--json", "--samples",
     ]  # fmt: skip
     state = tmp_path / ".b.calibrate-state"
     arguments = {"cwd": tmp_path, "env": edit_environment(), "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, "20000"], stderr=subprocess.PIPE, **arguments) as process:
+    with subprocess.Popen([*command, "4"], stderr=subprocess.PIPE, **arguments) as process:
         deadline = time.monotonic() + TIMEOUT
-        while not (state / "gains.json").exists() and process.poll() is None:
+        while not (state / "record-dense.safetensors").exists() and process.poll() is None:
             assert time.monotonic() < deadline, "no progress was kept"
-            time.sleep(0.1)
+            time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir()} == before
-    assert len(list(state.glob("record-*.safetensors"))) == 4
+    assert (state / "request.json").exists(), "killed before it was done"
     ran = subprocess.run(
-        [*command, "8", "--resume"], stderr=subprocess.PIPE, timeout=TIMEOUT, check=False, **arguments
+        [*command, "3", "--resume"], stderr=subprocess.PIPE, timeout=TIMEOUT, check=False, **arguments
     )
-    assert ran.returncode == 2 and "has another probes: it was 20000, now it is 8" in ran.stderr
-    request = json.loads((state / "request.json").read_text())
-    (state / "request.json").write_text(json.dumps({**request, "probes": 8}))
-
+    assert ran.returncode == 2 and "the unfinished calibration in" in ran.stderr
     ran = subprocess.run(
-        [*command, "8", "--resume"], stderr=subprocess.PIPE, timeout=TIMEOUT, check=False, **arguments
+        [*command, "4", "--resume"], stderr=subprocess.PIPE, timeout=TIMEOUT, check=False, **arguments
     )
     assert ran.returncode == 0, ran.stderr
     assert not state.exists()
-    assert (tmp_path / "b" / "bundle.json").read_bytes() != before["bundle.json"]
-    assert routers.load_bundle(tmp_path / "b").moments.branches == ("cond", "uncond")
+    made = routers.load_bundle(tmp_path / "b")
+    assert made.num_steps == 30 and set(made.plans) == {"dense", "exact"}

@@ -11,15 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import routers
 from backbones import flux, qwen_image
 from routers.elastic import Elastic
 from routers.policy import FixedPolicy, OpenPolicy
 from routers.spec import TransformerSpec
 from routers.trace import FULL, REUSE, SKIP
 from tests.block_kinds import CASES, Case
+from tests.routers.packaged import QWEN as TINY
 
-TINY = Path(routers.__file__).parents[1] / "backbones/tiny/qwen_image_tiny"
 TIMES = (0.9, 0.7, 0.5)
 CONTROL_KEYS = (
     "patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads",
@@ -288,7 +287,7 @@ def tiny() -> Any:
 
 def picture(pipe: Any) -> np.ndarray:
     found = pipe(
-        "a cat", negative_prompt=" ", width=64, height=64, num_inference_steps=6, output_type="np",
+        "a cat", negative_prompt=" ", width=64, height=64, num_inference_steps=3, output_type="np",
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     return np.asarray(found.images[0])
@@ -323,17 +322,15 @@ def test_a_lora_file_on_the_packaged_model(lora_folder: Path, when: str) -> None
     dense = picture(reference)
     if when == "before":
         load_lora(pipe, lora_folder)
-    elastic = routers.attach(pipe.transformer, TINY / "routers", budget=1.0)
+    elastic = Elastic(pipe.transformer, qwen_image.TRANSFORMER)
     if when == "after":
         load_lora(pipe, lora_folder)
-    with elastic.scope(budget=1.0, num_steps=6):
+    with elastic.scope():
         opened = picture(pipe)
-    with elastic.scope(budget=0.6, num_steps=6) as trace:
-        cheap = picture(pipe)
     with elastic.scope(policy=FixedPolicy(np.full(len(elastic.blocks), 1))):
         narrow = picture(pipe)
     pipe.fuse_lora()
-    with elastic.scope(budget=1.0, num_steps=6):
+    with elastic.scope():
         fused = picture(pipe)
     with elastic.scope(policy=FixedPolicy(np.full(len(elastic.blocks), 1))):
         narrow_fused = picture(pipe)
@@ -341,23 +338,9 @@ def test_a_lora_file_on_the_packaged_model(lora_folder: Path, when: str) -> None
     elastic.detach()
     pipe.unload_lora_weights()
     assert np.array_equal(opened, dense) and not np.array_equal(dense, plain)
-    assert 0.5 < trace.spent[0] < 0.7 and not np.array_equal(cheap, dense)
     assert abs(fused - dense).max() < 1e-3
     assert abs(narrow_fused - narrow).max() < 1e-3 < abs(narrow - dense).max()
     assert abs(picture(pipe) - plain).max() < 1e-3
-
-
-def test_a_fused_lora_is_another_models_weights(lora_folder: Path) -> None:
-    """Fused before the attach, the weights are not those the bundle was fitted on: said, not guessed."""
-    pipe = tiny()
-    load_lora(pipe, lora_folder)
-    pipe.fuse_lora(lora_scale=4.0)
-    dense = picture(pipe)
-    with pytest.raises(ValueError, match=r"a LoRA fused into it.*--force"):
-        routers.attach(pipe.transformer, TINY / "routers")
-    elastic = routers.attach(pipe.transformer, TINY / "routers", force=True)
-    with elastic.scope(budget=1.0, num_steps=6):
-        assert np.array_equal(picture(pipe), dense)
 
 
 # -- compiled where it cannot work -----------------------------------------------------------------

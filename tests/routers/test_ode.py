@@ -16,6 +16,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+import routers
+from routers.planned.grid import OnGrid
+from routers.planned.sampled import Sampled
 from routers.planned.scheduler import elastic_scheduler
 from routers.planned.universal import universal_planner
 
@@ -123,3 +126,65 @@ def test_noise_that_is_asked_for_is_refused() -> None:
         scheduler.set_timesteps(10)
         with pytest.raises(ValueError, match="eta"):
             scheduler.step(SPREAD, scheduler.timesteps[0], SPREAD, eta=1.0)
+
+
+# -- in pipelines -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dit() -> Any:
+    """An older pipeline, whose one call a step holds both branches."""
+    from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+        norm_num_groups=4, sample_size=4, num_embeds_ada_norm=1000, patch_size=2,
+    )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    pipe = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler(), id2label={0: "cat"})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(pipe: Any) -> np.ndarray:
+    generator = torch.Generator().manual_seed(0)
+    return np.asarray(pipe([0, 1], num_inference_steps=10, generator=generator, output_type="np").images)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm"])
+def test_a_pipeline_meets_a_budget_and_has_its_scheduler_back(dit: Any, name: str) -> None:
+    own = dit.scheduler = SAMPLERS[name]()
+    dense, calls = picture(dit), []
+    handle = dit.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    sampled = routers.attach(dit, budget=0.4)
+    try:
+        assert isinstance(sampled, Sampled)
+        assert not np.array_equal(picture(dit), dense)
+        assert sampled.trace is not None and sampled.trace.spent == [len(calls) / 10] == [0.4]
+        with pytest.raises(ValueError, match="already follows a plan"):
+            routers.attach(dit, budget=0.5)
+        with sampled.scope(budget=1.0):
+            assert np.array_equal(picture(dit), dense)
+    finally:
+        sampled.detach()
+        handle.remove()
+    assert dit.scheduler is own and np.array_equal(picture(dit), dense)
+
+
+def test_a_sampler_that_no_plan_stands_in_for_keeps_its_steps(dit: Any) -> None:
+    """The transformer then leaves out what the budget does not buy."""
+    own = dit.scheduler = DDPMScheduler()
+    torch.manual_seed(0)
+    dense, calls = picture(dit), []
+    handle = dit.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    on_grid = routers.attach(dit, budget=0.4)
+    try:
+        assert isinstance(on_grid, OnGrid) and dit.scheduler is own
+        assert not np.array_equal(picture(dit), dense)
+        assert on_grid.trace is not None and on_grid.trace.spent == [len(calls) / 10] == [0.4]
+    finally:
+        on_grid.detach()
+        handle.remove()
+    torch.manual_seed(0)
+    assert np.array_equal(picture(dit), dense)

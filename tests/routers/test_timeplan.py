@@ -7,15 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from routers.planned.prior import Flow, exact_states, grid_states, prior
 
 from routers.planned import timeplan
-from routers.planned.choose_times import HELD, SHIFTS, choose, fit, polish
+from routers.planned.choose_times import CANDIDATES, FEW, choose, fit, freedom
 from routers.planned.closed_loop import FitSettings, Recording, StageFit, Trajectory, mean_snr, solve_weights
 from routers.planned.flow import Point
 from routers.planned.follow import follow
 from routers.planned.timeplan import TimePlan, adams_bashforth, euler, on_grid, resampled, shifted
-from routers.planned.universal import evaluations_for, universal_plan, universal_planner
+from routers.planned.universal import universal_plan
 
 TIMES = shifted(np.linspace(1, 0, 9), 2.2)
 START = torch.randn(2, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -207,78 +206,59 @@ def test_a_recorded_run_is_known_between_its_times() -> None:
     assert curved < lines / 100
 
 
-def test_the_best_of_a_few_candidates_is_kept_and_polished_times_end_nearer() -> None:
-    """dx/ds = 6 x: most happens near the noise, so shifted times are better; AB2 is no match for a fit."""
+def fine_run(rate: float) -> Trajectory:
+    velocity, solution = decay(rate)
+    times = np.linspace(1, 0, 201).tolist()
+    states = [solution(s) for s in times]
+    return Trajectory(times, states, [velocity(x, s) for s, x in zip(times, states, strict=True)])
+
+
+def test_the_warp_that_ends_nearest_is_kept() -> None:
+    """dx/ds = 6 x: most happens near the noise, so the more times are moved there, the better."""
     velocity, solution = decay(6.0)
-    grid = np.linspace(1, 0, 9)
-    fine = Trajectory(np.linspace(1, 0, 201).tolist(), [solution(s) for s in np.linspace(1, 0, 201)])
-    fine.velocities = [velocity(x, s) for s, x in zip(fine.times, fine.states, strict=True)]
+    grid, warps = np.linspace(1, 0, 17), [(1.0, 1.0), (3.0, 1.0), (1.7, 1.0)]
 
     def run(plan: object) -> None:
         follow(velocity, START, plan)
 
-    held = HELD
-    at = {shift: fit(run, shifted(resampled(grid, 4), shift), fine, held) for shift in (1.0, *SHIFTS)}
-    assert max(at, key=lambda shift: at[shift].snr) > 1
-    best = choose(run, fine, grid, 4, euler_target=False)
-    assert best.settings != held and best.snr > max(fitted.snr for fitted in at.values())
-    polished = polish(run, at[1.0], fine, most=40)
-    assert polished.snr > at[1.0].snr + 3 and polished.settings == held
-    assert np.array_equal(polished.plan.times[[0, -1]], [1, 0])
-    end = follow(velocity, START, polished.plan)
-    assert polished.snr == pytest.approx(mean_snr(end, solution(0.0)), abs=0.1)
+    fitted = choose(run, fine_run(6.0), grid, FEW + 1, "exact", warps)
+    assert next(iter(fitted)) == (3.0, 1.0) and len(fitted) == 3
+    for (shift, _), each in fitted.items():
+        assert np.allclose(each.plan.times, shifted(resampled(grid, FEW + 1), shift))
+        end = follow(velocity, START, each.plan)
+        assert each.snr == pytest.approx(mean_snr(end, solution(0.0)), abs=0.1)
 
 
-# -- the prior ----------------------------------------------------------------------------------
+def test_warps_that_give_the_same_times_are_run_once() -> None:
+    runs: list[object] = []
+
+    def run(plan: object) -> None:
+        runs.append(plan)
+        follow(decay()[0], START, plan)
+
+    warps = CANDIDATES["dense"]
+    assert len(choose(run, fine_run(1.5), np.linspace(1, 0, 5), 4, "dense", warps)) == len(runs) == 1
+    assert len(choose(run, fine_run(1.5), np.linspace(1, 0, 21), 7, "dense", warps)) == len(runs) - 1 > 2
 
 
-def test_the_prior_beats_adams_bashforth_on_its_own_flow_and_is_the_same_every_time() -> None:
-    flow = Flow(coordinates=64, samples=4)
-    target = exact_states(flow, TIMES)[-1]
-
-    def error(plan: TimePlan) -> float:
-        end = follow(
-            lambda x, s: torch.from_numpy(flow.velocity(x.numpy(), s)), torch.from_numpy(flow.noise()), plan
-        )
-        return float(np.square(end.numpy() - target).mean())
-
-    fitted = prior(TIMES, flow=flow)
-    assert error(fitted) < error(adams_bashforth(TIMES)) / 2
-    assert np.array_equal(prior(TIMES, flow=flow).weights, fitted.weights)
-
-
-def test_a_prior_for_all_steps_of_the_grid_is_euler() -> None:
-    grid = np.linspace(1, 0, 11)
-    plan = prior(grid, grid)
-    assert np.allclose(plan.weights[:, 0], 1, atol=1e-4) and np.allclose(plan.weights[:, 1:], 0, atol=1e-4)
-    states = grid_states(Flow(), grid[[0, 5, 10]], grid)
-    assert np.array_equal(states[0], Flow().noise()) and len(states) == 3
+@pytest.mark.parametrize("target", ["dense", "exact"])
+def test_fitted_weights_end_nearer_than_the_universal_ones(target: str) -> None:
+    velocity, _ = decay(3.0)
+    grid, recording = np.linspace(1, 0, 13), Recording(euler(np.linspace(1, 0, 13)))
+    follow(velocity, START, recording)
+    goal = recording.trajectory if target == "dense" else fine_run(3.0)
+    if target == "dense":
+        goal.velocities = []  # pieces of it are straight
+    near = universal_plan(grid, 4, target)
+    fitted = fit(lambda plan: follow(velocity, START, plan), near, goal, freedom(4, target))
+    before = mean_snr(follow(velocity, START, near), goal.states[-1])
+    assert fitted.snr > before + 6 and np.array_equal(fitted.plan.times, near.times)
 
 
-# -- budgets ------------------------------------------------------------------------------------
-
-
-def test_a_budget_buys_whole_evaluations() -> None:
-    assert [evaluations_for(b, 20) for b in (0.01, 0.35, 0.39, 0.4, 1.0)] == [1, 7, 7, 8, 20]
-    assert evaluations_for(3 / 7, 7) == 3
-    for budget in (0.0, 1.2, -1.0):
-        with pytest.raises(ValueError, match="share of the dense"):
-            universal_planner(budget, "exact")
-    for make in (lambda: universal_planner(0.5, "sharp"), lambda: universal_plan(TIMES, 3, "sharp")):
-        with pytest.raises(ValueError, match="'sharp' is not one of dense, exact"):
-            make()
-
-
-def test_a_plan_with_nothing_measured_goes_where_it_is_sent() -> None:
-    velocity, solution = decay()
-    grid = np.append(np.linspace(1, 0, 13), 0.0)
-    dense = follow(velocity, START, euler(grid[:-1]))
-    ends = {t: follow(velocity, START, universal_planner(0.5, t)(grid)) for t in ("dense", "exact")}
-    goals = {"dense": dense, "exact": solution(0.0)}
-    for target, other in (("dense", "exact"), ("exact", "dense")):
-        near, far = ((ends[target] - goals[goal]).abs().max() for goal in (target, other))
-        assert near < far
-    assert torch.equal(follow(velocity, START, universal_planner(1.0, "dense")(grid)), dense)
+def test_adams_bashforths_weights_are_left_alone_where_they_are_as_good() -> None:
+    near = universal_plan(np.linspace(1, 0, 13), FEW + 1, "exact")
+    fitted = fit(lambda plan: follow(decay()[0], START, plan), near, fine_run(1.5), freedom(FEW + 1, "exact"))
+    assert np.allclose(fitted.plan.weights, near.weights, atol=1e-9) and not fitted.plan.state.any()
 
 
 # -- other schedules ----------------------------------------------------------------------------

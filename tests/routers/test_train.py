@@ -34,14 +34,14 @@ from routers.trained.backbone import FILE, BackboneWeights, add_lora, lora_targe
 from routers.trained.policy import Profile, TrainedPolicy, allocate
 from routers.trained.router import BudgetRouter, build_router
 from tests.block_kinds import CASES, Case
-from tests.cli.test_calibrate_mesh import make_workload
+from tests.tiny_workloads import mesh_workload
 
 SHORT = TrainSettings(steps=6, hidden=4, low=0.5, probes=8, every=3, rank=2)
 
 
 @pytest.fixture(scope="module")
 def workload() -> MeshWorkload:
-    return make_workload("2.0")
+    return mesh_workload()
 
 
 def train(workload: MeshWorkload, settings: TrainSettings = SHORT, **more) -> Bundle:
@@ -150,7 +150,7 @@ def test_training_learns_and_its_bundle_keeps_every_budget(workload: MeshWorkloa
     bundle.save(tmp_path / "b")
     again = routers.load_bundle(tmp_path / "b")
     assert again.metadata["method"] == "train" and again.metadata["training"]["steps"] == 40
-    for row in evaluate(workload.pipe.transformer, again, workload, [0.75, 0.85, 1.0]):
+    for row in evaluate(again, workload, [0.75, 0.85, 1.0]):
         assert max(row.budget - row.spent_low, row.spent_high - row.budget) < 0.01
     assert row.snr > 100
 

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from routers.planned.policy import PlannedPolicy
 from torch import Tensor, nn
 
+import routers
 from routers.derive import derive
 from routers.elastic import Elastic
 from routers.policy import FixedPolicy, OpenPolicy
 from routers.spec import TransformerSpec
 from routers.trace import FULL, REUSE, SKIP
-from tests.tiny_pipelines import make_moments
 from tests.zoo.catalogue import PARAMS
 from tests.zoo.lacks import lacks
 from tests.zoo.model import Model
@@ -177,9 +176,28 @@ def test_a_row_of_a_batch_equals_the_request_alone(case: Case) -> None:
             assert all(near(a, b) for a, b in zip(single, batched, strict=True))
 
 
-def test_a_budget_is_kept(case: Case) -> None:
-    steps = 12
-    policy = PlannedPolicy(make_moments(("main",), steps))
-    with case.elastic.scope(policy=policy, budget=0.6, num_steps=steps) as trace:
-        case.run(times=np.linspace(1.0, 0.1, steps).tolist(), rows=1)
-    assert np.mean(trace.spent) == pytest.approx(0.6, abs=0.03)
+@pytest.mark.parametrize("model", PARAMS)
+def test_a_budget_is_kept_without_knowing_the_blocks(model: Model) -> None:
+    """A bare transformer of any class: what is left out looks like what is computed."""
+    transformer, calls = _built(model)[0], 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    dense = [_tensors(transformer(**model.call(1, t, 0))) for t in TIMES]
+    inner = next(m for m in transformer.modules() if isinstance(m, nn.Linear))
+    handle = inner.register_forward_pre_hook(count)
+    on_grid = routers.attach(transformer, budget=0.5, num_steps=len(TIMES))
+    try:
+        transformer(**model.call(1, TIMES[0], 0))
+        once, calls = calls, 0
+        with torch.no_grad(), on_grid.scope() as trace:
+            made = [_tensors(transformer(**model.call(1, t, 0))) for t in TIMES]
+    finally:
+        on_grid.detach()
+        handle.remove()
+    assert trace.spent == [0.5] and calls == 2 * once > 0
+    assert [[x.shape for x in call] for call in made] == [[x.shape for x in call] for call in dense]
+    still = all(equal([call], dense[:1]) for call in dense)
+    assert equal(made[:1], dense[:1]) and equal(made, dense) == still
