@@ -13,7 +13,7 @@ from backbones.model_files import ModelError
 from backbones.spec import Family
 from routers.cost import to_meta
 from routers.derive import DerivationError, Derived, derive
-from routers.derive.rows import count_rows, with_rows
+from routers.derive.rows import with_rows
 
 
 class _CalledError(BaseException):
@@ -47,6 +47,7 @@ def described(family: Family, transformer: nn.Module, run: Callable[[], object])
         found = derive(transformer, inputs)
     except DerivationError as error:
         raise ModelError(str(error)) from error
-    rows = count_rows(inputs[found.spec.sample])
+    rows = len(inputs[found.spec.sample])  # of a tensor, or of a list with one tensor a row
     row = with_rows(to_meta({name: value for name, value in inputs.items() if value is not None}), rows, 1)
-    return replace(family, transformer=found.spec, call_inputs=lambda _configs, _size: row), found
+    spec = family.transformer if family.transformer.blocks else found.spec
+    return replace(family, transformer=spec, call_inputs=lambda _configs, _size: row), found

@@ -1,8 +1,12 @@
-"""Tiny random pipelines of many families, saved as folders: of our own small configurations, in seconds."""
+"""Tiny random pipelines of many families, saved as folders: of our own small configurations, in seconds.
+
+python -m tests.tiny_zoo qwen-edit FOLDER
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -270,3 +274,6 @@ MAKE: Mapping[str, Callable[[Path], Path]] = {
     "stable-audio": make_stable_audio,
 }
 """Folder makers by name."""
+
+if __name__ == "__main__":
+    MAKE[sys.argv[1]](Path(sys.argv[2]))

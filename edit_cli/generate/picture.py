@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from edit_cli.generate.session import Session
 
 OVERFLOW = "try --dtype bf16 or fp32, or a smaller scale of --lora"
+USUAL_SIDE = 1024
+"""Where the pipeline decides on a picture's size, in px: for estimates before it runs."""
 SAMPLERS = {"ab2": "AB2", "dpm++2m": "DPM++ 2M"}
 """Solver -> its name in web UIs."""
 
@@ -265,7 +267,8 @@ class Picture:
         """One call per branch: each has its own text."""
         tokens, limit = backbone.family.text_tokens, backbone.defaults.max_sequence_length
         prompts = [job.prompt, job.negative_prompt or ""][: backbone.branches(job.guidance)]
-        return [CallSize(1, job.width, job.height, tokens(prompt, limit)) for prompt in prompts]
+        width, height = job.width or USUAL_SIDE, job.height or USUAL_SIDE
+        return [CallSize(1, width, height, tokens(prompt, limit)) for prompt in prompts]
 
     def stream(self, job: Any, backbone: Backbone) -> tuple[int, int]:
         """Patches of the picture and tokens of the text."""
@@ -273,7 +276,7 @@ class Picture:
         side = backbone.size_multiple
         text = backbone.family.text_tokens(job.prompt, backbone.defaults.max_sequence_length)
         width = config["num_attention_heads"] * config["attention_head_dim"]
-        return (job.width // side) * (job.height // side) + text, width
+        return ((job.width or USUAL_SIDE) // side) * ((job.height or USUAL_SIDE) // side) + text, width
 
     def needs(self, _jobs: Sequence[Any]) -> dict[str, tuple[float, str]]:
         """No memory beside the device's."""

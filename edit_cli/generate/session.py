@@ -82,12 +82,12 @@ class Session:
             if source.release is not None:
                 release.use_sigmoid_gelu(pipe.transformer, plan.backbone.family.transformer)
         session = cls(plan, pipe, clock, source, notes=notes, _release_routers=release_routers)
-        if not plan.backbone.family.transformer.blocks:
+        if plan.backbone.family not in registry.FAMILIES:
             session._describe()
         return session
 
     def _describe(self) -> None:
-        """Find the blocks of a model that nothing was written for, in a first call that is cut short."""
+        """Learn what nobody wrote down, blocks and arguments, from a first call that is cut short."""
         backbone, jobs = self.plan.backbone, self.plan.jobs[:1]
         pipe = self.plan.medium.pipe(self, jobs[0])
         run = functools.partial(self.plan.medium.call, self, pipe, jobs, lambda: None)

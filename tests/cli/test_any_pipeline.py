@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import wave
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image
 from tests.conftest import _once
 from tests.tiny_zoo import MAKE, rename
 
+README = Path(__file__).parents[2] / "README.md"
 PICTURE, MASK = "photo.png", "mask.png"
 INPUTS = {
     "flux-img2img": ["--image", PICTURE, "--strength", "0.6"],
@@ -185,3 +188,13 @@ def test_inspect_prints_the_derived_description(edit_here, desk, zoo):
     (found,) = edit_here("models", "--inspect", zoo("wan"), "--json", cwd=desk).json["transformers"]
     assert found["rows"][0]["path"] == "blocks"
     assert edit_here("models", "--inspect", desk, cwd=desk).code == 2
+
+
+@pytest.mark.slow
+def test_the_example_of_an_editing_model_in_the_readme(edit_here, desk):
+    (line,) = re.findall(r"^edit (generate .*--image photo.*)$", README.read_text(), re.MULTILINE)
+    made = MAKE["qwen-edit-plus"](desk / "Qwen-Image-Edit-2511")
+    ran = edit_here(*shlex.split(line), "-o", "night.png", cwd=desk)
+    assert ran.code == 0, ran.err
+    assert json.loads(Image.open(desk / "night.png").info["edit"])["image"] == str(desk / PICTURE)
+    assert (made / "model_index.json").is_file()

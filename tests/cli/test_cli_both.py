@@ -167,7 +167,7 @@ def test_what_is_typed_wins_before_a_record_is_checked(made, maker, edit_here, m
     folder, _ = made
     record = {**maker.record(first(maker, folder)), "steps": -3, "budget": 7, maker.field: "/no/such.png"}
     record |= {"images": ["/no/such.png"], "batch": [], "solver": "unheard-of"}
-    reader = "mesh.read_mesh" if maker.suffix == ".glb" else "picture.read_picture"
+    reader = "mesh.read_mesh" if maker.suffix == ".glb" else "picture.read_record"
     monkeypatch.setattr(f"edit_cli.generate.{reader}", lambda path: record)
     words = [maker.command, maker.subjects[0], "-b", "0.6", "--solver", "euler", *maker.quick[2:]]
     replay = ["--from", "other", "-o", f"mine{maker.suffix}"]

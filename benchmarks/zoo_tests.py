@@ -1,0 +1,156 @@
+"""What the tests of diffusers build: their pipelines, with stand-ins for what comes from the hub."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from tests.tiny_pipelines import make_tokenizer
+from tests.tiny_zoo import CHAT
+
+QWEN_TOKENS = {
+    "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<|vision_start|>": 151652,
+    "<|vision_end|>": 151653, "<|vision_pad|>": 151654, "<|image_pad|>": 151655, "<|video_pad|>": 151656,
+}  # fmt: skip
+"""Special tokens of Qwen models, which their configurations name by number."""
+
+
+@dataclass(frozen=True)
+class TestClass:
+    """A test class of diffusers that says how to build a pipeline."""
+
+    name: str
+    of: type
+
+    def build(self) -> Any:
+        """The pipeline with random weights."""
+        pipe = self.of.pipeline_class(**self._instance().get_dummy_components())  # type: ignore[attr-defined]
+        for part in pipe.components.values():
+            if hasattr(part, "eval"):
+                part.eval()  # text encoders that the hub would have given are made by hand here
+        return pipe.to("cpu")
+
+    def inputs(self, _pipe: Any) -> dict[str, Any]:
+        """The arguments that the tests call it with."""
+        make = self._instance().get_dummy_inputs
+        return dict(make("cpu") if "device" in inspect.signature(make).parameters else make())
+
+    def _instance(self) -> Any:
+        return self.of.__new__(self.of)
+
+
+def test_classes(checkout: Path) -> Iterator[TestClass]:
+    """All of a checkout whose pipeline has a transformer, one for each pipeline class."""
+    with ExitStack() as stack:
+        for target, name, made in _stand_ins():
+            stack.enter_context(patch.object(target, name, made))
+        for name in [name for name in sys.modules if name == "tests" or name.startswith("tests.")]:
+            del sys.modules[name]  # this repository's own
+        stack.enter_context(patch.object(sys, "path", [str(checkout), *sys.path]))
+        seen: set[str] = set()
+        for file in sorted((checkout / "tests" / "pipelines").rglob("test_*.py")):
+            for made in _of_module(".".join(file.relative_to(checkout).with_suffix("").parts)):
+                if made.name not in seen:
+                    seen.add(made.name)
+                    yield made
+
+
+def _of_module(module: str) -> Iterator[TestClass]:
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:
+        print(f"{module}: {type(error).__name__}: {error}", file=sys.stderr)
+        return
+    for value in vars(found).values():
+        if not isinstance(value, type) or value.__module__ != module:
+            continue
+        pipeline = inspect.getattr_static(value, "pipeline_class", None)
+        if not isinstance(pipeline, type) or not hasattr(value, "get_dummy_components"):
+            continue
+        if "transformer" in inspect.signature(pipeline.__init__).parameters:  # type: ignore[misc]
+            own = next(base for base in pipeline.__mro__ if base.__module__.startswith("diffusers."))
+            yield TestClass(own.__name__, value)
+
+
+def _stand_ins() -> list[tuple[Any, str, Any]]:
+    """What to replace: class, attribute, replacement."""
+    import transformers
+    from transformers import image_processing_utils
+
+    def standing_in(target: Any, make: Any) -> tuple[Any, str, Any]:
+        original = target.from_pretrained.__func__
+
+        def from_pretrained(cls: Any, name: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if os.path.isdir(str(name)):
+                return original(cls, name, *args, **kwargs)
+            return make(cls, str(name))
+
+        return target, "from_pretrained", classmethod(from_pretrained)
+
+    return [
+        standing_in(transformers.PreTrainedTokenizerBase, lambda cls, name: tokenizer(name)),
+        standing_in(transformers.AutoTokenizer, lambda cls, name: tokenizer(name)),
+        standing_in(transformers.ProcessorMixin, processor),
+        standing_in(transformers.AutoProcessor, processor),
+        standing_in(transformers.AutoConfig, lambda cls, name: config(transformers.T5Config)),
+        standing_in(transformers.PreTrainedModel, lambda cls, name: cls(config(cls.config_class))),
+        standing_in(image_processing_utils.BaseImageProcessor, lambda cls, name: cls()),
+    ]
+
+
+def tokenizer(name: str) -> Any:
+    """A byte-level tokenizer, with the numbers of Qwen's special tokens where the name says Qwen."""
+    from transformers import Qwen2Tokenizer
+
+    made = make_tokenizer("a cat and a dog in a photo")
+    if "qwen" in name.lower():
+        import json
+
+        vocab = json.loads(made.backend_tokenizer.to_str())["model"]["vocab"]
+        made = Qwen2Tokenizer(
+            vocab={**vocab, **QWEN_TOKENS}, merges=[], additional_special_tokens=list(QWEN_TOKENS),
+            unk_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        )  # fmt: skip
+    made.model_max_length = 77
+    made.chat_template = CHAT
+    return made
+
+
+def processor(cls: Any, name: str) -> Any:
+    """A processor of pictures and text without a video part."""
+    import transformers
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from backbones.processors import NoVideo, lenient
+
+    made = cls if "video_processor" in inspect.signature(cls.__init__).parameters else None
+    pictures, text = Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=3136), tokenizer(name)
+    return lenient(made or transformers.Qwen2VLProcessor)(pictures, text, NoVideo(), chat_template=CHAT)
+
+
+def config(made: Any) -> Any:
+    """A tiny configuration of a text encoder: of the sizes that diffusers' dummies have."""
+    import transformers
+
+    if issubclass(made, transformers.T5Config):
+        return made(
+            vocab_size=1103, d_model=32, d_ff=37, d_kv=8, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )  # fmt: skip
+    if "Qwen2VL" in made.__name__:
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+        text = {"vocab_size": 152064, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+        text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "rope_parameters": rope}
+        return made(
+            text_config=text, vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2}
+        )
+    width = 16 if "Llama" in made.__name__ else 32
+    return made(hidden_size=width, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4)
