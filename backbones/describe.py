@@ -13,7 +13,8 @@ from backbones.model_files import ModelError
 from backbones.spec import Family
 from routers.cost import to_meta
 from routers.derive import DerivationError, Derived, derive
-from routers.derive.rows import count_rows, with_rows
+from routers.derive.rows import with_rows
+from routers.rows import count_rows
 
 
 class _CalledError(BaseException):
