@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .block import Block, argument_names, by_name, call_shapes, find_blocks, segments
 from .cost import Costs
@@ -25,6 +25,7 @@ from .forward import Watch, carry_out
 from .patching import COMPILED_WHOLE, Patches, check_call, check_run, learns_order
 from .policy import OpenPolicy, Policy, RunInfo
 from .router import RouterStack
+from .rows import copied, count_rows, row_times, tensors_in
 from .run import ATTACH_AGAIN, Call, Run
 from .runs import Runs
 from .spec import TransformerSpec
@@ -34,33 +35,37 @@ from .trace import Trace
 class Elastic(Watch):
     """Made by `routers.attach`.
 
-    budget: ratio of dense FLOPs. num_steps: of runs whose sampler is not known. pipe: see `Runs`.
+    spec: of the transformer, None to derive it from its first call, which then may raise DerivationError.
+    budget: ratio of dense FLOPs. num_steps: of runs whose sampler is not known. pipe: see `Runs`; its
+    `transformer_2`, which makes the second half of each run, is put under control too. leader: what decides
+    for both halves, where this is the second.
     """
 
     def __init__(
         self,
         transformer: nn.Module,
-        spec: TransformerSpec,
+        spec: TransformerSpec | None,
         policy: Callable[[], Policy] = OpenPolicy,
         routers: Sequence[nn.Module] | None = None,
         *,
         budget: float | None = None,
         num_steps: int = 20,
         pipe: Any = None,
+        leader: Elastic | None = None,
     ) -> None:
         super().__init__()
         if "_edit_elastic" in transformer.__dict__:
             raise ValueError("routers are already attached to this transformer: detach them first")
-        self.transformer, self.spec = transformer, spec
+        self.transformer = transformer
         self.budget, self.num_steps, self.make_policy = budget, num_steps, policy
         self.trace: Trace | None = None
         self.on_detach: Callable[[], None] | None = None
-        self.blocks = find_blocks(getattr(transformer, "_orig_mod", transformer), spec, routers)
+        self.blocks: list[Block] = []
+        if spec is not None:
+            self._describe(spec, routers)
         check_run(transformer)
-        self.segments = segments(self.blocks)
         self.names = argument_names(transformer)
-        self._costs = Costs(transformer, self.blocks)
-        self._runs = Runs(transformer, self._start_run, pipe)
+        self._runs: Runs = Runs(transformer, self._start_run, pipe) if leader is None else leader._runs
         self._scope: _Scope | None = None
         self._context: str | None = None
         self._call: Call | None = None
@@ -68,6 +73,18 @@ class Elastic(Watch):
         self.step_of: Callable[[int], int] = lambda call: call
         """For a sampler that leaves out steps: from the number of a branch's call to its step."""
         self._attach()
+        self._halves = [self] if leader is None else [leader, self]
+        second = getattr(pipe, "transformer_2", None)
+        if isinstance(second, nn.Module):
+            self._halves.append(Elastic(second, spec, policy, routers, leader=self))
+            self._runs.transformers.append(second)
+
+    def _describe(self, spec: TransformerSpec, routers: Sequence[nn.Module] | None = None) -> None:
+        """The blocks are those of a description."""
+        self.spec = spec
+        self.blocks = find_blocks(getattr(self.transformer, "_orig_mod", self.transformer), spec, routers)
+        self.segments = segments(self.blocks)
+        self._costs = Costs(self.transformer, self.blocks, spec.per_row)
 
     # -- runs ----------------------------------------------------------------------------------
 
@@ -101,7 +118,8 @@ class Elastic(Watch):
 
     def _start_run(self, num_steps: int | None) -> Run:
         """num_steps: as the sampler makes them, None if that is not known."""
-        check_run(self.transformer)
+        for half in self._halves:
+            check_run(half.transformer)
         scope = self._scope or _Scope(self)
         told, trace = scope.num_steps, scope.trace
         if num_steps is not None and told not in (None, num_steps):
@@ -154,12 +172,18 @@ class Elastic(Watch):
         patches.add(self.transformer, _refuse_compile, "compile")
         if hasattr(self.transformer, "cache_context"):
             patches.add(self.transformer, self._cache_context, "cache_context")
-        for block in self.blocks:
-            patches.add(block.module, partial(self._block_forward, block))
+        self._patch_blocks()
         self.transformer.__dict__["_edit_elastic"] = self
+
+    def _patch_blocks(self) -> None:
+        for block in self.blocks:
+            self._patches.add(block.module, partial(self._block_forward, block))
 
     def detach(self) -> None:
         """Put the transformer back exactly as it was. Safe to call twice."""
+        for half in self._halves[1:]:
+            if half is not self:
+                half.detach()
         self._patches.close()
         for block in self.blocks:
             block.return_compiled()
@@ -196,15 +220,21 @@ class Elastic(Watch):
     def _transformer_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         check_call(self.transformer, [block.module for block in self.blocks])
         inputs = by_name(self.names, args, kwargs)
+        if not self.blocks:
+            self._derive(inputs)
         for block in self.blocks:
             block.adopt_compiled()
         if learns_order(self.transformer) and vars(self.transformer)["forward"] is self._own:
             original = self._patch_again(args, kwargs)
-        sample: Tensor = inputs[self.spec.sample]
-        rows, shapes = sample.shape[0], call_shapes(inputs)
-        time = torch.as_tensor(inputs[self.spec.timestep], device=sample.device).float().flatten()
+        sample = inputs[self.spec.sample]
+        rows, shapes, device = count_rows(sample), call_shapes(inputs), tensors_in(sample)[0].device
+        if self is not self._halves[0]:  # a branch goes on, with caches of its own
+            shapes = (("second half", ()), *shapes)
+        time = row_times(inputs[self.spec.timestep], rows, device)
         run, name = self._runs.of_call(time, self._context)
-        cost = self._costs.of_call(shapes, rows, lambda: original(*args, **kwargs), self._densely)
+        cost = self._costs.of_call(
+            shapes, rows, lambda: original(*copied(args), **copied(kwargs)), self._densely
+        )
         for note in self._costs.notes:
             run.trace.note(note)
         with self.timed("call"):
@@ -217,7 +247,7 @@ class Elastic(Watch):
                     with self.timed("router"):
                         if run.routers is None:  # anew in every run, because training changes them
                             stacked = [block.router for block in self.blocks]
-                            run.routers = RouterStack.at(stacked, run.info.budget, sample.device)
+                            run.routers = RouterStack.at(stacked, run.info.budget, device)
                         run.routers.read(call)
                 run.end(call)
             finally:
@@ -225,6 +255,19 @@ class Elastic(Watch):
         if self.timer is not None:
             self.timer.calls.append(call.info)
         return output
+
+    def _derive(self, inputs: dict[str, Any]) -> None:
+        """Describe the transformer by its first call, and put its blocks under control from now on."""
+        from .derive import spec_of  # where a spec is at hand nothing is derived
+
+        with self._own.set_aside():
+            spec = spec_of(self.transformer, inputs)
+        for half in self._halves:
+            half._describe(spec)
+            half._patch_blocks()
+        scope = self._halves[0]._scope
+        if scope is not None:
+            scope.trace.kinds[:] = [block.spec.kind for block in self.blocks]
 
     def _block_forward(self, block: Block, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._call is not None:

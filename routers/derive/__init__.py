@@ -21,11 +21,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..cost import autocast_on_meta, meta_twin, to_meta
+from ..rows import count_rows
 from ..spec import TransformerSpec
 from .calls import TracedCall, argument_names, outermost_lists, traced_call
 from .describe import Description, reads_further_back
 from .lists import choose_lists
-from .rows import count_rows, with_rows
+from .rows import with_rows
 from .stand_in import let_one_run_for_all
 from .streams import Lineage
 
@@ -85,6 +86,11 @@ def derive(
         per_row=second is not None and not description.rowless,
     )
     return Derived(spec, left, tuple(dict.fromkeys(notes)))
+
+
+def spec_of(transformer: nn.Module, inputs: Mapping[str, Any]) -> TransformerSpec:
+    """The description alone, of a transformer that is called with `inputs`. Raises as `derive`."""
+    return derive(transformer, inputs).spec
 
 
 def _trace(
@@ -194,4 +200,4 @@ def _first_tensor(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-__all__ = ["DerivationError", "Derived", "derive"]
+__all__ = ["DerivationError", "Derived", "derive", "spec_of"]

@@ -1,12 +1,9 @@
-"""Every transformer of diffusers under a derived description: what must hold whatever the class.
-
-Where today's engine cannot do something yet, the test is a strict xfail with the reason from `lacks.py`.
-"""
+"""Every transformer of diffusers under a derived description: what must hold whatever the class."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,13 +16,13 @@ import routers
 from routers.derive import derive
 from routers.elastic import Elastic
 from routers.policy import FixedPolicy, OpenPolicy
-from routers.spec import TransformerSpec
+from routers.spec import WIDTHS, TransformerSpec
 from routers.trace import FULL, REUSE, SKIP
 from tests.zoo.catalogue import PARAMS
-from tests.zoo.lacks import lacks
 from tests.zoo.model import Model
 
 TIMES = (0.9, 0.7, 0.5, 0.3)
+HALF_WIDTH = WIDTHS.index(0.5)
 Outputs = list[list[Tensor]]
 
 
@@ -70,36 +67,15 @@ def near(a: Tensor, b: Tensor) -> bool:
     return float((a - b).abs().max()) <= 1e-4 * max(1.0, float(b.abs().max()))
 
 
-def without_new_widths(spec: TransformerSpec) -> TransformerSpec:
-    """The spec with the kinds of MLPs that `MlpSlicer` knows: the others run at full width."""
-    return replace(
-        spec,
-        blocks=tuple(
-            replace(
-                block,
-                mlps=tuple(
-                    mlp
-                    for mlp in block.mlps
-                    if mlp.per_row and not (mlp.gate or mlp.fused_gate or mlp.padded)
-                ),
-            )
-            for block in spec.blocks
-        ),
-    )
-
-
 @cache
 def _built(model: Model) -> tuple[nn.Module, TransformerSpec]:
     transformer = model.build()
-    return transformer, without_new_widths(derive(transformer, model.call()).spec)
+    return transformer, derive(transformer, model.call()).spec
 
 
 @pytest.fixture(params=PARAMS)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     model: Model = request.param
-    reason = lacks(model.name, request.function.__name__)
-    if reason:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     transformer, spec = _built(model)
     elastic = Elastic(transformer, spec)
     yield Case(model, transformer, elastic)
@@ -153,7 +129,7 @@ def test_a_skipped_block_is_the_identity_on_its_streams(case: Case) -> None:
             module: Any, args: Any, kwargs: Any, output: Any, block: Any = block, seen: Any = seen
         ) -> None:
             seen["before"] = block.streams(block.bind(args, kwargs))
-            seen["after"] = block.unpack(output)
+            seen["after"] = block.unpack(output, seen["before"])
 
         handle = block.module.register_forward_hook(record, with_kwargs=True)
         plan = np.full(case.blocks, FULL)
@@ -167,12 +143,17 @@ def test_a_skipped_block_is_the_identity_on_its_streams(case: Case) -> None:
 def test_a_row_of_a_batch_equals_the_request_alone(case: Case) -> None:
     plan = np.random.default_rng(0).choice([SKIP, REUSE, FULL], (len(TIMES), 3, case.blocks))
     plan[0] = FULL
+    spec, sample = case.elastic.spec, case.model.call(3)[case.elastic.spec.sample]
+    if not spec.per_row:
+        plan = plan[:, 0]
     together = case.follow(plan, rows=3)
-    for row in range(3):
-        alone = case.follow(plan[:, row : row + 1], rows=1, seed=row)
+    for row in range(min(3, len(sample))):
+        alone = case.follow(plan[:, row : row + 1] if spec.per_row else plan, rows=1, seed=row)
         for one, all_rows in zip(alone, together, strict=True):
-            batched = [x[row] for x in all_rows] if len(all_rows[0]) == 3 else [all_rows[row]]
-            single = [x[0] for x in one] if len(all_rows[0]) == 3 else one
+            if spec.listed_sample:
+                single, batched = one, all_rows[row : row + 1]
+            else:
+                single, batched = one, [x.unflatten(0, (3, -1))[row] for x in all_rows]
             assert all(near(a, b) for a, b in zip(single, batched, strict=True))
 
 
@@ -201,3 +182,23 @@ def test_a_budget_is_kept_without_knowing_the_blocks(model: Model) -> None:
     assert [[x.shape for x in call] for call in made] == [[x.shape for x in call] for call in dense]
     still = all(equal([call], dense[:1]) for call in dense)
     assert equal(made[:1], dense[:1]) and equal(made, dense) == still
+
+
+def test_a_width_equals_zeroing_the_other_units(case: Case) -> None:
+    if not any(block.spec.mlps for block in case.elastic.blocks):
+        pytest.skip("every width of this class is fixed")
+    dense, narrow = (case.follow(np.full(case.blocks, code), times=(0.5,)) for code in (FULL, HALF_WIDTH))
+    assert case.elastic.trace is not None
+    assert case.elastic.trace.spent[0] < 1.0
+    saved = []
+    for block in case.elastic.blocks:
+        for slicer in block.slicers:
+            weight = slicer.linears[1].weight
+            assert isinstance(weight, Tensor)
+            saved.append((weight, weight.clone()))
+            weight[:, slicer.column_offset + slicer.units(WIDTHS[HALF_WIDTH]) :] = 0
+    zeroed = case.follow(np.full(case.blocks, FULL), times=(0.5,))
+    for weight, before in saved:
+        weight.copy_(before)
+    assert not equal(narrow, dense)
+    assert all(near(a, b) for a, b in zip(narrow[0], zeroed[0], strict=True))
