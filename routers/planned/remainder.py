@@ -1,96 +1,48 @@
-"""What is left of a budget beyond whole evaluations: one more, of the first blocks only.
+"""What is left of a budget beyond whole evaluations: one more evaluation, of the first blocks only.
 
-Its output is true to the share of the blocks that ran; the other blocks add what they added before, continued
-in time. So the plan trusts it by that share: it takes the middle of the plan's longest step, and the second
-half of that step goes along a mixture of what the plan says without it and what Adams-Bashforth says with it.
-With nothing left the plan is as it was; with a whole evaluation left it is one more of a plan.
+It is the last one of a plan with one evaluation more: the first blocks see their true input, the others add what
+they added in the evaluations before, continued in time. Late in a run that is nearly as good as the whole evaluation;
+early it is worse than none (docs/notes/solver-plan.md).
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..policy import CallInfo, Decision, OpenPolicy, RunInfo, Units
 from ..trace import REUSE
-from .timeplan import Array, TimePlan, adams_bashforth, moving
 
-LEAST = 0.04
-"""Less than this of an evaluation is not worth a step."""
-
-
-@dataclass(frozen=True)
-class Remainder:
-    """plan: with the partial evaluation in it. at: its number. share: of it that is to be computed."""
-
-    plan: TimePlan
-    at: int
-    share: float
-
-
-def with_remainder(plan: TimePlan, grid: Array, share: float) -> Remainder | None:
-    """A plan with a share of an evaluation more; None if there is too little left, or no room for it.
-
-    grid [N + 1]: the run's own times: a time of a plan that keeps to them is one of them.
-    """
-    grid, times = moving(grid), plan.times
-    if not LEAST <= share < 1 or plan.evaluations < 2:
-        return None
-    inside = [grid[(grid < a) & (grid > b)] for a, b in pairwise(times[1:])]
-    steps = [i + 1 for i, free in enumerate(inside) if len(free)]  # not the first: it has no past
-    if not steps:
-        return None
-    step = max(steps, key=lambda i: len(inside[i - 1]))
-    free = inside[step - 1]
-    middle = float(free[np.abs(free - (times[step] + times[step + 1]) / 2).argmin()])
-    return Remainder(_inserted(plan, step, middle, share), step + 1, share)
-
-
-def _inserted(plan: TimePlan, step: int, time: float, share: float) -> TimePlan:
-    """The plan with an evaluation within a step, trusted by a share."""
-    count, passes = plan.evaluations, plan.passes + 1
-    times = np.insert(plan.times, step + 1, time)
-    weights, state = np.zeros((count + 1, passes)), np.insert(plan.state, step + 1, plan.state[step])
-    weights[: step + 1, :-1] = plan.weights[: step + 1]
-    consistent = adams_bashforth(times, 2).weights[step + 1]
-    weights[step + 1, 1:] = (1 - share) * plan.weights[step]
-    weights[step + 1, : len(consistent)] += share * consistent
-    state[step + 1] *= 1 - share
-    for later in range(step + 1, count):  # their outputs are counted without the inserted one
-        back = later - step  # outputs since it
-        weights[later + 1, :back] = plan.weights[later, :back][: passes - 1]
-        weights[later + 1, back + 1 :] = plan.weights[later, back:]
-    return TimePlan(times, weights, state)
+PASSES = 2
+"""What the last blocks added in so many evaluations is continued."""
 
 
 class PartialPolicy(OpenPolicy):
     """Everything is computed but in one call of each branch: there the first blocks, as many as come nearest
-    to a share of the call's FLOPs, and the rest adds what it added before, continued in time.
+    to a share of the call's FLOPs.
+
+    at: the number of that evaluation. share: of it that is to be computed.
     """
 
-    def __init__(self, remainder: Remainder) -> None:
-        self.at, self.share = remainder.at, remainder.share
-        self._units: Units | None = None
+    def __init__(self, at: int, share: float) -> None:
+        self.at, self.share = at, share
 
     def start(self, run: RunInfo) -> None:
-        """Units are cut at the first call, which tells what blocks cost."""
-        self._units, self._segments = None, run.segments
+        """Units are cut in the first call, which tells what blocks cost."""
+        self._units: Units | None = None
+        self._segments, self._whole = run.segments, run.skips
 
     def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Decision:
-        """Full, but for the last blocks in the partial call."""
+        """Full, but for the last blocks of the partial evaluation."""
         costs = np.array([cost.dense for cost in call.costs])
         spent = call.outside + np.concatenate([[0.0], np.cumsum(costs)])
-        kept = int(np.abs(spent - self.share * spent[-1]).argmin())
+        kept = len(costs) if self._whole else int(np.abs(spent - self.share * spent[-1]).argmin())
         if self._units is None:
             self._units = cut(self._segments, kept)
         actions = super().decide(call, logits).actions
         if call.step == self.at:
             actions[:, kept:] = np.where(call.available[:, kept:] > 0, REUSE, actions[:, kept:])
-        depth = 2 if call.step <= self.at else 0
-        return Decision(actions, self._units, depth, order=1)
+        return Decision(actions, self._units, PASSES if call.step <= self.at else 0, order=1)
 
 
 def cut(segments: Units, block: int) -> Units:
