@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from routers.planned.follow import Follower, Steps
+from routers.planned.serving import own_steps
+
 if TYPE_CHECKING:
     from routers.planned.scheduler import Planner
-
-    from .elastic_scheduler import ElasticMeshScheduler
 
 
 class FlowMatchEulerScheduler:
@@ -54,8 +55,6 @@ class FlowMatchEulerScheduler:
 
     def planned(self, planner: Planner, on_step: Callable[[], None]) -> ElasticMeshScheduler:
         """The scheduler that makes a plan's evaluations in this one's place (see `routers.planned`)."""
-        from .elastic_scheduler import ElasticMeshScheduler
-
         return ElasticMeshScheduler(self, planner, on_step)
 
     def pred_original(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
@@ -85,3 +84,43 @@ class ConsistencyFlowMatchEulerScheduler(FlowMatchEulerScheduler):
             raise ValueError(f"num_steps must be at least 1, not {count}")
         chosen = np.floor(np.linspace(0, self.pcm_timesteps, count, endpoint=False)).astype(int)
         self._store(self._anchors[chosen])
+
+
+class ElasticMeshScheduler(FlowMatchEulerScheduler):
+    """Another scheduler's times, replaced by a planner's: the counterpart of `routers.planned.scheduler`.
+
+    own: the scheduler. plan: what the present run follows, None for the own steps. A plan's times run from 1
+    to 0, as those of a flow, and the velocity is the opposite one. The evaluation before a step of size zero
+    changes nothing, and no plan makes it.
+    """
+
+    def __init__(self, own: FlowMatchEulerScheduler, planner: Planner, on_step: Callable[[], None]) -> None:
+        self.own, self.planner, self.on_step = own, planner, on_step
+        self.num_train_timesteps, self.shift = own.num_train_timesteps, own.shift
+        self.sigmas, self.timesteps = own.sigmas, own.timesteps
+        self.plan: Steps | None = None
+
+    def set_timesteps(
+        self, num_steps: int | None = None, sigmas: Sequence[float] | np.ndarray | None = None
+    ) -> None:
+        """The own scheduler's times, then the plan's; without a plan, the own ones."""
+        self.own.set_timesteps(num_steps, sigmas)
+        self.plan = self.planner(1 - np.array(self.own.sigmas.tolist()))
+        if self.plan is None:
+            self.sigmas, self.timesteps = self.own.sigmas, self.own.timesteps
+            return
+        self.sigmas = torch.tensor((1 - self.plan.times).tolist())
+        self.timesteps = self.sigmas[:-1] * self.num_train_timesteps
+        self._run = Follower(self.plan)
+
+    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
+        """One step of the plan in float32."""
+        self.on_step()
+        if self.plan is None:
+            return self.own.step(velocity, index, sample)
+        size = (self.sigmas[index] - self.sigmas[index + 1]).item()
+        return self._run.step(index, sample, -velocity, size).to(velocity.dtype)
+
+    def leave(self) -> None:
+        """Make the own steps from now on; nothing of the pipeline was replaced."""
+        self.planner, self.on_step = own_steps, lambda: None

@@ -81,11 +81,13 @@ class Sampled:
         """A run begins. grid: the times that the pipeline would have taken."""
         check_whole(self.pipe.transformer)
         trace = self.trace = self._scope or self._trace(None, None, 1)
-        if getattr(self.scheduler, "higher_order", False):  # its dense run is as good as exact
-            trace.target = "exact"
+        steps = len(grid) - 1
+        all_of_them = self.evaluations(steps, trace.requested) == steps
+        if getattr(self.scheduler, "higher_order", False) and not all_of_them:
+            trace.target = "exact"  # its dense run is as good as exact
         plan = (self._planner or self.planner_for(trace.requested, trace.target))(grid)
-        trace.steps = trace.of = len(grid) - 1
-        trace.planned, trace.made = (trace.steps if plan is None else len(plan.times) - 1), 0
+        trace.steps = trace.of = steps
+        trace.planned, trace.made = (steps if plan is None else len(plan.times) - 1), 0
         return plan
 
     def _count(self) -> None:
