@@ -52,15 +52,15 @@ def inspect_folder(folder: Path) -> list[Inspection]:
 def _inspect(component: str, path: Path) -> Inspection:
     if not path.is_file():
         raise InspectError(f"{path} is missing")
-    transformer: Any = _on_meta(json.loads(path.read_text()))
+    transformer: Any = on_meta(json.loads(path.read_text()))
     found = _derive(transformer, dict(transformer.config))
     return Inspection(
         component, type(transformer).__name__, tuple(rows(found)), found.left_in_full, found.notes
     )
 
 
-def _on_meta(config: dict[str, Any]) -> nn.Module:
-    """The transformer of a config, without weights."""
+def on_meta(config: dict[str, Any]) -> nn.Module:
+    """The transformer of a config, without weights. Raises InspectError."""
     import diffusers
 
     name = str(config.get("_class_name"))

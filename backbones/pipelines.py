@@ -77,7 +77,8 @@ def generic_family(pipeline: str, transformer: str, name: str, makes: Makes) -> 
         makes=makes,
         transformer=TransformerSpec(transformer_class=transformer, blocks=()),
         traits=traits,
-        call_inputs=_no_inputs,
+        call_inputs=_guessed,
+        text_tokens=lambda _prompt, limit: limit or known_call(pipeline).default("max_sequence_length") or 0,
         pipeline_class=pipeline,
         layout=DIFFUSERS,
         negative_prompt="",
@@ -95,5 +96,7 @@ def signature_defaults(call: PipelineCall) -> Defaults:
     )
 
 
-def _no_inputs(_configs: Configs, _size: CallSize) -> dict[str, Any]:
-    raise ModelError("the arguments of this transformer are known once the model is loaded")
+def _guessed(configs: Configs, size: CallSize) -> dict[str, Any]:
+    from backbones.describe import guessed_call  # brings torch
+
+    return guessed_call(configs, size)

@@ -90,6 +90,7 @@ class CallSize:
     """How large one transformer call is.
 
     rows: of the batch. width, height: px. text: text tokens. views: pictures of one object.
+    frames: of a video.
     """
 
     rows: int = 1
@@ -97,6 +98,7 @@ class CallSize:
     height: int = 0
     text: int = 0
     views: int = 1
+    frames: int = 1
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,37 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Config = Mapping[str, Any]
 
-ROWS, FRAMES, SIDE, TEXT = 2, 3, 16, 7
+@dataclass(frozen=True)
+class Sizes:
+    """How large the call is: rows, latent frames, height and width, text tokens.
+
+    own: whether a size that the config names wins, as where only the structure matters.
+    """
+
+    rows: int = 2
+    frames: int = 3
+    height: int = 16
+    width: int = 16
+    text: int = 7
+    own: bool = True
+
+
+class Config(dict[str, Any]):
+    """A transformer's config, and the sizes of the call."""
+
+    def __init__(self, config: Mapping[str, Any], sizes: Sizes) -> None:
+        super().__init__(config)
+        self.sizes = sizes
+
+
 CHANNELS = (
     "audio_acoustic_hidden_dim",
     "in_channels",
@@ -73,8 +95,14 @@ OPTIONAL = (
 """Arguments with a default that models need all the same."""
 
 
-def typical_calls(transformer: nn.Module, config: Config) -> Iterator[dict[str, Any]]:
-    """Arguments of a call on the meta device, most likely first. None if an argument cannot be guessed."""
+def typical_calls(
+    transformer: nn.Module, settings: Mapping[str, Any], sizes: Sizes | None = None
+) -> Iterator[dict[str, Any]]:
+    """Arguments of a call on the meta device, most likely first. None if an argument cannot be guessed.
+
+    settings: the transformer's config. sizes: by default small ones.
+    """
+    config = Config(settings, sizes or Sizes())
     channels = next((config[name] for name in CHANNELS if isinstance(config.get(name), int)), None)
     if channels is None:
         return
@@ -91,10 +119,14 @@ def typical_calls(transformer: nn.Module, config: Config) -> Iterator[dict[str, 
 
 def _samples(channels: int, config: Config) -> list[Any]:
     """The layouts of latents: tokens, image, video (three ways), signal, one image a row."""
-    tokens = SIDE * SIDE // 4
-    size = config.get("sample_size") if isinstance(config.get("sample_size"), int) else SIDE
-    side = config.get("sample_height", size), config.get("sample_width", size)
-    frames = config.get("video_length", FRAMES)
+    sizes = config.sizes
+    tokens = sizes.height * sizes.width // 4
+    side: tuple[Any, Any] = (sizes.height, sizes.width)
+    frames = sizes.frames
+    if sizes.own:
+        size = config.get("sample_size") if isinstance(config.get("sample_size"), int) else sizes.height
+        side = config.get("sample_height", size), config.get("sample_width", size)
+        frames = config.get("video_length", frames)
     shapes = [
         (tokens, channels),
         (channels, *side),
@@ -104,8 +136,8 @@ def _samples(channels: int, config: Config) -> list[Any]:
         (channels, tokens),
         (channels,),
     ]
-    tensors: list[Any] = [torch.empty(ROWS, *shape, device="meta") for shape in shapes]
-    listed = [torch.empty(channels, 1, SIDE, SIDE, device="meta") for _ in range(ROWS)]
+    tensors: list[Any] = [torch.empty(sizes.rows, *shape, device="meta") for shape in shapes]
+    listed = [torch.empty(channels, 1, *side, device="meta") for _ in range(sizes.rows)]
     return [*tensors, listed]
 
 
@@ -115,22 +147,28 @@ def _argument(name: str, sample: Any, width: int, config: Config) -> Any:
     if rule is not None:
         return rule(sample, width, config)
     if name.endswith("mask") and name != "attention_mask":
-        return torch.ones(ROWS, _text_length(config), dtype=torch.bool)
+        return torch.ones(config.sizes.rows, _text_length(config), dtype=torch.bool)
     return None
 
 
 def _text_length(config: Config) -> int:
-    return next((config[name] for name in TEXT_LENGTHS if isinstance(config.get(name), int)), TEXT)
+    return next(
+        (config[name] for name in TEXT_LENGTHS if isinstance(config.get(name), int)), config.sizes.text
+    )
 
 
 def _control(sample: Any, _width: int, config: Config) -> Tensor | None:
     channels = config.get("vace_in_channels")
-    return sample.new_empty(ROWS, channels, *sample.shape[2:]) if channels and _is(sample, 5) else None
+    return (
+        sample.new_empty(config.sizes.rows, channels, *sample.shape[2:])
+        if channels and _is(sample, 5)
+        else None
+    )
 
 
 def _global(_sample: Any, _width: int, config: Config) -> Tensor | None:
     width = config.get("global_states_input_dim")
-    return torch.empty(ROWS, 1, width) if width else _pooled(_sample, _width, config)
+    return torch.empty(config.sizes.rows, 1, width) if width else _pooled(_sample, _width, config)
 
 
 def _context(sample: Any, _width: int, config: Config) -> Tensor | None:
@@ -141,16 +179,16 @@ def _context(sample: Any, _width: int, config: Config) -> Tensor | None:
 
 def _audio(_sample: Any, _width: int, config: Config) -> Tensor | None:
     channels = config.get("in_audio_dim")
-    return torch.empty(ROWS, TEXT, channels) if channels else None
+    return torch.empty(config.sizes.rows, config.sizes.text, channels) if channels else None
 
 
 def _pooled(_sample: Any, _width: int, config: Config) -> Tensor | None:
     sizes = [config[name] for name in POOLED_WIDTHS if isinstance(config.get(name), int)]
-    return torch.empty(ROWS, sizes[0]) if sizes else None
+    return torch.empty(config.sizes.rows, sizes[0]) if sizes else None
 
 
 def _guidance(_sample: Any, _width: int, config: Config) -> Tensor | None:
-    return torch.empty(ROWS) if config.get("guidance_embeds") else None
+    return torch.empty(config.sizes.rows) if config.get("guidance_embeds") else None
 
 
 def _axes(config: Config) -> int:
@@ -166,15 +204,15 @@ def _text_ids(_sample: Any, _width: int, config: Config) -> Tensor:
 
 
 def _text(_sample: Any, width: int, config: Config) -> Tensor:
-    return torch.empty(ROWS, _text_length(config), width)
+    return torch.empty(config.sizes.rows, _text_length(config), width)
 
 
-def _listed_text(sample: Any, width: int, _config: Config) -> list[Tensor]:
-    return [torch.empty(TEXT, width) for _ in range(ROWS)]
+def _listed_text(_sample: Any, width: int, config: Config) -> list[Tensor]:
+    return [torch.empty(config.sizes.text, width) for _ in range(config.sizes.rows)]
 
 
-def _sizes(_sample: Any, _width: int, _config: Config) -> Tensor:
-    return torch.empty(ROWS, 2)
+def _sizes(_sample: Any, _width: int, config: Config) -> Tensor:
+    return torch.empty(config.sizes.rows, 2)
 
 
 def _is(sample: Any, axes: int) -> bool:
@@ -184,36 +222,38 @@ def _is(sample: Any, axes: int) -> bool:
 _RULES: dict[str, Any] = {
     "hidden_states": lambda sample, width, config: sample,
     "x": lambda sample, width, config: sample,
-    "timestep": lambda sample, width, config: torch.empty(ROWS),
-    "timesteps": lambda sample, width, config: torch.empty(ROWS),
-    "t": lambda sample, width, config: torch.empty(ROWS),
-    "timestep_r": lambda sample, width, config: torch.empty(ROWS),
+    "timestep": lambda sample, width, config: torch.empty(config.sizes.rows),
+    "timesteps": lambda sample, width, config: torch.empty(config.sizes.rows),
+    "t": lambda sample, width, config: torch.empty(config.sizes.rows),
+    "timestep_r": lambda sample, width, config: torch.empty(config.sizes.rows),
     "encoder_hidden_states": _text,
     "encoder_hidden_states_t5": _text,
     "cap_feats": _listed_text,
-    "proj_embedding": lambda sample, width, config: torch.empty(ROWS, width),
-    "class_labels": lambda sample, width, config: torch.zeros(ROWS, dtype=torch.long),
+    "proj_embedding": lambda sample, width, config: torch.empty(config.sizes.rows, width),
+    "class_labels": lambda sample, width, config: torch.zeros(config.sizes.rows, dtype=torch.long),
     "pooled_projections": _pooled,
     "global_hidden_states": _global,
     "context_latents": _context,
     "control_hidden_states": _control,
     "audio_hidden_states": _audio,
     "visual_rope_pos": lambda sample, width, config: tuple(
-        torch.arange(n) for n in (FRAMES, SIDE // 2, SIDE // 2)
+        torch.arange(n) for n in (config.sizes.frames, config.sizes.height // 2, config.sizes.width // 2)
     ),
     "text_rope_pos": lambda sample, width, config: torch.arange(_text_length(config)),
     "text_bth": _text,
-    "text_lens": lambda sample, width, config: torch.ones(ROWS, dtype=torch.long),
+    "text_lens": lambda sample, width, config: torch.ones(config.sizes.rows, dtype=torch.long),
     "guidance": _guidance,
     "img_ids": _image_ids,
     "txt_ids": _text_ids,
     "original_size": _sizes,
     "target_size": _sizes,
     "crop_coords": _sizes,
-    "img_shapes": lambda sample, width, config: [[(1, SIDE // 2, SIDE // 2)]] * ROWS,
-    "num_frames": lambda sample, width, config: 1 if _is(sample, 3) else FRAMES,
-    "height": lambda sample, width, config: SIDE // 2,
-    "width": lambda sample, width, config: SIDE // 2,
+    "img_shapes": lambda sample, width, config: (
+        [[(1, config.sizes.height // 2, config.sizes.width // 2)]] * config.sizes.rows
+    ),
+    "num_frames": lambda sample, width, config: 1 if _is(sample, 3) else config.sizes.frames,
+    "height": lambda sample, width, config: config.sizes.height // 2,
+    "width": lambda sample, width, config: config.sizes.width // 2,
     "added_cond_kwargs": lambda sample, width, config: {"resolution": None, "aspect_ratio": None},
     "cross_attention_kwargs": lambda sample, width, config: {},
     "return_dict": lambda sample, width, config: False,

@@ -275,7 +275,7 @@ class Picture:
         config = registry.component_configs(backbone)["transformer"]
         side = backbone.size_multiple
         text = backbone.family.text_tokens(job.prompt, backbone.defaults.max_sequence_length)
-        width = config["num_attention_heads"] * config["attention_head_dim"]
+        width = int(config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0))
         return ((job.width or USUAL_SIDE) // side) * ((job.height or USUAL_SIDE) // side) + text, width
 
     def needs(self, _jobs: Sequence[Any]) -> dict[str, tuple[float, str]]:

@@ -6,13 +6,13 @@ import importlib.util
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from backbones.spec import Backbone, Makes
+from backbones.spec import Backbone, CallSize, Makes
 from edit_cli.errors import EditError
 from edit_cli.generate.medium import Fields
 from edit_cli.generate.outputs import PICTURE_SUFFIXES
@@ -75,6 +75,10 @@ class Video(Picture):
                 f"--output {str(path)!r} is one picture of many; write {FRAME} where the frame's number "
                 f"goes, like {str(path.with_name(FRAME + path.suffix))!r}"
             )
+
+    def calls(self, job: Any, backbone: Backbone) -> list[CallSize]:
+        """As of a picture of so many frames."""
+        return [replace(size, frames=job.frames or 1) for size in super().calls(job, backbone)]
 
     def size(self, jobs: Sequence[Any]) -> str:
         """Width, height and frames."""

@@ -89,6 +89,17 @@ def test_a_video_as_a_file_or_a_picture_for_each_frame(edit_here, desk, zoo, nam
     assert Image.open(desk / "again.gif").info["duration"] == 120  # ms; a GIF counts in hundredths
 
 
+@pytest.mark.parametrize("name", ["sd3", "wan", pytest.param("flux2-klein", marks=pytest.mark.slow)])
+def test_a_dry_run_counts_what_the_run_does(edit_here, desk, zoo, name):
+    """Up to the number of text tokens, which is guessed."""
+    asked = ("generate", "a cat", "-m", zoo(name), "--budget", 1, "--json")
+    planned = edit_here(*asked, "--dry-run", cwd=desk)
+    assert planned.code == 0, planned.err
+    ran = edit_here(*asked, "-o", "out/", cwd=_with_folder(desk))
+    assert ran.code == 0, ran.err
+    assert 0.5 < planned.json["flops"]["dense"] / ran.json["flops"]["dense"] < 2
+
+
 @pytest.mark.slow
 def test_a_sound_has_its_length_and_is_compared(edit_here, desk, zoo):
     ran = edit_here(
