@@ -106,7 +106,7 @@ def _once(tmp_path_factory, name: str, build) -> Path:
 
 @pytest.fixture(scope="session")
 def qwen_folder(tmp_path_factory) -> Path:
-    """A random QwenImagePipeline folder with its own bundle in `routers/` (recommends 0.8, at least 0.4)."""
+    """A random QwenImagePipeline folder with its own bundle in `routers/` (recommends 0.8)."""
     from backbones import qwen_image
     from tests.tiny_pipelines import make_bundle, make_qwen_image
 
@@ -132,7 +132,7 @@ def flux_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def mesh_folder(tmp_path_factory) -> Path:
-    """A random Hunyuan3D 2 folder with its own bundle in `routers/` (recommends 0.8, at least 0.4)."""
+    """A random Hunyuan3D 2 folder with its own bundle in `routers/` (recommends 0.8)."""
     from tests.hunyuan3d_tiny import save_folder
 
     return _once(tmp_path_factory, "tiny-mesh", save_folder)

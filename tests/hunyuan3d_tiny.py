@@ -11,7 +11,7 @@ from backbones.hunyuan3d.config import build
 from backbones.hunyuan3d.family import TRANSFORMER_2
 from routers.attachment import architecture, fingerprint
 from routers.bundle import Bundle
-from tests.tiny_pipelines import make_moments
+from tests.tiny_pipelines import plans_for
 
 VAE_PARAMS: dict[str, Any] = {
     "num_latents": 12,
@@ -71,22 +71,23 @@ def components() -> dict[str, nn.Module]:
 
 
 def save_folder(folder: Path, **changes: Any) -> Path:
-    """The checkpoint as a folder with a bundle in `routers/` (recommends 0.8, at least 0.4).
+    """The checkpoint as a folder with a bundle in `routers/` (recommends 0.8).
 
     changes: sections of CONFIG to replace.
     """
     parts = components()
     save_checkpoint(folder, {**CONFIG, **changes}, parts)
     (folder / "edit.json").write_text('{"steps": 4, "octree_resolution": 24}')
+    times, plans = plans_for(3)
     Bundle(
         spec=TRANSFORMER_2,
-        moments=make_moments(("main",), 4),
         base_model=folder.name,
         architecture=architecture(parts["model"]),
         fingerprint=fingerprint(parts["model"]),
         num_steps=4,
         guidance=5.0,
+        times=[*times, times[-1]],  # the last step of its sampler goes nowhere
+        plans=plans,
         recommended_budget=0.8,
-        min_budget=0.4,
     ).save(folder / "routers")
     return folder

@@ -128,21 +128,18 @@ def write_defaults(folder: Path, **defaults: float) -> None:
     (folder / "edit.json").write_text(json.dumps(defaults))
 
 
-def make_moments(branches: tuple[str, ...], steps: int):
-    """Moments as of a smooth process: deltas of near steps and of the CFG branches resemble each other."""
+def plans_for(steps: int):
+    """Times of a run of so many steps whose scheduler shifts nothing, and a plan for each budget on them."""
     import numpy as np
 
-    from routers.planned.prediction import Moments
+    from routers.planned.universal import universal_plan
 
-    at = np.linspace(0, 1, steps)
-    over_time = np.exp(-0.5 * ((at[:, None] - at) / 0.3) ** 2) + 1e-4 * np.eye(steps)
-    over_branches = 0.05 * np.eye(len(branches)) + 0.95
-    mixing = np.array([4.0, -3.0]) if len(branches) == 2 else np.ones(1)
-    return Moments(branches, np.kron(over_branches, over_time), np.exp(-3 * at), mixing)
+    grid = np.linspace(1, 0, steps + 1)
+    return grid.tolist(), {"dense": {n: universal_plan(grid, n, "dense") for n in range(1, steps)}}
 
 
 def make_bundle(folder: Path, pipeline: Path, spec, *, steps: int = 4) -> Path:
-    """Save a bundle with made-up moments for a pipeline folder's transformer."""
+    """Save a bundle with made-up plans for a pipeline folder's transformer."""
     import diffusers
 
     from routers.attachment import architecture, fingerprint
@@ -150,15 +147,16 @@ def make_bundle(folder: Path, pipeline: Path, spec, *, steps: int = 4) -> Path:
 
     transformer_class = getattr(diffusers, spec.transformer_class)
     transformer = transformer_class.from_pretrained(pipeline, subfolder="transformer")
+    times, plans = plans_for(steps)
     Bundle(
         spec=spec,
-        moments=make_moments(("cond", "uncond"), steps),
         base_model=folder.name,
         architecture=architecture(transformer),
         fingerprint=fingerprint(transformer),
         num_steps=steps,
         guidance=4.0,
+        times=times,
+        plans=plans,
         recommended_budget=0.8,
-        min_budget=0.4,
     ).save(folder)
     return folder
