@@ -267,13 +267,22 @@ class Picture:
         prompts = [job.prompt, job.negative_prompt or ""][: backbone.branches(job.guidance)]
         return [CallSize(1, job.width, job.height, tokens(prompt, limit)) for prompt in prompts]
 
-    def stream(self, job: Any, backbone: Backbone) -> tuple[int, int]:
-        """Patches of the picture and tokens of the text."""
+    def latent(self, job: Any, backbone: Backbone) -> int:
+        """Values of the latents, those that some models are given beside them included."""
         config = registry.component_configs(backbone)["transformer"]
-        side = backbone.size_multiple
+        return self._tokens(job, backbone) * int(config["in_channels"])
+
+    def stream(self, job: Any, backbone: Backbone) -> int:
+        """Values of the residual streams between two blocks, of picture and text."""
+        config = registry.component_configs(backbone)["transformer"]
         text = backbone.family.text_tokens(job.prompt, backbone.defaults.max_sequence_length)
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        return (job.width // side) * (job.height // side) + text, width
+        width = int(config["num_attention_heads"] * config["attention_head_dim"])
+        return (self._tokens(job, backbone) + text) * width
+
+    def _tokens(self, job: Any, backbone: Backbone) -> int:
+        """Patches of the picture."""
+        side = backbone.size_multiple
+        return int((job.width // side) * (job.height // side))
 
     def needs(self, _jobs: Sequence[Any]) -> dict[str, tuple[float, str]]:
         """No memory beside the device's."""
