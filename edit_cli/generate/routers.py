@@ -113,7 +113,9 @@ class RouterSource:
             text = "calibrated at {made} steps; at {other} the plan is the one that needs no calibration"
         else:
             other = sorted({job.steps for job in jobs if not made / 2 <= job.steps <= made * 2})
-            text = "these routers were trained at {made} steps; {other} is far from that, quality may be lower"
+            text = (
+                "these routers were trained at {made} steps; {other} is far from that, quality may be lower"
+            )
         return [text.format(made=made, other=other[0])] if other else []
 
 
