@@ -194,7 +194,7 @@ class Picture:
 
     def record(self, job: Any, session: Session) -> dict[str, Any]:
         """Start picture and sampler."""
-        sampler = type(session.pipe.scheduler).__name__.replace("DiscreteScheduler", "")
+        sampler = session.sampler.replace("DiscreteScheduler", "")
         files = {name: getattr(job, name) or () for name in PICTURES}
         hashes = {f"{name}_hash": _each(file_hash, value) for name, value in files.items()}
         return {

@@ -262,17 +262,18 @@ def test_dry_run_flops_are_those_of_the_run(edit_here, tmp_path, qwen_folder):
     assert planned["transformer_calls"] == 2 * ran["evaluations"]["made"]  # a call for each guidance branch
 
 
-def test_dry_run_forecasts_what_a_plan_keeps(edit_here, tmp_path):
-    """Four outputs of 1024 tokens with 64 channels in float32 for each picture of a batch."""
-    arguments = ["generate", "a cat", "a dog", "--dry-run", "--width", "512", "--height", "512", "--json"]
+def test_dry_run_forecasts_what_a_plan_keeps(edit_here, tmp_path, qwen_folder):
+    """Four outputs of 256 x 256 tokens with 16 channels in float32 for each picture of a batch."""
+    arguments = ["generate", "a cat", "a dog", "--dry-run", "--width", "4096", "--height", "4096"]
+    arguments += ["--routers", "none", "-m", qwen_folder]
     kept = {}
     for options in ("-b 1", "-b 1 --target exact", "-b 0.5 --batch-size 1", "-b 0.5 --batch-size 2"):
-        ran = edit_here(*arguments, *options.split(), "-m", "qwen-image", cwd=tmp_path)
+        ran = edit_here(*arguments, *options.split(), "--json", cwd=tmp_path)
         kept[options] = ran.json["memory_gib"]["cache"]
-    one = 4 * 1024 * 64 * 4 / 2**30
+    one = 4 * 256**2 * 16 * 4 / 2**30
     assert [*kept.values()] == [0, *(pytest.approx(n * one, abs=5e-4) for n in (2, 1, 2))]
-    table = edit_here(*arguments[:-1], "-b", "0.5", "-m", "qwen-image", cwd=tmp_path).out
-    assert "2 MiB of earlier steps' outputs" in table and "routers none" in " ".join(table.split())
+    words = " ".join(edit_here(*arguments, "-b", "0.5", "--batch-size", "1", cwd=tmp_path).out.split())
+    assert "at most 16 MiB of earlier steps' outputs" in words and "routers none" in words
 
 
 def test_models_lists_the_registry(edit_here, tmp_path):
