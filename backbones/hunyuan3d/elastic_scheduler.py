@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from routers.planned.follow import Follower
+from routers.planned.follow import Follower, Steps
 from routers.planned.scheduler import Planner
 
 from .schedulers import FlowMatchEulerScheduler
@@ -21,9 +21,13 @@ from .schedulers import FlowMatchEulerScheduler
 class ElasticMeshScheduler(FlowMatchEulerScheduler):
     """Another scheduler's times, replaced by a planner's. plan: what the present run follows."""
 
+    plan: Steps | None
+
     def __init__(self, own: FlowMatchEulerScheduler, planner: Planner, on_step: Callable[[], None]) -> None:
         self.own, self.planner, self.on_step = own, planner, on_step
-        super().__init__(own.num_train_timesteps, own.shift)
+        self.num_train_timesteps, self.shift = own.num_train_timesteps, own.shift
+        # no run has begun: the planner is not asked yet
+        self.plan, self.sigmas, self.timesteps = None, own.sigmas, own.timesteps
 
     def set_timesteps(
         self, num_steps: int | None = None, sigmas: Sequence[float] | np.ndarray | None = None
