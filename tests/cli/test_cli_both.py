@@ -136,7 +136,7 @@ def test_a_result_of_a_batch_is_the_one_made_alone(made, maker, edit_here):
     assert other.shape != alone.shape or np.abs(alone - other).max() > tolerance
 
 
-def test_a_replay_is_identical_and_says_what_differs(made, maker, edit):
+def test_a_replay_is_identical_and_says_what_differs(made, maker, edit, edit_here):
     """The one of a batch is made in its batch again, for rounding depends on the batch's size."""
     folder, _ = made
     name = first(maker, folder, 1).name
@@ -146,7 +146,7 @@ def test_a_replay_is_identical_and_says_what_differs(made, maker, edit):
     assert "may differ" not in ran.err
     np.testing.assert_array_equal(maker.data(folder / f"again{maker.suffix}"), maker.data(folder / name))
     assert maker.record(folder / f"again{maker.suffix}") == maker.record(folder / name)
-    ran = edit(maker.command, "--from", name, "--dtype", "bf16", "-o", f"half{maker.suffix}", cwd=folder)
+    ran = edit_here(maker.command, "--from", name, "--dtype", "bf16", "-o", f"half{maker.suffix}", cwd=folder)
     assert ran.code == 0, ran.err
     assert "not what the original was made with: dtype" in ran.err
 
