@@ -190,7 +190,7 @@ class Attached:
     num_steps: int
     generation: Callable[[], Any]
     traced: bool = False
-    """Whether `generation` gives a `Trace`, which knows the FLOPs."""
+    """Whether `generation` gives a `Trace`, which knows the FLOPs: those of plans are counted."""
 
 
 @contextmanager

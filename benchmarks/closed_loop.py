@@ -6,7 +6,7 @@
 
 For every budget of the dense run's FLOPs, likeness to the dense result and to the exact one (many steps):
 Euler and AB2 with fewer steps at several shifts (the best is named), AB2 aimed at the run of all steps, the
-weights simulated without a model, weights fitted in closed loop on recorded calibration samples, and the
+plan that needs nothing measured, plans fitted in closed loop on recorded calibration samples, and the
 packaged bundle. Results are kept as in `benchmarks.pareto`; the last line printed is one JSON object.
 """
 
@@ -22,26 +22,24 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from routers.planned.prior import prior
 
 from benchmarks import pareto
 from benchmarks.bench import Attached, Bench
 from benchmarks.pareto_report import markdown
 from benchmarks.pareto_run import measure_quality
 from benchmarks.pareto_store import Point, Store
-from benchmarks.rivals import Rival, Setting, all_rivals
-from routers.planned.choose_times import Fitted, choose, fit
+from benchmarks.rivals import Rival, Setting, elastic, plan_alone
+from routers.planned.choose_times import CANDIDATES, Fitted, choose, fit
 from routers.planned.closed_loop import FitSettings, Recording, Trajectory
 from routers.planned.follow import Steps
 from routers.planned.scheduler import elastic_scheduler
+from routers.planned.spent import evaluations_for
 from routers.planned.timeplan import Array, TimePlan, adams_bashforth, euler, moving, resampled, shifted
-from routers.planned.universal import SHIFT, TARGETS, evaluations_for
+from routers.planned.universal import exact_planner, universal_plan
+from routers.spec import TARGETS
 
 BUDGETS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 SHIFTS = (1.0, 1.7, 2.2, 3.0)
-EXACT_STEPS = 100
-"""Evaluations of the recorded exact trajectory: AB2 at `EXACT_SHIFT`, its error far below any plan's."""
-EXACT_SHIFT = 2.0
 TRIALS = {
     "weights free": FitSettings(),
     "sum kept": FitSettings(order=1),
@@ -49,8 +47,8 @@ TRIALS = {
     "with state": FitSettings(state=True),
     "sum kept, with state": FitSettings(state=True, order=1),
 }
-"""Name -> freedom of fitted weights, at one shift, for `--trials`."""
-ELASTIC = "packaged bundle"
+"""Name -> freedom of fitted weights, at the times of the plan that needs nothing, for `--trials`."""
+ELASTIC, ALONE = "elastic", "elastic, no bundle"
 
 
 def planned(bench: Bench, planner: Callable[[Array], Steps]) -> AbstractContextManager[Any]:
@@ -71,12 +69,6 @@ def held_sampler(shift: float, grid: Array, evaluations: int) -> TimePlan:
     return adams_bashforth(shifted(resampled(grid, evaluations), shift), 2, grid)
 
 
-def simulated(target: str, grid: Array, evaluations: int) -> TimePlan:
-    """Weights from a flow known in closed form: nothing measured."""
-    times = shifted(resampled(grid, evaluations), SHIFT)
-    return prior(times, grid if target == "dense" else None)
-
-
 def recorded(bench: Bench, target: str, samples: int) -> tuple[Array, Trajectory]:
     """The grid, and the target's trajectory for the first calibration samples. Kept in the bench's memo."""
     key = f"recorded {target} {samples}"
@@ -85,9 +77,8 @@ def recorded(bench: Bench, target: str, samples: int) -> tuple[Array, Trajectory
         taken: list[Recording] = []
 
         def planner(grid: Array) -> Recording:
-            times = shifted(resampled(grid, EXACT_STEPS), EXACT_SHIFT)
             grids.append(grid)
-            taken.append(Recording(euler(grid) if target == "dense" else adams_bashforth(times), samples))
+            taken.append(Recording(euler(grid) if target == "dense" else exact_planner(grid), samples))
             return taken[-1]
 
         with planned(bench, planner):
@@ -107,7 +98,7 @@ def _run_samples(bench: Bench, samples: int) -> None:
 def fitted(bench: Bench, target: str, samples: int, trial: str | None, evaluations: int) -> Fitted:
     """The plan that closed-loop fitting makes of the first calibration samples.
 
-    trial: one of `TRIALS` at `SHIFT`; None chooses times and freedom as calibration does.
+    trial: one of `TRIALS`; None chooses times and freedom as calibration does.
     """
     key = f"fitted {target} {samples} {evaluations} {trial}"
     if key not in bench.memo:
@@ -117,12 +108,11 @@ def fitted(bench: Bench, target: str, samples: int, trial: str | None, evaluatio
             with planned(bench, lambda grid: steps):
                 _run_samples(bench, samples)
 
-        held = grid if target == "dense" else None
         if trial is None:
-            bench.memo[key] = choose(run, path, grid, evaluations, euler_target=held is not None)
+            chosen = choose(run, path, grid, evaluations, target, CANDIDATES[target])
+            bench.memo[key] = next(iter(chosen.values()))
         else:
-            times = shifted(resampled(grid, evaluations), SHIFT)
-            bench.memo[key] = fit(run, times, path, TRIALS[trial], held)
+            bench.memo[key] = fit(run, universal_plan(grid, evaluations, target), path, TRIALS[trial])
     best: Fitted = bench.memo[key]
     return best
 
@@ -141,10 +131,10 @@ def ways(budgets: Sequence[float], samples: Sequence[int], trials: bool = False)
         planners[f"Euler, shift {shift:g}"] = functools.partial(sampler, 1, shift)
         planners[f"AB2, shift {shift:g}"] = functools.partial(sampler, 2, shift)
         planners[f"AB2 to dense, shift {shift:g}"] = functools.partial(held_sampler, shift)
-    for target in TARGETS:
-        planners[f"prior, {target}"] = functools.partial(simulated, target)
     found = [Rival(name, settings, functools.partial(_free, planner)) for name, planner in planners.items()]
     for target in TARGETS:
+        aimed = tuple({**setting, "target": target} for setting in settings)
+        found.append(Rival(f"{ALONE}, {target}", aimed, plan_alone))
         for count in samples:
             name = f"closed loop, {count} sample{'s' * (count > 1)}, {target}"
             found.append(Rival(name, settings, functools.partial(_fitted, target, count, None)))
@@ -236,11 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     try:
         bench = pareto.open_bench(args)
-        packaged = next(rival for rival in all_rivals(bench) if rival.name == "elastic")
         rivals = ways(args.budgets, args.samples, args.trials)
         if bench.bundle is not None:
             served = tuple({"budget": b} for b in args.budgets if b >= bench.bundle.min_budget)
-            rivals.append(Rival(ELASTIC, served, packaged.apply, elastic=True))
+            rivals.append(Rival(ELASTIC, served, elastic, elastic=True))
         if args.ways:
             rivals = [r for r in rivals if r.name.startswith(tuple(args.ways))]
         digest = bench.bundle.digest if bench.bundle is not None else None

@@ -21,17 +21,17 @@ from backbones import registry
 
 BAR = 1.3
 ROWS = 4
-"""Samples per batch: what `edit calibrate` takes for packaged mesh models, too."""
+"""Samples of a batch: what `edit calibrate` takes for small models."""
 MODELS = ("qwen-image-tiny", "flux-tiny", "hunyuan3d-tiny")
-SHORTER = ("--probes", "8", "--plan-samples", "4", "--budgets", "0.5:1:2")
-"""Fewer repetitions of what peaks alike each time; as many samples as by default, which are kept."""
+SHORTER = ("--budgets", "0.5")
+"""One plan: what peaks alike for all of them."""
 UNIT = 2**20 if sys.platform == "darwin" else 2**10
 """`ru_maxrss` in a MiB: bytes on macOS, KiB elsewhere."""
 
 
 def commands(model: str) -> tuple[list[str], list[str]]:
     """Arguments of `edit`: a dense generation of ROWS samples, and a calibration in batches of ROWS."""
-    calibrate = ["calibrate", "-m", model, "-o", "bundle", "--batch-size", str(ROWS), *SHORTER]
+    calibrate = ["calibrate", "-m", model, "-o", "bundle", "--samples", str(ROWS), *SHORTER]
     dense = ["-m", model, "--budget", "1", "-o", "."]
     if registry.resolve(model).makes == "mesh":
         pictures = sorted((Path(str(registry.resolve(model).source)) / "calibration").glob("*.png"))

@@ -122,7 +122,7 @@ def open_mesh_bench(args: argparse.Namespace) -> MeshBench:
     path = args.routers or backbone.bundle
     bundle = routers.load_bundle(path) if path is not None else None
     if bundle is not None:
-        routers.attach(pipe.transformer, bundle, force=args.force).detach()
+        routers.attach(pipe, bundle, force=args.force).detach()
     names, contexts = list(pictures), embed(pipe, list(pictures.values()))
     prompts = [names[i % len(names)] for i in range(args.count)]  # pictures come round with other noise
     defaults = backbone.defaults

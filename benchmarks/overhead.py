@@ -40,7 +40,10 @@ from benchmarks.overhead_models import (
 )
 from benchmarks.reads import count_reads
 from benchmarks.timing import Run, interleaved, typical
+from routers.attachment import attach
 from routers.elastic import Elastic
+from routers.planned.grid import OnGrid
+from routers.planned.sampled import Sampled
 from routers.policy import CallInfo, FixedPolicy, OpenPolicy, Policy
 
 BUDGETS = (0.4, 0.6, 0.8)
@@ -128,26 +131,16 @@ def measure_blocks(size: Size) -> list[Row]:
 
 
 def measure_pipeline(size: Size, batch: int, bar: float | None) -> list[Row]:
-    """`qwen-image-tiny` at budget 0.6: a forced mix of its own for every sample, and the packaged routers."""
-    denoising, bundle, name = (
-        packaged_denoising(size, batch) if size is FULL_SIZE else random_denoising(size, batch)
-    )
+    """`qwen-image-tiny` at budget 0.6: a forced mix of its own for every sample, and a plan."""
+    denoising, name = packaged_denoising(size, batch) if size is FULL_SIZE else random_denoising(size, batch)
     dense = denoising.pipe.transformer
     steps, budget = size.pipeline_steps, 0.6
-    elastics = {}
+    elastics: dict[str, Elastic | Sampled | OnGrid] = {}
     policies: dict[str, Policy | None] = {}
     for what, deviation in (("forced mix", DEVIATION), ("independent mix", 1.0)):
-        elastics[what] = Elastic(
-            twin(dense), qwen_image.TRANSFORMER, routers=routers_for(dense), budget=budget
-        )
-        policies[what] = forced_policy(elastics[what], denoising, budget, steps, batch, deviation)
-    if bundle is not None:
-        from routers.attachment import attach
-
-        elastics["packaged routers"], policies["packaged routers"] = (
-            attach(twin(dense), bundle, budget=budget),
-            None,
-        )
+        elastic = Elastic(twin(dense), qwen_image.TRANSFORMER, routers=routers_for(dense), budget=budget)
+        elastics[what] = elastic
+        policies[what] = forced_policy(elastic, denoising, budget, steps, batch, deviation)
 
     def run(elastic: Elastic | None, policy: Policy | None = None) -> Run:
         def once() -> Iterator[None]:
@@ -159,7 +152,14 @@ def measure_pipeline(size: Size, batch: int, bar: float | None) -> list[Row]:
 
         return once
 
+    def run_plan() -> Iterator[None]:
+        elastics["plan"] = plan = attach(denoising.pipe, budget=budget)
+        denoising(dense)
+        plan.detach()
+        yield
+
     runs = {"dense": run(None), **{what: run(elastics[what], policies[what]) for what in elastics}}
+    runs["plan"] = run_plan
     seconds = interleaved(runs, size.pipeline_rounds)
     section = f"{name}, denoising, batch {batch}"
     return [
@@ -192,28 +192,18 @@ def measure_reads(size: Size) -> list[Row]:
     """Device-to-host reads per transformer call that elastic execution adds to the dense model's own."""
     batch = 4
     quick = size is not FULL_SIZE
-    denoising, bundle, name = random_denoising(size, batch) if quick else packaged_denoising(size, batch)
+    denoising, name = random_denoising(size, batch) if quick else packaged_denoising(size, batch)
     dense = denoising.pipe.transformer
     elastic = Elastic(dense, qwen_image.TRANSFORMER, routers=routers_for(dense), budget=0.6)
     policy = forced_policy(elastic, denoising, 0.6, size.pipeline_steps, batch, DEVIATION)
     with elastic.scope(policy=OpenPolicy()) as trace:
         base = count_reads(denoising, dense)
     calls = trace.num_calls
-    rows = []
-
-    def measure(what: str, attached: Elastic, **scope: Any) -> None:
-        with attached.scope(num_steps=size.pipeline_steps, **scope) as trace:
-            reads = count_reads(denoising, attached.transformer)
-        ratio = (reads - base + trace.host_syncs) / calls
-        rows.append(Row("host reads per call", what, 0.6, mean(trace.spent), None, None, ratio, READS_BAR))
-
-    measure(f"{name}, forced mix", elastic, policy=policy)
+    with elastic.scope(num_steps=size.pipeline_steps, policy=policy) as trace:
+        reads = count_reads(denoising, dense)
     elastic.detach()
-    if bundle is not None:
-        from routers.attachment import attach
-
-        measure(f"{name}, packaged routers", attach(dense, bundle, budget=0.6))
-    return rows
+    ratio, what = (reads - base + trace.host_syncs) / calls, f"{name}, forced mix"
+    return [Row("host reads per call", what, 0.6, mean(trace.spent), None, None, ratio, READS_BAR)]
 
 
 # -- shared ------------------------------------------------------------------------------------
@@ -237,7 +227,7 @@ def ratio_row(
     section: str,
     what: str,
     budget: float | None,
-    elastic: Elastic,
+    elastic: Elastic | Sampled | OnGrid,
     seconds: NDArray[np.float64],
     dense: NDArray[np.float64],
     bar: float | None,

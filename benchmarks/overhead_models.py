@@ -106,7 +106,7 @@ class Denoising:
 PROMPTS = ("a cat", "a dog", "an apple", "a house", "a tree", "a pizza", "a rocket", "a fish")
 
 
-def packaged_denoising(size: Size, batch: int) -> tuple[Denoising, Any, str]:
+def packaged_denoising(size: Size, batch: int) -> tuple[Denoising, str]:
     """The packaged pipeline with real prompts, classifier-free guidance on."""
     from backbones.loading import load
     from backbones.spec import Placement
@@ -122,10 +122,10 @@ def packaged_denoising(size: Size, batch: int) -> tuple[Denoising, Any, str]:
         "true_cfg_scale": backbone.defaults.guidance, "num_inference_steps": size.pipeline_steps,
         "width": backbone.defaults.width, "height": backbone.defaults.height,
     }  # fmt: skip
-    return Denoising(pipe, arguments), backbone.bundle, backbone.name
+    return Denoising(pipe, arguments), backbone.name
 
 
-def random_denoising(size: Size, batch: int) -> tuple[Denoising, None, str]:
+def random_denoising(size: Size, batch: int) -> tuple[Denoising, str]:
     """The same loop around a small transformer with random weights."""
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
@@ -146,4 +146,4 @@ def random_denoising(size: Size, batch: int) -> tuple[Denoising, None, str]:
         "true_cfg_scale": 4.0, "num_inference_steps": size.pipeline_steps,
         "width": 16 * size.side, "height": 16 * size.side,
     }  # fmt: skip
-    return Denoising(pipe, arguments), None, "random weights"
+    return Denoising(pipe, arguments), "random weights"

@@ -10,7 +10,7 @@
 
 For each rival and setting: pictures of all prompts (PSNR and SSIM to the dense pictures and to those of
 many steps, top-1 and top-5 of the packaged classifier; for meshes IoU and Chamfer distance), FLOPs by
-torch.utils.flop_counter (elastic plans by the engine's own counter, which is tested against it), and
+torch.utils.flop_counter (where routers decide, by the engine's own counter, which is tested against it), and
 denoising time over rounds in which all settings take turns, each beside dense runs of the same prompts.
 See docs/comparison.md.
 """
@@ -66,9 +66,7 @@ def open_bench(args: argparse.Namespace) -> Bench:
     pipe = loading.load(backbone, Placement())
     pipe.set_progress_bar_config(disable=True)
     if bundle is not None:
-        routers.attach(
-            pipe.transformer, bundle, force=args.force
-        ).detach()  # refuses a bundle of another model
+        routers.attach(pipe, bundle, force=args.force).detach()  # refuses a bundle of another model
     defaults = backbone.defaults
     calibration = [p for p in scores.read_prompts(scores.CALIBRATION) if p not in prompts]
     return Bench(

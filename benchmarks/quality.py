@@ -9,9 +9,10 @@ Every method generates the same prompts from the same noise as the dense model. 
 of the pictures to the dense ones (mean and bootstrap 95 % interval over prompts x seeds), the FLOPs ratio
 that the trace counted, and how often an independent classifier has the asked concept in its top 5.
 
-Methods: `elastic` the bundle; `fewer steps` the dense model with round(budget x steps) steps; `random skip`
-random blocks of random steps skipped outright; `random reuse` the same cells reused with linear
-extrapolation; `whole-step reuse` all blocks reused on evenly spread steps.
+Methods: `elastic` the bundle; `elastic, no bundle` the plan that needs nothing measured; `fewer steps` the
+dense model with round(budget x steps) steps; `random skip` random blocks of random steps skipped outright;
+`random reuse` the same cells reused with linear extrapolation; `whole-step reuse` all blocks reused on evenly
+spread steps.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Bench:
 
     backbone: Backbone
     workload: PipelineWorkload
-    bundle: routers.Bundle
+    bundle: routers.Bundle | None
     dense: list[Image.Image]
     call: CallInfo
 
@@ -77,8 +78,6 @@ def open_bench(args: argparse.Namespace) -> Bench:
     """Load the model and generate the dense pictures."""
     backbone = registry.resolve(args.model)
     path = args.routers or backbone.bundle
-    if path is None:
-        raise SystemExit(f"{backbone.name} has no bundle; give one with --routers")
     pipe = loading.load(backbone, Placement())
     pipe.set_progress_bar_config(disable=True)
     prompts = scores.read_prompts(args.prompts)[: args.count]
@@ -91,7 +90,8 @@ def open_bench(args: argparse.Namespace) -> Bench:
     with _attached(pipe, backbone, reader, workload.num_steps):
         workload.run(0, num_steps=1)
     assert reader.call is not None
-    bench = Bench(backbone, workload, routers.load_bundle(path), [], reader.call)
+    bundle = None if path is None else routers.load_bundle(path)
+    bench = Bench(backbone, workload, bundle, [], reader.call)
     bench.dense = bench.pictures()
     return bench
 
@@ -107,12 +107,29 @@ def _attached(pipe: Any, backbone: Backbone, policy: Policy, steps: int) -> Iter
 
 
 def elastic_run(bench: Bench, budget: float) -> tuple[list[Image.Image], float]:
-    """Pictures and mean spent budget with the bundle."""
-    elastic = routers.attach(bench.workload.pipe.transformer, bench.bundle, budget=budget)
+    """Pictures and mean spent budget with the bundle. Raises SystemExit where there is none."""
+    if bench.bundle is None:
+        raise SystemExit(
+            f"{bench.backbone.name} has no bundle; give one with --routers, or leave elastic out"
+        )
+    return attached_run(bench, bench.bundle, budget)
+
+
+def universal_run(bench: Bench, budget: float) -> tuple[list[Image.Image], float]:
+    """The same without a bundle."""
+    return attached_run(bench, None, budget)
+
+
+def attached_run(
+    bench: Bench, bundle: routers.Bundle | None, budget: float
+) -> tuple[list[Image.Image], float]:
+    """Pictures and mean spent budget."""
+    workload = bench.workload
+    elastic = routers.attach(workload.pipe, bundle, budget=budget, num_steps=workload.num_steps)
     pictures, spent = [], []
     try:
         for batch in range(bench.workload.num_batches):
-            with elastic.scope(num_steps=bench.workload.num_steps) as trace:
+            with elastic.scope(samples=workload.rows) as trace:
                 pictures += bench.workload.run(batch, output_type="pil")
             spent += trace.spent
     finally:
@@ -150,6 +167,7 @@ def reuse_run(bench: Bench, budget: float) -> tuple[list[Image.Image], float]:
 Method = Callable[[Bench, float], tuple[list[Image.Image], float]]
 METHODS: dict[str, Method] = {
     "elastic": elastic_run,
+    "elastic, no bundle": universal_run,
     "fewer steps": fewer_steps,
     "whole-step reuse": reuse_run,
     "random reuse": partial(forced_run, "reuse"),

@@ -70,10 +70,12 @@ def all_rivals(bench: Bench, *, release_file: Path | None = None) -> list[Rival]
     release_file: a checkpoint in the paper's layout, to run its fixed thresholds.
     """
     budgets = tuple({"budget": budget} for budget in BUDGETS)
-    found = [Rival("elastic", budgets, _elastic, _no_bundle, elastic=True)]
-    with_ab2 = tuple({"budget": budget, "solver": "AB2"} for budget in BUDGETS)
-    note = "the same bundle, calibrated with Euler's solver, under another one"
-    found.append(Rival("elastic, AB2", with_ab2, _elastic, _no_bundle, note, elastic=True))
+    exact = tuple({**setting, "target": "exact"} for setting in budgets)
+    found = [
+        Rival("elastic", budgets, elastic, _no_bundle, elastic=True),
+        Rival("elastic, no bundle", budgets, plan_alone, note="the plan that needs nothing measured"),
+        Rival("elastic, no bundle, exact", exact, plan_alone, note="the same, aimed at the exact solution"),
+    ]
     steps = tuple({"steps": n} for n in step_counts(bench.num_steps))
     found.append(Rival("fewer steps, Euler", steps, _fewer_steps))
     for name in SECOND_ORDER:
@@ -127,19 +129,27 @@ def step_counts(num_steps: int) -> list[int]:
     return sorted({max(2, round(share * num_steps)) for share in STEP_SHARES} - {num_steps})
 
 
-@contextmanager
-def _elastic(bench: Bench, setting: Setting) -> Iterator[Attached]:
+def elastic(bench: Bench, setting: Setting) -> AbstractContextManager[Attached]:
+    """The bundle at a budget."""
     assert bench.bundle is not None, "why_not was asked"
-    elastic = routers.attach(bench.transformer, bench.bundle, budget=float(setting["budget"]), force=True)
+    return _attached(bench, bench.bundle, setting)
+
+
+def plan_alone(bench: Bench, setting: Setting) -> AbstractContextManager[Attached]:
+    """A budget without a bundle."""
+    return _attached(bench, None, setting)
+
+
+@contextmanager
+def _attached(bench: Bench, bundle: routers.Bundle | None, setting: Setting) -> Iterator[Attached]:
+    budget, target = float(setting["budget"]), str(setting.get("target", "dense"))
+    attached = routers.attach(
+        bench.pipe, bundle, budget=budget, target=target, num_steps=bench.num_steps, force=True
+    )
     try:
-        with _solver(bench, setting):
-            yield Attached(
-                bench.num_steps,
-                lambda: elastic.scope(num_steps=bench.num_steps),
-                traced=True,
-            )
+        yield Attached(bench.num_steps, attached.scope, traced=isinstance(attached, Elastic))
     finally:
-        elastic.detach()
+        attached.detach()
 
 
 def _solver(bench: Bench, setting: Setting) -> AbstractContextManager[None]:

@@ -36,7 +36,6 @@ from benchmarks.overhead_models import (
     twin,
 )
 from benchmarks.pareto_report import markdown
-from routers.attachment import attach
 from routers.elastic import Elastic
 
 BATCH, BUDGET = 8, 0.6
@@ -80,7 +79,7 @@ class Took:
 def measure_split(size: Size, rounds: int) -> list[tuple[str, ...]]:
     """Rows of the first table, the dense run first."""
     quick = size is not FULL_SIZE
-    denoising, bundle, _ = random_denoising(size, BATCH) if quick else packaged_denoising(size, BATCH)
+    denoising, _ = random_denoising(size, BATCH) if quick else packaged_denoising(size, BATCH)
     dense, steps, clock = denoising.pipe.transformer, size.pipeline_steps, BlockClock()
     elastics = {
         name: Elastic(twin(dense), qwen_image.TRANSFORMER, routers=routers_for(dense), budget=BUDGET)
@@ -90,8 +89,6 @@ def measure_split(size: Size, rounds: int) -> list[tuple[str, ...]]:
         name: forced_policy(elastics[name], denoising, BUDGET, steps, BATCH, deviation)
         for name, deviation in (("forced mix", DEVIATION), ("independent mix", 1.0))
     }
-    if bundle is not None:
-        elastics["packaged routers"] = attach(twin(dense), bundle, budget=BUDGET)
     for elastic in elastics.values():
         for block in elastic.blocks:
             block.run = clock.around(block.run)  # type: ignore[method-assign]
@@ -103,7 +100,7 @@ def measure_split(size: Size, rounds: int) -> list[tuple[str, ...]]:
         if name == "dense":
             denoising(dense)
         else:
-            with elastics[name].scope(policy=policies.get(name), num_steps=steps):
+            with elastics[name].scope(policy=policies[name], num_steps=steps):
                 denoising(elastics[name].transformer)
         return Took(time.perf_counter() - start, *clock.take())
 

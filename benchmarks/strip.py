@@ -33,8 +33,8 @@ def draw(backbone: Backbone, prompts: list[str], seed: int) -> dict[float, list[
     )
     pictures = {}
     for budget in BUDGETS:
-        elastic = attach(pipe.transformer, backbone.bundle, budget=budget)
-        with elastic.scope(num_steps=base.steps) as trace:
+        elastic = attach(pipe, backbone.bundle, budget=budget)
+        with elastic.scope(samples=len(prompts)) as trace:
             pictures[budget] = workload.run(0, output_type="pil")
         elastic.detach()
         print(f"budget {budget:g}: spent {', '.join(f'{spent:.3f}' for spent in trace.spent)}")

@@ -1,4 +1,4 @@
-"""Trained routers beside the packaged fit and random skipping: `python -m benchmarks.trained BUNDLE`.
+"""Trained routers beside plans and random skipping: `python -m benchmarks.trained BUNDLE`.
 
 Held-out requests of `edit calibrate` (the model's calibration prompts backwards, other noise), one batch for
 the dense model and everything else. Prints a table of the latent SNR to the dense latents in dB,
@@ -28,7 +28,7 @@ from routers.elastic import Elastic
 from routers.policy import FixedPolicy, Policy
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6)
-METHODS = ("trained", "random skip", "packaged fit")
+METHODS = ("trained", "random skip", "packaged bundle", "no bundle")
 
 
 def make_workload(model: str, rows: int, seed: int) -> PipelineWorkload:
@@ -45,19 +45,23 @@ def make_workload(model: str, rows: int, seed: int) -> PipelineWorkload:
 
 
 @contextmanager
-def attached(
-    workload: PipelineWorkload, bundle: Bundle | None, budget: float, policy: Policy
-) -> Iterator[Any]:
-    """The transformer under a bundle, or without one under a policy: yields the trace."""
-    transformer, spec = workload.pipe.transformer, workload.backbone.family.transformer
-    elastic = (
-        Elastic(transformer, spec) if bundle is None else routers.attach(transformer, bundle, budget=budget)
-    )
+def attached(workload: PipelineWorkload, bundle: Bundle | None, budget: float) -> Iterator[Any]:
+    """The pipeline at a budget, by a bundle or without one: yields the trace."""
+    elastic = routers.attach(workload.pipe, bundle, budget=budget, num_steps=workload.num_steps)
     try:
-        with elastic.scope(
-            num_steps=workload.num_steps, samples=workload.rows, policy=policy, budget=budget
-        ) as t:
-            yield t
+        with elastic.scope(samples=workload.rows) as trace:
+            yield trace
+    finally:
+        elastic.detach()
+
+
+@contextmanager
+def forced(workload: PipelineWorkload, policy: Policy) -> Iterator[Any]:
+    """The transformer under a policy: yields the trace."""
+    elastic = Elastic(workload.pipe.transformer, workload.backbone.family.transformer)
+    try:
+        with elastic.scope(num_steps=workload.num_steps, samples=workload.rows, policy=policy) as trace:
+            yield trace
     finally:
         elastic.detach()
 
@@ -71,25 +75,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     asked = parser.parse_args(arguments)
     backbone = registry.resolve(asked.model)
-    assert backbone.bundle is not None, f"{asked.model} has no packaged bundle to compare with"
-    workload = make_workload(asked.model, asked.rows, asked.seed)
-    trained, fitted = routers.load_bundle(asked.bundle), routers.load_bundle(backbone.bundle)
+    workload, trained = make_workload(asked.model, asked.rows, asked.seed), routers.load_bundle(asked.bundle)
+    fitted = None if backbone.bundle is None else routers.load_bundle(backbone.bundle)
+    methods = [name for name in asked.methods if name != "packaged bundle" or fitted is not None]
     with torch.no_grad():
         dense, reader = workload.run(0), CostReader()
-        with attached(workload, None, 1.0, reader):
+        with forced(workload, reader):
             workload.run(0)
         assert reader.call is not None
         table = []
         for budget in BUDGETS:
-            plan = forced_mix("skip", reader.call, budget, workload.num_steps)
-            for name, bundle, policy in (
-                ("trained", trained, trained.policy()),
-                ("random skip", None, FixedPolicy(plan)),
-                ("packaged fit", fitted, fitted.policy()),
-            ):
-                if name not in asked.methods:
-                    continue
-                with attached(workload, bundle, budget, policy) as trace:
+            skips = FixedPolicy(forced_mix("skip", reader.call, budget, workload.num_steps))
+            for name in methods:
+                bundle = {"trained": trained, "packaged bundle": fitted}.get(name)
+                skipping = name == "random skip"
+                run = forced(workload, skips) if skipping else attached(workload, bundle, budget)
+                with run as trace:
                     snr = latent_snr(workload.run(0), dense)
                 row = {"budget": budget, "method": name, "spent": round(float(np.mean(trace.spent)), 4)}
                 row |= {
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 }
                 table.append(row | {"worst_spent": round(max(abs(s - budget) for s in trace.spent), 4)})
                 spread = f"{row['snr']:5.1f} dB ({row['low']:.1f} to {row['high']:.1f})"
-                print(f"{budget:.1f}  {name:13s} spent {row['spent']:.3f}  {spread}", flush=True)
+                print(f"{budget:.1f}  {name:15s} spent {row['spent']:.3f}  {spread}", flush=True)
     print(json.dumps({"rows": asked.rows, "bundle": trained.metadata["training"], "table": table}))
 
 

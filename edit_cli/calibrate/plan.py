@@ -94,6 +94,8 @@ def _check_output(request: Request) -> None:
         raise EditError("--resume continues a calibration and --evaluate makes none; leave one of them out")
     if output is None and request["method"] == "train":
         raise EditError("--method train makes a bundle and --evaluate makes none; leave one of them out")
+    if output is not None and request["method"] == "fit" and request.get("budgets", MEASURED)[0] == 1:
+        raise EditError("--budgets 1 is the run of all steps, which needs no plan; give a budget below 1")
     if output is not None and Path(output).is_file():
         raise EditError(f"--output {output!r} is a file; give a folder for the bundle")
 

@@ -52,8 +52,8 @@ tags: [elastic-inference, diffusion]
 
 # {name}
 
-A bundle that runs the transformer of `{bundle.base_model}` at a compute budget from {bundle.min_budget:g}
-to 1 (recommended: {bundle.recommended_budget:g}). It holds no weights of the model and fits only the weights
+A bundle that runs the transformer of `{bundle.base_model}` at a compute budget {served(bundle)}
+(recommended: {bundle.recommended_budget:g}). It holds no weights of the model and fits only the weights
 it was made for: architecture `{bundle.architecture[:12]}`, {bundle.num_steps} steps, guidance
 {bundle.guidance:g}.
 
@@ -66,6 +66,11 @@ The licence of the model applies to what is made with it; say here which licence
         names = [k for k, v in rows[0].items() if isinstance(v, int | float)]
         card += "\n## Measured by `edit calibrate`\n\n" + _markdown(names, rows)
     return card
+
+
+def served(bundle: Bundle) -> str:
+    """Which budgets a bundle serves, for people."""
+    return f"from {bundle.min_budget:g} to 1" if bundle.min_budget else "up to 1"
 
 
 def _markdown(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -16,6 +16,7 @@ import torch
 from backbones.spec import DIFFUSERS
 from edit_cli.console import two_columns
 from edit_cli.errors import EditError, RunError
+from edit_cli.export.bundle import served
 from edit_cli.export.model import load_again, save_model
 from edit_cli.export.source import Source, calibration_calls, largest_difference, outputs
 from edit_cli.export.write import Say
@@ -133,7 +134,7 @@ def model_card(facts: Mapping[str, Any], source: Source, name: str) -> str:
         bundle = source.bundle
         assert bundle is not None
         lines.append(
-            f"`{ROUTERS}/` holds a bundle for budgets from {bundle.min_budget:g} to 1 "
+            f"`{ROUTERS}/` holds a bundle for budgets {served(bundle)} "
             f"(recommended: {bundle.recommended_budget:g}), which `edit` finds by itself.\n"
         )
     return "\n".join([*lines, "The licence of the original model applies.", ""])

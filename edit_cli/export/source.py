@@ -99,7 +99,7 @@ def open_source(request: Request, say: Say) -> Source:
     if bundle is None and plan.backbone.bundle is not None:
         bundle = load_bundle(plan.backbone.bundle)
     if bundle is not None:
-        attach(session.pipe.transformer, bundle, budget=1.0).detach()  # raises if it does not fit
+        attach(session.pipe, bundle, budget=1.0).detach()  # raises if it does not fit
     return Source(session, train, judge, bundle)
 
 

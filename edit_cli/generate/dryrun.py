@@ -13,12 +13,18 @@ from backbones import registry
 from backbones.spec import GIB
 from edit_cli.console import readable_count, two_columns
 from edit_cli.errors import bad_input
+from edit_cli.generate.medium import Job
 from edit_cli.generate.plan import Plan
 from edit_cli.generate.report import flops, one_or_all
 from edit_cli.generate.result import job_flops
-from edit_cli.generate.routers import settle
+from edit_cli.generate.routers import RouterSource, settle
+from routers.planned.spent import evaluations_for
+from routers.planned.timeplan import PASSES
+from routers.spec import TARGETS
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+OUTPUT_BYTES = 4
+"""Of a value of a model's output, as a plan keeps it."""
 
 
 @dataclass(frozen=True)
@@ -32,28 +38,39 @@ class DryRun:
 def dry_run(plan: Plan) -> DryRun:
     """Count a plan's outputs, FLOPs dense and at the asked budget, memory in GiB per component.
 
-    Memory counts weights only, and for `cache` the most that a feature cache can hold. Raises EditError.
+    Memory counts weights, and for `cache` the most that is kept from one step to another. Raises EditError.
     """
-    plan, _ = settle(plan)
+    plan, source = settle(plan)
     # the paper's checkpoint decides its spend while it runs
     budgets = [1.0 if job.budget is None else job.budget for job in plan.jobs]
     with bad_input():
         dense = [job_flops(plan, job) for job in plan.jobs]
-        memory = _memory(plan)
+        memory = _memory(plan, source)
     calls = sum(
-        jobs[0].denoising_steps * len(plan.medium.calls(jobs[0], plan.backbone)) for jobs, _ in plan.batches()
+        _evaluations(jobs[0], source) * len(plan.medium.calls(jobs[0], plan.backbone))
+        for jobs, _ in plan.batches()
     )
+    spent = [
+        count * (_evaluations(job, source) / job.denoising_steps if source.plans else budget)
+        for count, job, budget in zip(dense, plan.jobs, budgets, strict=True)
+    ]
     report = {
         "dry_run": True,
         "outputs": [str(job.path) for job in plan.jobs],
         "model": plan.backbone.name,
         "seeds": [job.seed for job in plan.jobs],
         "budget": one_or_all(budgets),
-        "flops": {"dense": sum(dense), "spent": sum(d * b for d, b in zip(dense, budgets, strict=True))},
+        "flops": {"dense": sum(dense), "spent": sum(spent)},
         "transformer_calls": calls,
         "memory_gib": memory,
     }
     return DryRun(plan, report)
+
+
+def _evaluations(job: Job, source: RouterSource) -> int:
+    """Steps of a job that call the transformer: routers leave none out."""
+    steps = job.denoising_steps
+    return evaluations_for(job.budget or 1.0, steps) if source.plans else steps
 
 
 def as_json(dry: DryRun) -> dict[str, Any]:
@@ -73,21 +90,21 @@ def as_table(dry: DryRun) -> RenderableType:
     rows = {
         "model": f"{backbone.name} ({backbone.family.name}, "
         f"{readable_count(backbone.parameters)} parameters)",
-        "routers": str(plan.routers) if plan.routers else "none: dense",
+        "routers": str(plan.routers) if plan.routers else "none",
         plan.medium.things: what,
         "compute": f"{flops(report['flops']['spent'])} at budget {report['budget']}, "
         f"{flops(report['flops']['dense'])} dense, in {report['transformer_calls']} transformer calls",
         "weights": f"{weights} GiB in {memory['dtype']}, {memory['total']:.2f} GiB together",
     }
     if memory["cache"]:
-        rows["cache"] = f"at most {memory['cache']:.2f} GiB to reuse blocks from earlier steps"
+        rows["cache"] = f"at most {memory['cache'] * 1024:.0f} MiB of earlier steps' outputs"
     rows["on device"] = f"about {memory['device']:.2f} GiB with --offload {plan.placement.offload}"
     rows |= {name: text for name, (_, text) in plan.medium.needs(plan.jobs).items()}
     rows["would write"] = ", ".join(report["outputs"][:8]) + (" ..." if len(report["outputs"]) > 8 else "")
     return Group(Text("dry run: nothing was loaded or written", style="bold"), Text(), two_columns(rows))
 
 
-def _memory(plan: Plan) -> Mapping[str, Any]:
+def _memory(plan: Plan, source: RouterSource) -> Mapping[str, Any]:
     from backbones import loading
 
     backbone = plan.backbone
@@ -97,12 +114,7 @@ def _memory(plan: Plan) -> Mapping[str, Any]:
     weights = {name: n * size / GIB for name, n in registry.component_parameters(backbone).items()}
     blocks = loading.blocks(loading.meta_transformer(backbone), backbone)
     block = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0) * size / GIB
-    cache = 0.0
-    if any(job.budget is None or job.budget < 1 for job in plan.jobs):
-        tokens, width = max(plan.medium.stream(job, backbone) for job in plan.jobs)
-        # every block's output, at two steps, for each guidance branch and result of a batch
-        rows = min(plan.batch_size, len(plan.jobs)) * backbone.branches(plan.jobs[0].guidance)
-        cache = 2 * (len(blocks) + 1) * tokens * width * size * rows / GIB
+    cache = _kept(plan, source, len(blocks), size) / GIB
     on_device = {
         "none": sum(weights.values()),
         "model": max(weights.values(), default=0.0),
@@ -117,3 +129,17 @@ def _memory(plan: Plan) -> Mapping[str, Any]:
         "device": round(on_device + cache, 3),
         **{name: round(gib, 3) for name, (gib, _) in plan.medium.needs(plan.jobs).items()},
     }
+
+
+def _kept(plan: Plan, source: RouterSource, blocks: int, size: int) -> float:
+    """Bytes that are kept from one step to another, at most. size: of a value of the transformer."""
+    jobs, backbone, rows = plan.jobs, plan.backbone, min(plan.batch_size, len(plan.jobs))
+    if source.plans:
+        dense = all(job.budget == 1 and job.target in (None, TARGETS[0]) for job in jobs)
+        outputs = 0 if dense else PASSES
+        return outputs * OUTPUT_BYTES * rows * max(plan.medium.latent(job, backbone) for job in jobs)
+    if source.release is None:
+        return 0
+    # the paper's checkpoint: every block's output, for each guidance branch
+    streams = max(plan.medium.stream(job, backbone) for job in jobs)
+    return (blocks + 1) * size * rows * backbone.branches(jobs[0].guidance) * streams

@@ -297,11 +297,16 @@ class Mesh:
         """One call, with a row for each branch."""
         return [CallSize(rows=backbone.branches(job.guidance), views=max(len(job.views), 1))]
 
-    def stream(self, _job: Any, backbone: Backbone) -> tuple[int, int]:
-        """The latents."""
+    def latent(self, _job: Any, backbone: Backbone) -> int:
+        """Values of the latents."""
+        params = registry.component_configs(backbone)["vae"]["params"]
+        return int(params["num_latents"] * params["embed_dim"])
+
+    def stream(self, _job: Any, backbone: Backbone) -> int:
+        """Values of the latents' residual stream between two blocks."""
         configs = registry.component_configs(backbone)
-        width = configs["model"]["params"]["hidden_size"]
-        return configs["vae"]["params"]["num_latents"], width
+        tokens, width = configs["vae"]["params"]["num_latents"], configs["model"]["params"]["hidden_size"]
+        return int(tokens * width)
 
     def needs(self, jobs: Sequence[Any]) -> dict[str, tuple[float, str]]:
         """The grid that the surface is cut from."""

@@ -196,7 +196,7 @@ class Picture:
 
     def record(self, job: Any, session: Session) -> dict[str, Any]:
         """Start picture and sampler."""
-        sampler = type(session.pipe.scheduler).__name__.replace("DiscreteScheduler", "")
+        sampler = session.sampler.replace("DiscreteScheduler", "")
         files = {name: getattr(job, name) or () for name in PICTURES}
         hashes = {f"{name}_hash": _each(file_hash, value) for name, value in files.items()}
         return {
@@ -270,13 +270,22 @@ class Picture:
         width, height = job.width or USUAL_SIDE, job.height or USUAL_SIDE
         return [CallSize(1, width, height, tokens(prompt, limit)) for prompt in prompts]
 
-    def stream(self, job: Any, backbone: Backbone) -> tuple[int, int]:
-        """Patches of the picture and tokens of the text."""
+    def latent(self, job: Any, backbone: Backbone) -> int:
+        """Values of the latents, those that some models are given beside them included."""
         config = registry.component_configs(backbone)["transformer"]
-        side = backbone.size_multiple
+        return self._tokens(job, backbone) * int(config.get("in_channels") or 0)
+
+    def stream(self, job: Any, backbone: Backbone) -> int:
+        """Values of the residual streams between two blocks, of picture and text."""
+        config = registry.component_configs(backbone)["transformer"]
         text = backbone.family.text_tokens(job.prompt, backbone.defaults.max_sequence_length)
         width = int(config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0))
-        return ((job.width or USUAL_SIDE) // side) * ((job.height or USUAL_SIDE) // side) + text, width
+        return (self._tokens(job, backbone) + text) * width
+
+    def _tokens(self, job: Any, backbone: Backbone) -> int:
+        """Patches of the picture."""
+        side, width, height = backbone.size_multiple, job.width or USUAL_SIDE, job.height or USUAL_SIDE
+        return int((width // side) * (height // side))
 
     def needs(self, _jobs: Sequence[Any]) -> dict[str, tuple[float, str]]:
         """No memory beside the device's."""

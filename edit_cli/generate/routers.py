@@ -64,6 +64,11 @@ class RouterSource:
             return fingerprint(self.release)
         return None if self.bundle is None else str(self.bundle.digest)
 
+    @property
+    def plans(self) -> bool:
+        """Whether a budget is met by a plan in time, and not by routers that decide."""
+        return self.release is None and (self.bundle is None or self.bundle.trained is None)
+
     @classmethod
     def read(cls, path: Path | None) -> RouterSource:
         """Raises EditError for anything that is neither a bundle nor a released checkpoint."""
@@ -99,14 +104,19 @@ class RouterSource:
         return served
 
     def notes(self, jobs: Sequence[Job]) -> list[str]:
-        """Plain words where a request is far from what the routers were fitted for."""
+        """Plain words where a request is not what the routers were made for."""
         if self.bundle is None or all(job.budget == 1.0 for job in jobs):
             return []
-        fitted = self.bundle.num_steps
-        other = sorted({job.steps for job in jobs} - {fitted})
-        if not other:
-            return []
-        return [f"calibrated at {fitted} steps; at {other[0]} the plan is the one that needs no calibration"]
+        made = self.bundle.num_steps
+        if self.plans:
+            other = sorted({job.steps for job in jobs} - {made})
+            text = "calibrated at {made} steps; at {other} the plan is the one that needs no calibration"
+        else:
+            other = sorted({job.steps for job in jobs if not made / 2 <= job.steps <= made * 2})
+            text = (
+                "these routers were trained at {made} steps; {other} is far from that, quality may be lower"
+            )
+        return [text.format(made=made, other=other[0])] if other else []
 
 
 def settle(plan: Plan) -> tuple[Plan, RouterSource]:

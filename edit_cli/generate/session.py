@@ -57,6 +57,8 @@ class Session:
     source: RouterSource
     elastic: Any = None
     notes: list[str] = field(default_factory=list)
+    sampler: str = ""
+    """Class of the pipeline's own scheduler, which a plan replaces."""
     pipes: dict[str, Any] = field(default_factory=dict)
     """Other pipelines around the same components."""
     _release_routers: Any = None
@@ -81,7 +83,10 @@ class Session:
                 check_solver(pipe, name)
             if source.release is not None:
                 release.use_sigmoid_gelu(pipe.transformer, plan.backbone.family.transformer)
-        session = cls(plan, pipe, clock, source, notes=notes, _release_routers=release_routers)
+        sampler = type(pipe.scheduler).__name__
+        session = cls(
+            plan, pipe, clock, source, notes=notes, sampler=sampler, _release_routers=release_routers
+        )
         if plan.backbone.family not in registry.FAMILIES:
             session._describe()
         return session

@@ -31,7 +31,7 @@ TITLES = {
 }  # fmt: skip
 EXPLAINED = {
     "skip": "share of samples and CFG branches that skipped the block",
-    "reuse": "share that added what the block had added at an earlier step",
+    "reuse": "share that added what the block had added at an earlier step, or that a plan left out",
     "width": "mean share of the MLP's hidden units, where the block was computed",
     "error": "RMS difference of the image stream to the dense run's, over the dense RMS",
     "time": "ms per step, all samples and CFG branches together",

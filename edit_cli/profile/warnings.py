@@ -60,19 +60,18 @@ def _run_warnings(run: Mapping[str, Any], dense: Mapping[str, Any], cache_limit:
 def _fit_warnings(trace: Mapping[str, Any]) -> Iterator[str]:
     bundle, request = trace["bundle"], trace["request"]
     if bundle is None:
-        fixed = any(run["budget"] is None for run in trace["runs"])  # routers without a bundle
-        if not fixed and trace["kind"] != "dense":
-            yield "no routers were given: every block ran in full; add --routers BUNDLE, or --dense for a map"
+        if trace["kind"] != "dense" and all(run["budget"] == 1 for run in trace["runs"]):
+            yield "budget 1 leaves nothing out: give a --budget below it, or --dense for a map"
         return
     if bundle["num_steps"] != request["steps"]:
         yield (
             f"the bundle was fitted at {bundle['num_steps']} steps and this profile runs {request['steps']}: "
-            "its plan is interpolated"
+            "what was fitted is for its own number of steps"
         )
     if abs(bundle["guidance"] - request["guidance"]) > 1e-6:
         yield (
             f"the bundle was fitted at guidance {bundle['guidance']:g} and this profile uses "
-            f"{request['guidance']:g}: what it learned of the CFG branches may not hold"
+            f"{request['guidance']:g}: what was fitted may not hold"
         )
 
 

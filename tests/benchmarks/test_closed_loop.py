@@ -29,8 +29,8 @@ def test_a_budget_buys_whole_evaluations_and_they_are_what_is_spent(flux_folder:
     bench = open_bench(flux_folder)
     ways = {way.name: way for way in closed_loop.ways([0.5], [1])}
     dense = run_quality(bench, Attached(bench.num_steps, nullcontext), 2)[1]
-    for name in ("AB2, shift 2.2", "prior, exact", "closed loop, 1 sample, dense"):
-        with ways[name].attached(bench, {"budget": 0.5}) as attached:
+    for name in ("AB2, shift 2.2", "elastic, no bundle, exact", "closed loop, 1 sample, dense"):
+        with ways[name].attached(bench, ways[name].settings[0]) as attached:
             results, flops = run_quality(bench, attached, 2, dense)
         assert flops == pytest.approx(0.5) and len(results) == len(bench.prompts)
     assert closed_loop.evaluations_of(bench, {"budget": 0.49}) == 2

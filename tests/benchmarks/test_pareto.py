@@ -233,8 +233,8 @@ def attributes(pipe) -> list[set[str]]:
 
 
 OURS = {
-    "elastic", "elastic, AB2", "fewer steps, Euler", "fewer steps, AB2", "fewer steps, DPM++(2M)",
-    "whole-step reuse", "random skip", "TeaCache-style",
+    "elastic", "elastic, no bundle", "elastic, no bundle, exact", "fewer steps, Euler", "fewer steps, AB2",
+    "fewer steps, DPM++(2M)", "whole-step reuse", "random skip", "TeaCache-style",
 }  # fmt: skip
 """Ways that run on every model."""
 DIFFUSERS_CACHES = {"FirstBlockCache", "MagCache", "TaylorSeer", "TaylorSeer lite", "SeaCache"}

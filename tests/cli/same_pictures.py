@@ -39,7 +39,7 @@ COMMANDS = (
 )  # fmt: skip
 VOLATILE = ("versions", "image", "images", "threads", "routers_hash", "seconds")
 """Record entries that say where and with which versions a file was made."""
-SUMS = ("spent", "flops", "decisions")
+SUMS = ("spent", "flops", "evaluations")
 """Entries of --json that say what was computed."""
 THUMBNAIL = 12
 

@@ -16,7 +16,7 @@ from edit_cli.errors import EditError
 from tests.cli.test_calibrate_mesh import picture
 
 PICTURES, MESHES = "{pictures}", "{meshes}"  # stand for the random models' folders
-SHORT = ["--samples", "4", "--probes", "8", "--batch-size", "2", "--plan-samples", "0"]
+SHORT = ["--samples", "2"]
 
 
 @pytest.fixture
@@ -38,23 +38,24 @@ def desk(tmp_path: Path) -> Path:
 
 
 BAD = [
+    (["-o", "b", "--budgets", "0"], "--budgets '0' is out of range; it is the share"),
+    (["-o", "b", "--budgets", "half"], "--budgets 'half' is not a number; it is the share"),
+    (["-o", "b", "--budgets", "1"], "--budgets 1 is the run of all steps, which needs no plan"),
     (
-        ["-o", "b", "--budgets", "0.5"],
-        "--budgets '0.5' is not a range of budgets; give LOW:HIGH or LOW:HIGH:COUNT",
+        ["-o", "b", "--budgets", "1:0.5"],
+        "--budgets '1:0.5' is not a range of budgets; give LOW:HIGH or LOW:HIGH:COUNT",
     ),
-    (["-o", "b", "--budgets", "1:0.5"], "--budgets '1:0.5' is not a range"),
     (["-o", "b", "--budgets", "0:1"], "--budgets '0:1' is not a range"),
     (["-o", "b", "--budgets", "0.5:1.1"], "--budgets '0.5:1.1' is not a range"),
     (["-o", "b", "--budgets", "0.5:1:1"], "--budgets '0.5:1:1' is not a range"),
     (["-o", "b", "--budgets", "0.5:1:two"], "--budgets '0.5:1:two' is not a range"),
     (["-o", "b", "--budgets", "0.5:1:4:2"], "--budgets '0.5:1:4:2' is not a range"),
     (["-o", "b", "--budgets", "nan:1"], "--budgets 'nan:1' is not a range"),
-    (["-o", "b", "--samples", "3"], "--samples '3' is out of range; allowed are whole numbers from 4"),
-    (["-o", "b", "--probes", "x"], "--probes 'x' is not a whole number"),
-    (
-        ["-o", "b", "--plan-samples", "-1"],
-        "--plan-samples '-1' is out of range; allowed are whole numbers from 0",
-    ),
+    (["-o", "b", "--samples", "0"], "--samples '0' is out of range; allowed are whole numbers from 1"),
+    (["-o", "b", "--tries", "x"], "--tries 'x' is not a whole number"),
+    (["-o", "b", "--tries", "0"], "--tries '0' is out of range; allowed are whole numbers from 1 to 6"),
+    (["-o", "b", "--tries", "7"], "--tries '7' is out of range; allowed are whole numbers from 1 to 6"),
+    (["-o", "b", "--target", "near"], "--target 'near' is unknown; allowed are dense, exact, both"),
     (["-o", "b", "--steps", "1"], "--steps '1' is out of range; allowed are whole numbers from 2"),
     ([], "give either --output FOLDER for a new bundle or --evaluate BUNDLE"),
     (["-o", "b", "--evaluate", "c"], "give either --output FOLDER"),
@@ -103,54 +104,98 @@ def test_bad_input(edit_here, desk, qwen_folder, mesh_folder, arguments, message
         ("0.35:1.0", (0.35, 8)),
         ("0.5:1:3", (0.5, 3)),
         ("0.2:0.9:2", (0.2, 2)),
+        ("0.5", (0.5, 1)),
     ],
 )
 def test_budgets_are_evenly_spaced(text: str, budgets: tuple[float, int]) -> None:
     found = parse_budgets("--budgets", text)
     assert (found[0], len(found)) == budgets
     gaps = {round(b - a, 9) for a, b in itertools.pairwise(found)}
-    assert len(gaps) == 1 and found[-1] == pytest.approx(float(text.split(":")[1]))
+    assert len(gaps) == (len(found) > 1) and found[-1] == pytest.approx(float(text.split(":")[:2][-1]))
 
 
 def test_budgets_that_are_none_raise() -> None:
-    with pytest.raises(EditError, match="is not a range of budgets"):
+    with pytest.raises(EditError, match="is not a number"):
         parse_budgets("--budgets", "")
 
 
 @pytest.fixture(scope="module")
 def made(edit, qwen_folder, tmp_path_factory):
-    """A bundle of the random pipeline, made once."""
+    """A bundle of the random pipeline for all budgets that four steps have, made once in a fresh process."""
     folder = tmp_path_factory.mktemp("calibrated")
     ran = edit(
-        "calibrate",
-        "-m",
-        qwen_folder,
-        "-o",
-        "b",
-        "--budgets",
-        "0.5:1:3",
-        *SHORT[:-1],
-        "2",
-        "--json",
-        cwd=folder,
+        "calibrate", "-m", qwen_folder, "-o", "b", "--budgets", "0.5:1:3", *SHORT, "--json", cwd=folder
     )
     assert ran.code == 0, ran.err
     return folder, ran
 
 
-def test_table_and_json_tell_prediction_and_measurement(made) -> None:
+def test_table_and_json_tell_what_was_measured(made) -> None:
     folder, ran = made
-    assert routers.load_bundle(folder / "b").moments.plans is not None
+    bundle = routers.load_bundle(folder / "b")
+    assert {target: sorted(plans) for target, plans in bundle.plans.items()} == {"dense": [2, 3]}
+    assert bundle.min_budget == 0 and len(bundle.times) == bundle.num_steps + 1 == 5
     quality = ran.json["quality"]
-    assert [row["budget"] for row in quality] == [0.5, 0.75, 1.0]
-    assert quality[0]["predicted"] < quality[1]["predicted"] and quality[2]["predicted"] is None
-    # a random model's errors are the same kind of errors: the forecast is no guess
-    assert abs(quality[1]["predicted"] - quality[1]["snr"]) < 10
-    for word in ("budget", "predicted SNR", "latent SNR", "time / dense", "exact"):
+    assert [row["budget"] for row in quality] == [row["spent"] for row in quality] == [0.5, 0.75, 1.0]
+    assert quality[0]["snr"] < quality[1]["snr"] < quality[2]["snr"] and quality[2]["snr"] > 100
+    for word in ("budget", "latent SNR", "time / dense", "exact"):
         assert word in ran.err
     described = json.loads((folder / "b" / "bundle.json").read_text())
-    assert described["metadata"]["quality"] == quality and described["metadata"]["latent_energy"] > 0
-    assert described["metadata"]["settings"]["tried"] == 2, "what --plan-samples asked for"
+    assert (described["format"], described["metadata"]["quality"]) == (5, quality)
+    assert described["metadata"]["settings"] == {
+        "budgets": [0.5, 0.75, 1.0], "targets": ["dense"], "tries": None, "seed": 0,
+    }  # fmt: skip
+
+
+def test_one_budget_costs_two_generations_and_serves_the_others_too(
+    edit_here, qwen_folder, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edit_cli.calibrate import calibration
+
+    fit, calls = calibration.fit, []
+
+    def counted(transformer, *rest):
+        hook = transformer.register_forward_hook(lambda *_: calls.append(1))
+        try:
+            return fit(transformer, *rest)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(calibration, "fit", counted)
+    words = ["calibrate", "-m", qwen_folder, "-o", "b", "--samples", "1", "--budgets", "0.5", "--json"]
+    ran = edit_here(*words, cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert [row["budget"] for row in ran.json["quality"]] == [0.5]
+    made = json.loads((tmp_path / "b" / "bundle.json").read_text())["metadata"]
+    # a generation has four steps with two guidance branches
+    assert len(calls) / (4 * 2) <= made["generations"] == 2
+    pictures = {}
+    for name, options in {
+        "fitted": "--routers b -b 0.5", "universal": "--routers none -b 0.5", "other": "--routers b -b 0.75",
+    }.items():  # fmt: skip
+        drawn = edit_here(
+            "generate", "a cat", "-m", qwen_folder, *options.split(), "-o", f"{name}.png", "--json",
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert drawn.code == 0, drawn.err
+        assert drawn.json["spent"] == [float(options.split()[-1])]
+        with Image.open(tmp_path / f"{name}.png") as opened:
+            pictures[name] = opened.convert("RGB").tobytes()
+    assert pictures["fitted"] != pictures["universal"], "the bundle's own plan was used"
+
+
+def test_both_targets_and_a_number_of_tries(edit_here, qwen_folder, tmp_path) -> None:
+    options = ["--samples", "1", "--budgets", "0.5", "--target", "both", "--tries", "2"]
+    ran = edit_here("calibrate", "-m", qwen_folder, "-o", "b", *options, "-q", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    bundle = routers.load_bundle(tmp_path / "b")
+    assert {target: [*plans] for target, plans in bundle.plans.items()} == {"dense": [2], "exact": [2]}
+    assert bundle.metadata["settings"]["tries"] == 2
+    drawn = edit_here(
+        "generate", "a cat", "-m", qwen_folder, "--routers", "b", "-b", "0.5", "--target", "exact", "-q",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert drawn.code == 0, drawn.err
 
 
 def test_the_plot_lies_beside_the_bundle(made) -> None:
@@ -185,6 +230,7 @@ def test_evaluate_measures_and_writes_nothing(made, edit_here, qwen_folder) -> N
     )
     assert ran.code == 0, ran.err
     assert [row["budget"] for row in ran.json["quality"]] == [0.6, 0.8]
+    assert [row["spent"] for row in ran.json["quality"]] == [0.5, 0.75]
     assert {file: file.read_bytes() for file in (folder / "b").iterdir()} == before
 
 
@@ -208,6 +254,7 @@ def test_damaged_weights_stop_with_the_place_and_keep_the_bundle(
     ran = edit_here("calibrate", "-m", qwen_folder, "-o", "b", *SHORT, cwd=tmp_path)
     assert ran.code == 1
     assert (
-        "NaN or infinite values in the final latents of batch 1 of 2 (record); nothing was written" in ran.err
+        "NaN or infinite values in the final latents of the calibration samples; nothing was written"
+        in ran.err
     )
     assert [file.read_text() for file in (tmp_path / "b").iterdir()] == ["old"]

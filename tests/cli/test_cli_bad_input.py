@@ -23,6 +23,7 @@ def desk(tmp_path: Path) -> Path:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a cat"}\n\n{"prompt": "a dog", "seed": }\n')
     (tmp_path / "range.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog", "budget": 2}\n')
     (tmp_path / "unknown.jsonl").write_text('{"prompt": "a cat", "sede": 2}\n')
+    (tmp_path / "target.jsonl").write_text('{"prompt": "a cat", "target": "near"}\n')
     (tmp_path / "list.jsonl").write_text('["a cat"]\n')
     (tmp_path / "empty.txt").write_text("\n  \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
@@ -64,7 +65,7 @@ QUICK = [
     (["a cat", "-m", "other-pipeline"], "holds StableDiffusionPipeline, which `edit` cannot run"),
     (["a cat", "-m", "someone/unknown"], "'someone/unknown' is not in the local cache and the hub cannot be"),
     (["a cat", "--routers", "nowhere"], "--routers 'nowhere' does not exist; give a bundle folder"),
-    (["a cat", "-m", "qwen-image", "-b", "0.6"], "--budget 0.6 needs routers and 'qwen-image' has none"),
+    (["a cat", "-m", "qwen-image", "-b", "0.6"], "'Qwen/Qwen-Image' is not in the local cache"),
     (
         ["a cat", "--width", "100"],
         "--width 100 is not a multiple of 16, which this model needs; nearest: 96 and 112",
@@ -122,6 +123,9 @@ QUICK = [
     (["a cat", "--image", "plain.png"], "--image 'plain.png' is not a readable picture"),
     (["a cat", "--strength", "0.5"], "--strength is for image-to-image; give --image"),
     (["a cat", "--solver", "heun"], "--solver 'heun' is unknown; allowed are euler, ab2, dpm++2m"),
+    (["a cat", "--target", "near"], "--target 'near' is unknown; allowed are dense, exact"),
+    (["--prompts", "target.jsonl"], "target.jsonl line 1: target 'near' is unknown; allowed are dense"),
+    (["a cat", "--compare=near"], "--compare 'near' is unknown; allowed are dense, exact"),
     (["a cat", "--dtype", "int8"], "--dtype 'int8' is unknown; allowed are auto, fp32, bf16, fp16"),
     (
         ["a cat", "--offload", "disk"],
@@ -142,7 +146,6 @@ NEEDS_TORCH = [
     (["a cat", "--routers", "cut.safetensors"], "cut.safetensors is truncated"),
     (["a cat", "--routers", "garbage.safetensors"], "is not a safetensors file"),
     (["a cat", "--routers", "no-pipeline"], "is not a bundle folder: bundle.json is missing"),
-    (["a cat", "-b", "0.1"], "budget 0.1 is outside what this bundle serves: 0.4 to 1"),
     (["a cat", "--offload", "model"], "--offload model needs a GPU"),
 ]
 """Found before the model is loaded."""

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from routers.attachment import architecture, fingerprint
 from routers.bundle import DESCRIPTION, ENTRY, WEIGHTS, Bundle, load_bundle, pack
 from tests.block_kinds import CASES
-from tests.tiny_pipelines import make_moments
+from tests.tiny_pipelines import plans_for
 
-QUALITY = {"budget": 0.7, "spent": 0.701, "snr": 21.25, "predicted": 22.5}
-DENSE = {"budget": 1.0, "spent": 1.0, "snr": 119.5, "predicted": None}  # nothing is predicted there
+QUALITY = {"budget": 0.7, "spent": 0.701, "snr": 21.25, "time_ratio": 0.72}
+DENSE = {"budget": 1.0, "spent": 1.0, "snr": 119.5, "time_ratio": None}
 
 
 @pytest.fixture
@@ -24,16 +24,18 @@ def folder(tmp_path: Path) -> Path:
     """A bundle for a transformer that nobody loads here."""
     case = next(case for case in CASES if case.name == "flux")
     model = case.transformer()
+    times, plans = plans_for(4)
     Bundle(
         spec=case.spec,
-        moments=make_moments(("cond", "uncond"), 4),
         base_model="flux-test",
         architecture=architecture(model),
         fingerprint=fingerprint(model),
         num_steps=4,
         guidance=3.5,
+        times=times,
+        plans=plans,
+        warps={"dense": (1.7, 1.3)},
         recommended_budget=0.7,
-        min_budget=0.4,
         metadata={"quality": [QUALITY, DENSE]},
     ).save(tmp_path / "bundle")
     return tmp_path / "bundle"
@@ -48,6 +50,10 @@ def test_file_holds_the_same_bundle(folder: Path, tmp_path: Path) -> None:
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
     assert one.digest == several.digest
     assert one.path == str(file)
+    assert one.warps == several.warps == {"dense": (1.7, 1.3)}
+    for number, plan in one.plans["dense"].items():
+        other = several.plans["dense"][number].to_arrays()
+        assert all((array == other[name]).all() for name, array in plan.to_arrays().items())
     # a downloaded export folder is given as it is
     assert load_bundle(tmp_path).digest == several.digest
 
@@ -92,9 +98,10 @@ def test_export_can_be_loaded_and_names_its_hashes(folder: Path, tmp_path: Path,
     assert set(manifest["files"]) == {"README.md", "edit-routers.safetensors"}
     card = (tmp_path / "out" / "README.md").read_text()
     assert (
-        "| 0.7 | 0.701 | 21.25 | 22.5 |" in card
+        "| 0.7 | 0.701 | 21.25 | 0.72 |" in card
         and "| 1 | 1 | 119.5 | - |" in card
         and "--budget 0.7" in card
+        and "at a compute budget up to 1\n(recommended: 0.7)" in card
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "out"]
 

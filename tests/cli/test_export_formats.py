@@ -115,7 +115,7 @@ def test_stock_diffusers_loads_it_and_routers_do_the_same(name, request, tmp_pat
             "generate", "a cat", "-m", model, "--budget", "0.7", "-o", file, "--json", cwd=tmp_path
         )
         assert drawn.code == 0, drawn.err
-        assert drawn.json["spent"][0] == pytest.approx(0.7, abs=0.1)
+        assert drawn.json["spent"] == [0.5]  # of 4 or of 2 steps
         pictures.append((drawn.json["spent"], Image.open(tmp_path / file).convert("RGB")))
     assert pictures[0][0] == pictures[1][0]
     assert psnr(pictures[0][1], pictures[1][1]) > 45

@@ -93,9 +93,11 @@ def test_warnings_of_the_whole(path, value, message):
     assert message in found
 
 
-def test_missing_routers_are_named():
-    (found,) = warnings_of(make_trace() | {"bundle": None}, 64)
-    assert found.startswith("no routers were given")
+def test_a_profile_of_nothing_left_out_is_named():
+    full = {"budget": 1.0, "actions": [{"main": ["444", "444"]}]}
+    (found,) = warnings_of(make_trace(**full) | {"bundle": None}, 64)
+    assert found.startswith("budget 1 leaves nothing out: give a --budget below it")
+    assert warnings_of(make_trace() | {"bundle": None}, 64) == []
     assert warnings_of(make_trace(budget=None) | {"bundle": None}, 64) == []
 
 

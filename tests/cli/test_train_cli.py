@@ -19,7 +19,7 @@ from tests.conftest import EDIT, TIMEOUT, edit_environment
 
 PICTURES, MESHES = "{pictures}", "{meshes}"  # stand for the random models' folders
 TRAIN = ["-o", "b", "--method", "train"]
-SHORT = [*TRAIN, "--samples", "4", "--probes", "8", "--batch-size", "2", "--budgets", "0.6:1:2"]
+SHORT = [*TRAIN, "--samples", "4", "--batch-size", "2", "--budgets", "0.6:1:2"]
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +69,7 @@ BAD = [
     ),
     ([*TRAIN, "-m", PICTURES, "--data", "blank"], "a.txt' is empty; write the picture's prompt there"),
     ([*TRAIN, "-m", PICTURES, "--data", "damaged"], "a.png' is not a readable picture"),
+    ([*TRAIN, "--budgets", "1"], "--budgets must start below 1 for --method train"),
     (["--evaluate", "b", "--method", "train"], "--method train makes a bundle and --evaluate makes none"),
 ]
 

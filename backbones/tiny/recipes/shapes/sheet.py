@@ -2,8 +2,8 @@
 
     python -m backbones.tiny.recipes.shapes.sheet [--budgets 1.0 0.6 0.4] [--out FILE.png]
 
-Runs the packaged folder with its own bundle, as `edit generate-3d --budget` does, and reports mean
-volumetric IoU with the true shape and with the dense result. The sheet shows [picture | true | generated at
+Runs the packaged folder with its own bundle if it has one, as `edit generate-3d --budget` does, and reports
+mean volumetric IoU with the true shape and with the dense result. The sheet shows [picture | true | generated at
 each budget]. Ends with one JSON line.
 """
 
@@ -40,9 +40,9 @@ def fields(
     work = MeshWorkload(
         pipe, backbone, count, steps, backbone.defaults.guidance, {"main": contexts}, samples=count
     )
-    elastic = routers.attach(pipe.transformer, backbone.bundle, budget=budget)
+    elastic = routers.attach(pipe, backbone.bundle, budget=budget)
     try:
-        with elastic.scope(num_steps=steps, samples=count) as trace:
+        with elastic.scope(samples=count) as trace:
             latents = work.run(0)
     finally:
         elastic.detach()
@@ -95,8 +95,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/shapes/budgets.png"))
     args = parser.parse_args()
     backbone = registry.resolve(args.model)
-    if backbone.folder is None or backbone.bundle is None:
-        raise ValueError(f"{args.model} is no folder with a bundle in routers/")
+    if backbone.folder is None:
+        raise ValueError(f"{args.model} is not a folder")
     pipe = load_pipeline(backbone.folder, dtype=torch.float32)
     held_out = ShapeSet(args.data, "held-out")
     scores: dict[str, dict[str, dict[str, float]]] = {}
