@@ -118,10 +118,10 @@ def test_budgets_that_are_none_raise() -> None:
 
 
 @pytest.fixture(scope="module")
-def made(edit, qwen_folder, tmp_path_factory):
+def made(edit_here, qwen_folder, tmp_path_factory):
     """A bundle of the random pipeline, made once."""
     folder = tmp_path_factory.mktemp("calibrated")
-    ran = edit(
+    ran = edit_here(
         "calibrate",
         "-m",
         qwen_folder,

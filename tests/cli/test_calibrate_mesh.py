@@ -155,7 +155,7 @@ def test_both_rows_of_a_sample_probe_the_same_step_with_their_own_weights(case) 
 
 def test_a_bundle_of_a_mesh_model_keeps_budgets(case, tmp_path: Path) -> None:
     spec, workload = case
-    bundle = fit(workload.pipe.transformer, spec, workload, "random", 5.0, FitSettings(probes=16))
+    bundle = fit(workload.pipe.transformer, spec, workload, "random", 5.0, FitSettings(probes=16, tried=ROWS))
     gain = bundle.moments.gain
     assert gain[-1] < 1e-5 * gain[:-1].min(), "the published schedule ends with a step of size 0"
     bundle.min_budget = 0.3
@@ -172,7 +172,7 @@ def test_a_bundle_of_a_mesh_model_keeps_budgets(case, tmp_path: Path) -> None:
 
 def test_rows_of_a_doubled_call_use_the_weights_of_their_branch(case) -> None:
     spec, workload = case
-    bundle = fit(workload.pipe.transformer, spec, workload, "random", 5.0, FitSettings(probes=8))
+    bundle = fit(workload.pipe.transformer, spec, workload, "random", 5.0, FitSettings(probes=8, tried=ROWS))
     policy = bundle.policy()
     elastic = routers.attach(workload.pipe.transformer, bundle, budget=0.5)
     used = []

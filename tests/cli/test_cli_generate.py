@@ -24,10 +24,10 @@ def pixels(path: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def made(edit, qwen_folder, tmp_path_factory):
+def made(edit_here, qwen_folder, tmp_path_factory):
     """One generation that several tests look at: two prompts, two seeds, one batch, compared with dense."""
     folder = tmp_path_factory.mktemp("made")
-    ran = edit(
+    ran = edit_here(
         "generate", "a cat", "a red dog", "--seed", "1", "2", "-b", "0.6", "--steps", "10", "--compare",
         "--json", "-m", qwen_folder, "-o", "{prompt}-{seed}.png", cwd=folder,
     )  # fmt: skip
@@ -243,7 +243,10 @@ def test_the_papers_release_runs_in_exact_mode(edit_here, tmp_path, qwen_folder)
     assert "--budget does not apply" in refused.err
 
 
-@pytest.mark.parametrize(("model", "dense"), [("qwen-image", 6.82e15), ("flux-dev", 2.08e15)])
+@pytest.mark.parametrize(
+    ("model", "dense"),
+    [pytest.param("qwen-image", 6.82e15, marks=pytest.mark.slow), ("flux-dev", 2.08e15)],
+)
 def test_dry_run_of_a_model_that_is_not_here(edit_here, tmp_path, model, dense):
     ran = edit_here("generate", "a cat", "--dry-run", "-b", "0.6", "--json", "-m", model, cwd=tmp_path)
     assert ran.code == 0, ran.err

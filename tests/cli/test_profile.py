@@ -17,10 +17,10 @@ FILES = ["report.html", "heatmap.png", "heatmap.svg", "trace.json", "chrome-trac
 
 
 @pytest.fixture(scope="module")
-def profiled(edit, qwen_folder, tmp_path_factory):
-    """One profile in a fresh process that several tests look at."""
+def profiled(edit_here, qwen_folder, tmp_path_factory):
+    """One profile that several tests look at."""
     folder = tmp_path_factory.mktemp("profiled")
-    ran = edit(
+    ran = edit_here(
         "profile", "a cat", "a </script> dog", "-m", qwen_folder, "--budget", "0.5", "1", "--steps", STEPS,
         "--repeats", "2", "--metric", "skip", "-o", "report", "--json", cwd=folder,
     )  # fmt: skip

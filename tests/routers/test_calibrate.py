@@ -122,7 +122,7 @@ def test_gains_are_recovered_from_noisy_probes() -> None:
 
 def test_fit_gives_a_bundle_that_keeps_budgets(workload: PipelineWorkload, tmp_path: Path) -> None:
     phases = set()
-    settings = FitSettings(probes=16)
+    settings = FitSettings(probes=16, tried=ROWS)
     before = [p.clone() for p in workload.pipe.transformer.parameters()]
     bundle = fit(
         workload.pipe.transformer, qwen_image.TRANSFORMER, workload, "random", 4.0, settings,

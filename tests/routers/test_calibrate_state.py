@@ -23,8 +23,9 @@ from routers.calibrate.gains import from_probes
 from routers.calibrate.state import State
 from routers.calibrate.workload import NotFiniteError
 from routers.planned.prediction import DEAD, gains_at
-from tests.cli.test_calibrate_mesh import STEPS, make_workload
-from tests.conftest import EDIT, TIMEOUT, edit_environment
+from tests.cli.test_calibrate_mesh import STEPS, make_workload, picture
+from tests.conftest import EDIT, edit_environment
+from tests.fresh import TIMEOUT
 
 SETTINGS = FitSettings(probes=8, tried=2)
 ASKED = {"model": "m", "steps": 6, "weights": [1.0, 2.0]}
@@ -205,40 +206,34 @@ def test_safetensors_errors_are_os_errors(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_kill_leaves_the_old_bundle_and_resume_continues(mesh_folder: Path, tmp_path: Path) -> None:
+def test_a_kill_leaves_the_old_bundle_and_resume_continues(
+    edit_here, mesh_folder: Path, tmp_path: Path
+) -> None:
     """The command killed after its first batches, then continued."""
-    from tests.cli.test_calibrate_mesh import picture
-
     (tmp_path / "pictures").mkdir()
     picture("red").save(tmp_path / "pictures" / "red.png")
     routers.load_bundle(mesh_folder / "routers").save(tmp_path / "b")
     before = {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir()}
     command = [
-        str(EDIT), "calibrate", "-m", str(mesh_folder), "--images", "pictures", "-o", "b", "--samples", "4",
+        "calibrate", "-m", str(mesh_folder), "--images", "pictures", "-o", "b", "--samples", "4",
         "--batch-size", "1", "--budgets", "0.5:1:2", "--json", "--plan-samples", "0", "--probes",
     ]  # fmt: skip
     state = tmp_path / ".b.calibrate-state"
-    arguments = {"cwd": tmp_path, "env": edit_environment(), "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, "20000"], stderr=subprocess.PIPE, **arguments) as process:
+    with subprocess.Popen([EDIT, *command, "20000"], cwd=tmp_path, env=edit_environment()) as process:
         deadline = time.monotonic() + TIMEOUT
         while not (state / "gains.json").exists() and process.poll() is None:
             assert time.monotonic() < deadline, "no progress was kept"
             time.sleep(0.1)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     assert {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir()} == before
     assert len(list(state.glob("record-*.safetensors"))) == 4
-    ran = subprocess.run(
-        [*command, "8", "--resume"], stderr=subprocess.PIPE, timeout=TIMEOUT, check=False, **arguments
-    )
-    assert ran.returncode == 2 and "has another probes: it was 20000, now it is 8" in ran.stderr
+    ran = edit_here(*command, "8", "--resume", cwd=tmp_path)
+    assert ran.code == 2 and "has another probes: it was 20000, now it is 8" in ran.err
     request = json.loads((state / "request.json").read_text())
     (state / "request.json").write_text(json.dumps({**request, "probes": 8}))
-
-    ran = subprocess.run(
-        [*command, "8", "--resume"], stderr=subprocess.PIPE, timeout=TIMEOUT, check=False, **arguments
-    )
-    assert ran.returncode == 0, ran.stderr
+    ran = edit_here(*command, "8", "--resume", cwd=tmp_path)
+    assert ran.code == 0, ran.err
     assert not state.exists()
     assert (tmp_path / "b" / "bundle.json").read_bytes() != before["bundle.json"]
     assert routers.load_bundle(tmp_path / "b").moments.branches == ("cond", "uncond")
