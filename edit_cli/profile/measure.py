@@ -8,7 +8,6 @@ Shapes: S steps, N blocks.
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -137,15 +136,10 @@ def measure(plan: ProfilePlan, step: Callable[[str, int], None] = lambda what, t
             drift_map = _drift_map(drifts, look, subject)
             variants.append(Variant(_name(budget), budget, look, drift_map, _peak_bytes(subject)))
         for number in range(1, plan.repeats + 1):
-            tell = functools.partial(_tell, step, number, total)
-            _repeat(subject, clock, dense, variants, tell)
+            _repeat(subject, clock, dense, variants, lambda what, n=number: step(f"{what}, run {n}", total))
     finally:
         subject.session.detach()
     return Measured(plan, subject, dense, variants, clock, cost_of_a_span(clock), maps, probed)
-
-
-def _tell(step: Callable[[str, int], None], number: int, total: int, what: str) -> None:
-    step(f"{what}, run {number}", total)
 
 
 def _watched(subject: Subject, budget: float | None) -> tuple[Round, list[Streams]]:

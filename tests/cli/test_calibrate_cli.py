@@ -190,8 +190,9 @@ def test_evaluate_measures_and_writes_nothing(made, edit_here, qwen_folder) -> N
 
 def test_resume_without_anything_says_so(edit_here, qwen_folder, tmp_path) -> None:
     ran = edit_here(
-        "calibrate", "-m", qwen_folder, "-o", "b", "--budgets", "0.5:1:2", *SHORT, "--resume", cwd=tmp_path
-    )
+        "calibrate", "-m", qwen_folder, "-o", "b", "--budgets", "0.5:1:2", "--steps", "2", *SHORT, "--resume",
+        cwd=tmp_path,
+    )  # fmt: skip
     assert ran.code == 0, ran.err
     assert "nothing to resume beside 'b': starting from the beginning" in ran.err
 

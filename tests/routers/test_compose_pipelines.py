@@ -320,7 +320,7 @@ def load_lora(pipe: Any, folder: Path) -> None:
     pipe.load_lora_weights(folder, weight_name="lora.safetensors", adapter_name="style")
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_a_lora_file_on_the_packaged_model(lora_folder: Path, when: str) -> None:
     pipe, reference = tiny(), tiny()
     plain = picture(reference)
