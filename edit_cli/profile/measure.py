@@ -22,8 +22,8 @@ from edit_cli.generate.session import Batch
 from edit_cli.profile.plan import ProfilePlan
 from edit_cli.profile.subject import Round, Subject
 from routers.policy import CallInfo, OpenPolicy
-from routers.spec import WIDTHS
 from routers.trace import Trace
+from routers.trained.policy import cost_table
 from routers.watch.redundancy import Redundancy, Streams, drift, watch_streams
 from routers.watch.timing import Clock, Span, Timeline, clock_for, cost_of_a_span
 
@@ -62,8 +62,7 @@ class Timed:
         flops = np.zeros(blocks)
         for infos, trace in zip(self.calls, traces, strict=True):
             for info, record in zip(infos, trace.calls, strict=True):
-                table = np.array([[cost.at(width) for width in WIDTHS] for cost in info.costs])
-                spent = table[np.arange(blocks), np.maximum(record.actions, 0)] + info.overhead
+                spent = cost_table(info)[np.arange(blocks), np.maximum(record.actions, 0)] + info.overhead
                 flops += np.where(record.actions >= 0, spent, 0.0).sum(axis=0)
         return flops
 
