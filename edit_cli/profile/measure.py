@@ -135,7 +135,11 @@ def measure(plan: ProfilePlan, step: Callable[[str, int], None] = lambda what, t
             drift_map = _drift_map(drifts, look, subject)
             variants.append(Variant(_name(budget), budget, look, drift_map, _peak_bytes(subject)))
         for number in range(1, plan.repeats + 1):
-            _repeat(subject, clock, dense, variants, lambda what, n=number: step(f"{what}, run {n}", total))
+
+            def tell(what: str, number: int = number) -> None:
+                step(f"{what}, run {number}", total)
+
+            _repeat(subject, clock, dense, variants, tell)
     finally:
         subject.session.detach()
     return Measured(plan, subject, dense, variants, clock, cost_of_a_span(clock), maps, probed)
