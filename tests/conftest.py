@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fresh import BARE, TORCH, Ran, Server
+from tests.fresh import TORCH, Ran, Server
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores; read by torch
@@ -36,7 +36,7 @@ def edit() -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def edit_bare() -> Iterator[Server]:
     """Like `edit`, in a process that starts without torch; `Ran.imported` says whether it ends with it."""
-    server = Server(edit_environment(), BARE)
+    server = Server(edit_environment())
     yield server
     server.close()
 

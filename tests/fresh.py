@@ -8,6 +8,7 @@ be interrupted and killed, and ends as the console script does. The console scri
 from __future__ import annotations
 
 import atexit
+import io
 import json
 import os
 import selectors
@@ -16,14 +17,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 TIMEOUT = 300  # s; a loaded machine is slow
-BARE = ("rich.console", "rich.progress", "rich.table")
-"""What every command prints with."""
 TORCH = (
-    *BARE, "diffusers.pipelines.qwenimage.pipeline_qwenimage", "peft.tuners", "edit_cli.generate.session",
+    "diffusers.pipelines.qwenimage.pipeline_qwenimage", "peft.tuners", "edit_cli.generate.session",
     "edit_cli.generate.mesh", "backbones.loading", "backbones.hunyuan3d.checkpoints", "routers.bundle",
 )  # fmt: skip
 """What commands that run a model import."""
@@ -145,11 +145,13 @@ def become(job: dict) -> None:
 
 def serve() -> None:
     """Read a job a line; answer with the fork's process id, then with its exit code."""
-    import typer
+    from edit_cli import console
+    from edit_cli.main import main
 
-    from edit_cli.main import app, main
-
-    typer.main.get_command(app)  # imports what help and messages need
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), suppress(SystemExit):
+        main(["generate", "a cat", "--budget", "0"])  # imports what every command parses and prints with
+    console.stdout.cache_clear()
+    console.stderr.cache_clear()
     for module in sys.argv[1:]:
         __import__(module)
     while line := sys.stdin.readline():

@@ -111,7 +111,7 @@ def test_more_steps_never_leave_more_error() -> None:
 
 
 @pytest.mark.parametrize("budget", [0.35, 0.4, 0.47, 0.5, 0.61, 0.7, 0.83, 0.9, 0.99])
-@pytest.mark.parametrize("steps", [10, 20, 33, 50])
+@pytest.mark.parametrize("steps", [10, 20, 33, pytest.param(50, marks=pytest.mark.slow)])
 def test_every_row_lands_on_its_budget(budget: float, steps: int) -> None:
     spent, _ = drive(PlannedPolicy(make_moments(BRANCHES, 20)), steps, budget)
     assert np.abs(spent - budget).max() <= max(SLACK, 0.51 * (100 + BLOCKS) / (steps * DENSE)) + 1e-9
