@@ -7,7 +7,7 @@ flux1-dev.safetensors. No torch here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from backbones.spec import Config, FileLayout, Part, Shapes
@@ -84,33 +84,31 @@ def _rows(key: str, new: str, names: tuple[str, ...], dim: int) -> Iterator[tupl
 
 def original_config(shapes: Shapes) -> dict[str, Any]:
     """What a file of the original layout says of its sizes; the rotary axes are not in it."""
-    dim, channels = shapes["img_in.weight"]
-    head_dim = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
-    return {
-        "num_layers": _count(shapes, "double_blocks"),
-        "num_single_layers": _count(shapes, "single_blocks"),
-        "num_attention_heads": dim // head_dim,
-        "attention_head_dim": head_dim,
-        "in_channels": channels,
-        "joint_attention_dim": shapes["txt_in.weight"][1],
-        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
-        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
-    }
+    norm = "double_blocks.0.img_attn.norm.query_norm.scale"
+    return _config(shapes, "double_blocks", "single_blocks", norm, lambda name: name)
 
 
 def diffusers_config(shapes: Shapes) -> dict[str, Any]:
     """The same for a file with diffusers' names."""
-    dim, channels = shapes["x_embedder.weight"]
-    head_dim = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+    blocks, names = "transformer_blocks", {**EMBEDDERS, **GUIDANCE}
+    return _config(shapes, blocks, f"single_{blocks}", f"{blocks}.0.attn.norm_q.weight", names.__getitem__)
+
+
+def _config(
+    shapes: Shapes, double: str, single: str, norm: str, named: Callable[[str], str]
+) -> dict[str, Any]:
+    """Sizes, from the names of both lists of blocks and of a query norm. named: of the original embedders."""
+    dim, channels = shapes[f"{named('img_in')}.weight"]
+    (head_dim,) = shapes[norm]
     return {
-        "num_layers": _count(shapes, "transformer_blocks"),
-        "num_single_layers": _count(shapes, "single_transformer_blocks"),
+        "num_layers": _count(shapes, double),
+        "num_single_layers": _count(shapes, single),
         "num_attention_heads": dim // head_dim,
         "attention_head_dim": head_dim,
         "in_channels": channels,
-        "joint_attention_dim": shapes["context_embedder.weight"][1],
-        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
-        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        "joint_attention_dim": shapes[f"{named('txt_in')}.weight"][1],
+        "pooled_projection_dim": shapes[f"{named('vector_in.in_layer')}.weight"][1],
+        "guidance_embeds": f"{named('guidance_in.in_layer')}.weight" in shapes,
     }
 
 

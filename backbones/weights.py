@@ -14,6 +14,7 @@ from backbones.model_files import ModelError
 from backbones.registry import component_configs
 from backbones.single_file import read_denoiser
 from backbones.spec import HUNYUAN3D, Backbone
+from routers.paper.headers import misfits
 
 
 def build_transformer(backbone: Backbone) -> Any:
@@ -63,18 +64,6 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> N
 def check_keys(module: nn.Module, stored: Mapping[str, tuple[int, ...]], name: str) -> None:
     """Compare names and shapes with the module's own. Raises ModelError with the first offenders."""
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    problems = []
-    for label, keys in (
-        ("missing", expected.keys() - stored.keys()),
-        ("left over", stored.keys() - expected.keys()),
-    ):
-        if keys:
-            problems.append(f"{len(keys)} {label}, first {sorted(keys)[0]}")
-    wrong = sorted(key for key in expected.keys() & stored.keys() if expected[key] != tuple(stored[key]))
-    if wrong:
-        problems.append(
-            f"{len(wrong)} of wrong shape, first {wrong[0]} {list(stored[wrong[0]])} instead of "
-            f"{list(expected[wrong[0]])}"
-        )
+    problems = misfits(stored, expected)
     if problems:
         raise ModelError(f"{name} weights do not fit the config: {'; '.join(problems)}")

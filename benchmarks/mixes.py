@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from routers.policy import CallInfo, Decision, OpenPolicy
-from routers.spec import WIDTHS
 from routers.trace import FULL, REUSE, SKIP, Actions
+from routers.trained.policy import cost_table
 
 FAMILIES: dict[str, tuple[tuple[int, ...], ...]] = {
     "skip": ((SKIP,),),
@@ -123,7 +123,7 @@ def _spread(steps: int, blocks: int, first: int, seed: int) -> list[tuple[int, i
 
 def plan_cost(plan: Actions, call: CallInfo) -> float:
     """FLOPs ratio of a plan to dense."""
-    table = np.array([[cost.at(width) for width in WIDTHS] for cost in call.costs])
+    table = cost_table(call)
     cells = np.where(plan >= 0, table[np.arange(len(call.costs)), np.maximum(plan, 0)], 0.0)
     dense = call.outside + table[:, FULL].sum()
     return float((call.outside + cells.sum(axis=1)).mean() / dense)

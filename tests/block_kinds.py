@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -136,3 +137,8 @@ def _cases() -> list[Case]:
 
 
 CASES = _cases()
+BY_CLASS = [
+    pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name == "hunyuan3d-2-guided" else ())
+    for case in CASES
+]
+"""For what depends on block classes alone: the guided transformer has those of the unguided one."""

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.fresh import TORCH, Ran, Server
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores; read by torch
 
 EDIT = Path(sys.executable).with_name("edit")
-TIMEOUT = 300  # s; a cold start is seconds, a loaded machine is slow
 
 
 def edit_environment(**extra: str) -> dict[str, str]:
@@ -26,63 +25,48 @@ def edit_environment(**extra: str) -> dict[str, str]:
     return {**keep, **plain, **extra}
 
 
-@dataclass
-class Ran:
-    """A finished command."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict:
-        """The last line of stdout, parsed."""
-        return json.loads(self.out.splitlines()[-1])
+@pytest.fixture(scope="session")
+def edit() -> Iterator[Server]:
+    """`edit(*arguments, cwd=folder)` -> Ran, in a process of its own."""
+    server = Server(edit_environment(), TORCH)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")
-def edit():
-    """`edit(*arguments, cwd=folder)` -> Ran, through the installed console script."""
-
-    def run(*arguments: object, cwd: Path, stdin: str | None = None, **env: str) -> Ran:
-        done = subprocess.run(
-            [str(EDIT), *map(str, arguments)],
-            cwd=cwd,
-            input=stdin,
-            env=edit_environment(**env),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
-        return Ran(done.returncode, done.stdout, done.stderr)
-
-    return run
+def edit_bare() -> Iterator[Server]:
+    """Like `edit`, in a process that starts without torch; `Ran.imported` says whether it ends with it."""
+    server = Server(edit_environment())
+    yield server
+    server.close()
 
 
-@pytest.fixture
-def edit_here(monkeypatch, capsys):
+@pytest.fixture(scope="session")
+def edit_here() -> Callable[..., Ran]:
     """Like `edit`, but in this process: saves importing torch again where a fresh process proves nothing."""
     from edit_cli import console
     from edit_cli.main import main
 
     def run(*arguments: object, cwd: Path, stdin: str | None = None) -> Ran:
-        with monkeypatch.context() as patch:
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
             patch.chdir(cwd)
             patch.setattr(os, "environ", edit_environment())
+            for name, stream in (("stdout", out), ("stderr", err)):
+                patch.setattr(sys, name, stream)
             if stdin is not None:
                 patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-            capsys.readouterr()
             console.stdout.cache_clear()  # consoles remember the streams and the width they were made for
             console.stderr.cache_clear()
-            with pytest.raises(SystemExit) as exit_info:
-                main([str(argument) for argument in arguments])
-            printed = capsys.readouterr()
-        return Ran(int(exit_info.value.code or 0), printed.out, printed.err)
+            try:
+                with pytest.raises(SystemExit) as exit_info:
+                    main([str(argument) for argument in arguments])
+            finally:
+                console.stdout.cache_clear()
+                console.stderr.cache_clear()
+        return Ran(int(exit_info.value.code or 0), out.getvalue(), err.getvalue())
 
-    yield run
-    console.stdout.cache_clear()
-    console.stderr.cache_clear()
+    return run
 
 
 def _once(tmp_path_factory, name: str, build) -> Path:

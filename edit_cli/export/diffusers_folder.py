@@ -22,7 +22,7 @@ from edit_cli.export.source import Source, calibration_calls, largest_difference
 from edit_cli.export.write import Say
 from edit_cli.request import Request
 from routers.attachment import attach, fingerprint
-from routers.bundle import Bundle, load_bundle
+from routers.bundle import load_bundle
 from routers.static.choose import Inputs, narrow_error
 from routers.static.units import order_units
 
@@ -45,8 +45,8 @@ def fill(source: Source, request: Request, folder: Path, say: Say) -> dict[str, 
     say("writing")
     save_model(source, source.transformer, folder, request.get("shard_size"))
     if source.bundle is not None:
-        moved = _bundle_for(source.bundle, source.transformer, Path(request["output"]).name)
-        moved.save(folder / ROUTERS)
+        name, prints = Path(request["output"]).name, fingerprint(source.transformer)  # as they are now
+        replace(source.bundle, base_model=name, fingerprint=prints).save(folder / ROUTERS)
     say("loading it again")
     again = load_stock(source, folder)
     largest = max(float(output.abs().max()) for output in wanted)
@@ -87,11 +87,6 @@ def _order(source: Source, calls: list[Inputs]) -> dict[str, float | bool]:
     if after >= before:
         undo()
     return {"reordered": after < before, "error_before": round(before, 6), "error_after": round(after, 6)}
-
-
-def _bundle_for(bundle: Bundle, transformer: Any, name: str) -> Bundle:
-    """The bundle for the model as it is now."""
-    return replace(bundle, base_model=name, fingerprint=fingerprint(transformer))
 
 
 def load_stock(source: Source, folder: Path) -> Any:

@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,27 +21,21 @@ from edit_cli.console import two_columns
 from edit_cli.errors import EditError, RunError
 from edit_cli.export.write import Say
 from edit_cli.request import Request
-from routers.paper.checkpoint import build_routers, is_release_file, read_release, split_keys
+from routers.paper.checkpoint import build_routers, is_release_file, read_release, read_tensors, split_keys
 
 FILE_PATTERN, INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
 ONE_FILE = 10**15  # bytes; no limit
 
 
-def is_reference(source: str) -> bool:
-    """Whether this is a checkpoint in the paper's layout. Raises ValueError for a damaged file."""
-    path = Path(source).expanduser()
-    return path.exists() and is_release_file(path)
-
-
 def open_source(request: Request, say: Say) -> Path:
     """A file, index or folder in the paper's layout. Raises EditError or ValueError for anything else."""
-    if not is_reference(request["source"]):
+    path = Path(request["source"]).expanduser()
+    if not (path.exists() and is_release_file(path)):
         raise EditError(
             f"{request['source']!r} is not a checkpoint in the paper's layout (gate_mlps.* beside a "
             "transformer), and its routers cannot be written as one: they decide by other rules; use "
             "--format bundle or diffusers"
         )
-    path = Path(request["source"]).expanduser()
     build_routers(path, read_release(path).shapes)  # raises where the numbering has a gap
     return path
 
@@ -51,10 +43,10 @@ def open_source(request: Request, say: Say) -> Path:
 def fill(path: Path, request: Request, folder: Path, say: Say) -> dict[str, Any]:
     """Write the checkpoint. dtype "auto" keeps the file's. Raises RunError if it is another when loaded."""
     say("writing")
-    tensors = _read(path, DTYPES.get(request.get("dtype", "auto")))
+    tensors = read_tensors(read_release(path), DTYPES.get(request.get("dtype", "auto")))
     names = _write(tensors, folder, request.get("shard_size"))
     say("loading it again")
-    difference = _difference(tensors, _read(folder, None))
+    difference = _difference(tensors, read_tensors(read_release(folder), None))
     if difference != 0:
         raise RunError(f"the written checkpoint differs by {difference:g} when loaded; nothing was kept")
     transformer, routers = split_keys(tensors)
@@ -65,17 +57,6 @@ def fill(path: Path, request: Request, folder: Path, say: Say) -> dict[str, Any]
         "weights": names,
         "difference": difference,
     }
-
-
-def _read(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """All tensors by name, memory-mapped where the dtype is the file's."""
-    tensors: dict[str, Tensor] = {}
-    for shard, names in read_release(path).shards.items():
-        with safe_open(shard, framework="pt") as stored:
-            for name in names:
-                tensor = stored.get_tensor(name)
-                tensors[name] = tensor if dtype is None else tensor.to(dtype)
-    return tensors
 
 
 def _write(tensors: dict[str, Tensor], folder: Path, shard_size: str | None) -> list[str]:

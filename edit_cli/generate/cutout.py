@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,9 +72,14 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
     return Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8), "L")
 
 
-@functools.lru_cache(maxsize=256)
 def read_object(path: str, how: str) -> tuple[Image.Image, str]:
     """`cut_out` of a file, remembered: it is checked before a model is loaded, and used afterwards."""
+    file = Path(path)
+    return _read_object(path, how, file.resolve(), file.stat().st_mtime_ns if file.exists() else 0)
+
+
+@functools.lru_cache(maxsize=256)
+def _read_object(path: str, how: str, _file: Path, _changed: int) -> tuple[Image.Image, str]:
     return cut_out(open_rgba(path), how, path)
 
 

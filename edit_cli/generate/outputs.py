@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edit_cli.errors import EditError
+from edit_cli.files import reason
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MESH_SUFFIXES = (".glb", ".obj", ".ply", ".stl")
@@ -126,12 +127,16 @@ def _check_folder(folder: Path, option: str) -> None:
         raise EditError(f"{option} folder {str(folder)!r} does not exist; create it with: mkdir -p {folder}")
     if not folder.is_dir():
         raise EditError(f"{option} folder {str(folder)!r} is not a folder; choose another place")
+    check_writable(folder, option)
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raise EditError unless files can be made in a folder; option: what the message calls it."""
     try:
         # the only certain test, also on read-only mounts and as root
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
         raise EditError(
-            f"{option} folder {str(folder)!r} is not writable: {reason}; choose another place"
+            f"{option} folder {str(folder)!r} is not writable: {reason(error)}; choose another place"
         ) from None

@@ -9,6 +9,7 @@ from typing import Any
 
 from backbones.spec import PACKAGE_FOLDER, Backbone
 from edit_cli.errors import EditError
+from edit_cli.files import reason
 from edit_cli.generate.medium import Fields, Medium
 from edit_cli.generate.picture import PICTURE
 
@@ -56,9 +57,8 @@ def _read_text(source: str, option: str) -> str:
             f"{option} {source!r} is not UTF-8 text (byte {error.start}); save it as UTF-8"
         ) from None
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
         raise EditError(
-            f"{option} {source!r} cannot be read: {reason}; give a .txt or .jsonl file, or -"
+            f"{option} {source!r} cannot be read: {reason(error)}; give a .txt or .jsonl file, or -"
         ) from None
 
 

@@ -12,13 +12,12 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from edit_cli.profile.trace import EXPLAINED, TITLES, grid, scale_of, show, shown_runs
+from edit_cli.profile.trace import EXPLAINED, TITLES, grid, map_title, scale_of, show, shown_runs
 
 RAMP = ((247, 247, 240), (186, 222, 200), (102, 178, 178), (46, 112, 158), (30, 40, 92))
 """Light to dark: paper, green, teal, blue, navy."""
@@ -89,10 +88,7 @@ def draw_heatmaps(trace: Mapping[str, Any], metric: str) -> Drawing:
     ]
     for i, (run, values) in enumerate(zip(runs, grids, strict=True)):
         x = LEFT + i * (map_width + GAP)
-        title = (
-            "dense" if trace["kind"] == "dense" else f"budget {run['name']}, spent {fmean(run['spent']):.3f}"
-        )
-        drawing.texts.append((x, TOP - 11, title, 12, INK, "l"))
+        drawing.texts.append((x, TOP - 11, map_title(trace, run), 12, INK, "l"))
         for step in range(steps):
             for block in range(blocks):
                 colour = colour_at(values[step, block], scale)

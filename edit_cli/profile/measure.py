@@ -8,7 +8,6 @@ Shapes: S steps, N blocks.
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,8 +22,8 @@ from edit_cli.generate.session import Batch
 from edit_cli.profile.plan import ProfilePlan
 from edit_cli.profile.subject import Round, Subject
 from routers.policy import CallInfo, OpenPolicy
-from routers.spec import WIDTHS
 from routers.trace import Trace
+from routers.trained.policy import cost_table
 from routers.watch.redundancy import Redundancy, Streams, drift, watch_streams
 from routers.watch.timing import Clock, Span, Timeline, clock_for, cost_of_a_span
 
@@ -64,8 +63,7 @@ class Timed:
         for infos, trace in zip(self.calls, traces, strict=True):
             # steps that were left out come last in a trace, and no call was made for them
             for info, record in zip(infos, trace.calls, strict=False):
-                table = np.array([[cost.at(width) for width in WIDTHS] for cost in info.costs])
-                spent = table[np.arange(blocks), np.maximum(record.actions, 0)] + info.overhead
+                spent = cost_table(info)[np.arange(blocks), np.maximum(record.actions, 0)] + info.overhead
                 flops += np.where(record.actions >= 0, spent, 0.0).sum(axis=0)
         return flops
 
@@ -138,15 +136,14 @@ def measure(plan: ProfilePlan, step: Callable[[str, int], None] = lambda what, t
             drift_map = _drift_map(drifts, look, subject)
             variants.append(Variant(_name(budget), budget, look, drift_map, _peak_bytes(subject)))
         for number in range(1, plan.repeats + 1):
-            tell = functools.partial(_tell, step, number, total)
+
+            def tell(what: str, number: int = number) -> None:
+                step(f"{what}, run {number}", total)
+
             _repeat(subject, clock, dense, variants, tell)
     finally:
         subject.session.detach()
     return Measured(plan, subject, dense, variants, clock, cost_of_a_span(clock), maps, probed)
-
-
-def _tell(step: Callable[[str, int], None], number: int, total: int, what: str) -> None:
-    step(f"{what}, run {number}", total)
 
 
 def _watched(subject: Subject, budget: float | None) -> tuple[Round, list[Streams]]:

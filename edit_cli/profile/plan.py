@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edit_cli.errors import EditError
-from edit_cli.files import reason
 from edit_cli.generate.medium import Job, Medium
-from edit_cli.generate.outputs import slug
+from edit_cli.generate.outputs import check_writable, slug
 from edit_cli.generate.plan import Plan
 from edit_cli.generate.routers import NO_ROUTERS
 from edit_cli.generate.samples import PROMPTS, medium_of, sample_plan, take
@@ -87,13 +85,7 @@ def report_folder(output: str | None) -> Path | None:
             f"--output folder {output!r} cannot be made: its parent does not exist; "
             f"create it with: mkdir -p {output}"
         )
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise EditError(
-            f"--output folder {str(parent)!r} is not writable: {reason(error)}; choose another place"
-        ) from None
+    check_writable(parent, "--output")
     return folder
 
 

@@ -17,7 +17,17 @@ from rich.text import Text
 
 from edit_cli.console import two_columns
 from edit_cli.generate.report import flops
-from edit_cli.profile.trace import EXPLAINED, TITLES, Grid, grid, kinds_table, scale_of, show, shown_runs
+from edit_cli.profile.trace import (
+    EXPLAINED,
+    TITLES,
+    Grid,
+    grid,
+    kinds_table,
+    map_title,
+    scale_of,
+    show,
+    shown_runs,
+)  # fmt: skip
 
 SHADES, ASCII_SHADES = "·░▒▓█", ".-+x#"
 """Nothing, then a quarter of the scale each. The second set where the terminal knows no other characters."""
@@ -53,15 +63,18 @@ def heatmap(
     names = [block["kind"] for block in trace["blocks"]]
     per_row = math.ceil(len(names) / MAX_ROWS)
     starts = range(0, len(names), per_row)
-    labels = [_row_label(names, start, min(start + per_row, len(names))) for start in starts]
+    lasts = [min(start + per_row, len(names)) - 1 for start in starts]
+    labels = [
+        f"{names[first]} {first}" + (f"-{last}" if last > first else "")
+        for first, last in zip(starts, lasts, strict=True)
+    ]
     margin = max(map(len, labels)) + 1
     room = max(8, console.width - margin - 9)
     per_column = math.ceil(len(values) / room)
     columns = range(0, len(values), per_column)
     cell = max(1, min(MAX_CELL, room // len(columns)))
-    title = "dense" if trace["kind"] == "dense" else f"budget {run['name']}, spent {fmean(run['spent']):.3f}"
     text = Text(no_wrap=True)
-    text.append(f"{TITLES[metric]}", "bold").append(f"  {title}\n")
+    text.append(f"{TITLES[metric]}", "bold").append(f"  {map_title(trace, run)}\n")
     for label, start in zip(labels, starts, strict=True):
         text.append(label.rjust(margin - 1) + " ", "dim")
         for column in columns:
@@ -80,11 +93,6 @@ def _draws(console: Console, characters: str) -> bool:
     except (UnicodeEncodeError, LookupError):
         return False
     return True
-
-
-def _row_label(names: Sequence[str], start: int, end: int) -> str:
-    numbers = f"{start}" if end - start == 1 else f"{start}-{end - 1}"
-    return f"{names[start]} {numbers}"
 
 
 def _mean(part: Grid) -> float:

@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,11 @@ def shown_runs(trace: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The runs that get a heatmap: the elastic ones, or the dense run of a dense profile."""
     runs: list[dict[str, Any]] = trace["runs"]
     return runs if trace["kind"] == "dense" else runs[1:]
+
+
+def map_title(trace: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """What stands above a run's heatmap."""
+    return "dense" if trace["kind"] == "dense" else f"budget {run['name']}, spent {fmean(run['spent']):.3f}"
 
 
 def grid(trace: Mapping[str, Any], run: Mapping[str, Any], metric: str, sample: int | None = None) -> Grid:

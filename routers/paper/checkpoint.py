@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..patching import Patches
 from ..spec import WIDTHS, TransformerSpec
-from .headers import ROUTER_PREFIX, ReleaseFile, some
+from .headers import ROUTER_PREFIX, ReleaseFile, misfits, some
 from .headers import is_release_file as is_release_file
 from .headers import read_release as read_release
 from .headers import split_keys as split_keys
@@ -107,18 +107,7 @@ def check_keys(path: object, shapes: Mapping[str, tuple[int, ...]], *modules: tu
     wanted = {
         prefix + name: tuple(t.shape) for prefix, module in modules for name, t in module.state_dict().items()
     }
-    missing = [name for name in wanted if name not in shapes]
-    left_over = [name for name in shapes if name not in wanted]
-    differing = [
-        f"{name} {list(shapes[name])} instead of {list(shape)}"
-        for name, shape in wanted.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    problems = [
-        f"{len(names)} {what}: {some(names)}"
-        for what, names in (("missing", missing), ("left over", left_over), ("of another shape", differing))
-        if names
-    ]
+    problems = misfits(shapes, wanted)
     if problems:
         raise ValueError(
             f"{path} does not fit {type(modules[0][1]).__name__} ({'; '.join(problems)}); "
@@ -155,31 +144,27 @@ def load_release(
             f"{path} has {len(routers)} routers, but {type(transformer).__name__} has {count} blocks"
         )
     check_keys(path, file.shapes, ("", transformer), (ROUTER_PREFIX, routers))
-    weights, router_weights = _map_tensors(file, dtype)
-    transformer.load_state_dict(weights, assign=True)
-    routers.load_state_dict(router_weights, assign=True)
+    tensors = read_tensors(file, dtype)
+    transformer_names, router_names = split_keys(tensors)
+    transformer.load_state_dict({name: tensors[name] for name in transformer_names}, assign=True)
+    weights = {name.removeprefix(ROUTER_PREFIX): tensors[name] for name in router_names}
+    routers.load_state_dict(weights, assign=True)
     for module in (transformer, routers):
         module.requires_grad_(False).eval()
     return transformer, routers
 
 
-def _map_tensors(file: ReleaseFile, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Memory-mapped tensors of the transformer and, with their prefix taken off, of the routers."""
+def read_tensors(file: ReleaseFile, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """All tensors by name, memory-mapped where the dtype is the file's. dtype: None keeps the file's."""
     from safetensors import safe_open
 
-    weights: dict[str, Tensor] = {}
-    router_weights: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for shard, names in file.shards.items():
-        with safe_open(shard, framework="pt") as tensors:
+        with safe_open(shard, framework="pt") as stored:
             for name in names:
-                tensor = tensors.get_tensor(name)
-                if dtype is not None and tensor.dtype != dtype:
-                    tensor = tensor.to(dtype)
-                if name.startswith(ROUTER_PREFIX):
-                    router_weights[name.removeprefix(ROUTER_PREFIX)] = tensor
-                else:
-                    weights[name] = tensor
-    return weights, router_weights
+                tensor = stored.get_tensor(name)
+                tensors[name] = tensor if dtype is None else tensor.to(dtype)
+    return tensors
 
 
 def sigmoid_gelu(x: Tensor) -> Tensor:

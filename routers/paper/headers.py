@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,21 @@ def _read_header(path: Path) -> dict[str, Any]:
     if 8 + length + end > size:
         raise ValueError(f"{path} is truncated: it has {size} bytes of {8 + length + end}; fetch it again")
     return dict(header)
+
+
+def misfits(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with stored names and shapes, up to three keys of each kind."""
+    differing = [
+        f"{name} {list(stored[name])} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if name in stored and tuple(stored[name]) != shape
+    ]
+    kinds = {
+        "missing": [name for name in wanted if name not in stored],
+        "left over": [name for name in stored if name not in wanted],
+        "of another shape": differing,
+    }
+    return [f"{len(names)} {what}: {some(names)}" for what, names in kinds.items() if names]
 
 
 def some(names: list[str]) -> str:

@@ -72,7 +72,9 @@ def test_other_levels_and_boxes(level):
     assert same_surface(dense, decode_hierarchical(sphere(0.6), bounds, 64, 50_000, level), level)
 
 
-@pytest.mark.parametrize("name", ["sphere", "thin plate", "truncated torus"])
+@pytest.mark.parametrize(
+    "name", ["thin plate", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sphere", "truncated torus"))]
+)
 def test_a_tenth_of_the_evaluations_at_256(name):
     calls = []
 

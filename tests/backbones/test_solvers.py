@@ -107,7 +107,10 @@ def test_another_kind_of_scheduler_is_refused() -> None:
         solver(pipe, "ab2").__enter__()
 
 
-@pytest.mark.parametrize("model", ["qwen", "flux", "hunyuan3d-tiny"])
+@pytest.mark.parametrize(
+    "model",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen", "hunyuan3d-tiny")), "flux"],
+)
 def test_solvers_come_nearer_to_many_steps(model: str, request: pytest.FixtureRequest) -> None:
     """In a pipeline, with as many steps: the result of 200 Euler steps is approached more closely."""
     folder = model if "-" in model else str(request.getfixturevalue(f"{model}_folder"))

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 from edit_cli.generate import mesh as mesh_medium
-from edit_cli.generate.cutout import cut_out, open_rgba
+from edit_cli.generate.cutout import cut_out, open_rgba, read_object
 from edit_cli.generate.record import read_mesh as read_record
 from edit_cli.generate.turntable import render, turntable, vertex_normals
 from tests.hunyuan3d_tiny import CONFIG, save_folder
@@ -49,11 +49,11 @@ def desk(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(edit, mesh_folder, tmp_path_factory):
-    """One run in a fresh process that several tests look at."""
+def made(edit_here, mesh_folder, tmp_path_factory):
+    """One run that several tests look at."""
     folder = tmp_path_factory.mktemp("made")
     disc().save(folder / "cat.png")
-    ran = edit(
+    ran = edit_here(
         "generate-3d", "cat.png", "-m", mesh_folder, "-b", "0.6", "--steps", "8", "--seed", "3",
         "-o", "cat.glb", "--preview", "view.png", "--compare", "--json", cwd=folder,
     )  # fmt: skip
@@ -354,3 +354,15 @@ def test_record_is_plain_json(made):
     record = read_record(folder / "cat.glb")
     assert json.loads(json.dumps(record)) == record
     assert record["model_hash"] and record["routers_hash"] and len(record["image_hashes"]) == 1
+
+
+def test_a_picture_is_read_again_once_it_is_another(tmp_path, monkeypatch):
+    """By its relative name in another folder, or because it was written anew."""
+    for name, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        Image.new("RGBA", (9, 9), colour).save("x.png")
+        assert read_object("x.png", "no")[0].getpixel((0, 0)) == Image.new("RGBA", (1, 1), colour).getpixel(
+            (0, 0)
+        )
+    assert read_object("x.png", "no")[0] is read_object("x.png", "no")[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from PIL import Image, ImageDraw
 from edit_cli.errors import RunError
 from edit_cli.generate.record import read_mesh, read_picture
 from edit_cli.generate.session import Session
-from tests.conftest import EDIT, TIMEOUT, edit_environment
+from tests.fresh import TIMEOUT
 
 
 @dataclass
@@ -76,11 +75,11 @@ def desk(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(edit, maker, tmp_path_factory):
-    """Two results of one batch, compared with dense, in a fresh process."""
+def made(edit_here, maker, tmp_path_factory):
+    """Two results of one batch, compared with dense."""
     folder = tmp_path_factory.mktemp("made")
     draw_objects(folder)
-    ran = edit(
+    ran = edit_here(
         *maker.line(*maker.subjects, "-b", "0.6", "--batch-size", "2", "--compare", "--json"),
         "-o", "{prompt}-{seed}" + maker.suffix, "--seed", "3", cwd=folder,
     )  # fmt: skip
@@ -137,7 +136,7 @@ def test_a_result_of_a_batch_is_the_one_made_alone(made, maker, edit_here):
 
 
 def test_a_replay_is_identical_and_says_what_differs(made, maker, edit, edit_here):
-    """The one of a batch is made in its batch again, for rounding depends on the batch's size."""
+    """In a fresh process. The one of a batch is made in its batch again, for rounding depends on its size."""
     folder, _ = made
     name = first(maker, folder, 1).name
     ran = edit(maker.command, "--from", name, "-o", f"again{maker.suffix}", "--json", cwd=folder)
@@ -260,25 +259,20 @@ def test_a_failed_run_names_what_it_kept(maker, desk, edit_here, monkeypatch):
     assert {path.name for path in desk.iterdir()} == {"cat.png", "dog.png", f"x-0{maker.suffix}"}
 
 
-def test_an_interrupt_keeps_finished_results(maker, desk):
+def test_an_interrupt_keeps_finished_results(maker, desk, edit):
     words = maker.line(maker.subjects[0], "-n", "40", "--batch-size", "1", "-o", "x-{seed}" + maker.suffix)
-    process = subprocess.Popen(
-        [str(EDIT), *map(str, words)],
-        cwd=desk, env=edit_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # a shell's background job ignores Ctrl-C, and would pass that on
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    deadline, seen = time.monotonic() + TIMEOUT, desk / f"x-0{maker.suffix}"
-    while not seen.exists() and time.monotonic() < deadline and process.poll() is None:
+    running, first_file = edit.start(*words, cwd=desk), desk / f"x-0{maker.suffix}"
+    deadline = time.monotonic() + TIMEOUT
+    while not first_file.exists() and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 130, err
+    running.send_signal(signal.SIGINT)
+    ran = running.wait()
+    assert ran.code == 130, ran.err
     kept = {path.name for path in desk.iterdir()}
-    assert seen.name in kept and f"x-39{maker.suffix}" not in kept
+    assert first_file.name in kept and f"x-39{maker.suffix}" not in kept
     assert not any(name.startswith(".") for name in kept)
-    (line,) = err.splitlines()
-    assert line.startswith(f"error: interrupted; kept {seen.name}")
+    (line,) = ran.err.splitlines()
+    assert line.startswith(f"error: interrupted; kept {first_file.name}")
     assert set(line.split("kept ")[1].split(", ")) == kept - {"cat.png", "dog.png"}
 
 

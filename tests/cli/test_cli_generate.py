@@ -24,10 +24,10 @@ def pixels(path: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def made(edit, qwen_folder, tmp_path_factory):
+def made(edit_here, qwen_folder, tmp_path_factory):
     """One generation that several tests look at: two prompts, two seeds, one batch, compared with dense."""
     folder = tmp_path_factory.mktemp("made")
-    ran = edit(
+    ran = edit_here(
         "generate", "a cat", "a red dog", "--seed", "1", "2", "-b", "0.6", "--steps", "10", "--compare",
         "--json", "-m", qwen_folder, "-o", "{prompt}-{seed}.png", cwd=folder,
     )  # fmt: skip
@@ -239,7 +239,11 @@ def test_the_papers_release_runs_in_exact_mode(edit_here, tmp_path, qwen_folder)
 
 
 @pytest.mark.parametrize(
-    ("model", "dense", "share"), [("qwen-image", 6.82e15, 30 / 50), ("flux-dev", 2.08e15, 16 / 28)]
+    ("model", "dense", "share"),
+    [
+        pytest.param("qwen-image", 6.82e15, 30 / 50, marks=pytest.mark.slow),
+        ("flux-dev", 2.08e15, 16 / 28),
+    ],
 )
 def test_dry_run_of_a_model_that_is_not_here(edit_here, tmp_path, model, dense, share):
     ran = edit_here("generate", "a cat", "--dry-run", "-b", "0.6", "--json", "-m", model, cwd=tmp_path)

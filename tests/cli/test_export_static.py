@@ -45,7 +45,7 @@ def check_manifest(folder: Path) -> dict:
     return manifest
 
 
-@pytest.mark.parametrize("name", ["qwen_folder", "flux_folder"])
+@pytest.mark.parametrize("name", [pytest.param("qwen_folder", marks=pytest.mark.slow), "flux_folder"])
 def test_static_pictures(name: str, request, tmp_path: Path, edit_here) -> None:
     source = request.getfixturevalue(name)
     out = tmp_path / "small"

@@ -18,9 +18,9 @@ BOX_SIDE = 96  # px of the compared outlines
 
 
 @pytest.mark.parametrize("model", ["qwen-image-tiny", "flux-tiny"])
-def test_pictures_show_what_was_asked_for(edit, model, tmp_path):
+def test_pictures_show_what_was_asked_for(edit_here, model, tmp_path):
     options = ("-m", model, "--budget", "0.6", "-o", "{prompt}.png", "--json")
-    ran = edit("generate", *PROMPTS, *options, cwd=tmp_path)
+    ran = edit_here("generate", *PROMPTS, *options, cwd=tmp_path)
     assert ran.code == 0, ran.err
     assert all(abs(spent - 0.6) <= 0.01 for spent in ran.json["spent"])
     pictures = [Image.open(tmp_path / name) for name in ran.json["outputs"]]
@@ -40,11 +40,11 @@ def silhouette(mesh: trimesh.Trimesh) -> np.ndarray:
     return np.asarray(picture)
 
 
-def test_from_a_prompt_to_a_mesh(edit, tmp_path: Path):
-    drawn = edit("generate", "a cat", "--budget", "0.6", "-o", "cat.png", "--quiet", cwd=tmp_path)
+def test_from_a_prompt_to_a_mesh(edit_here, tmp_path: Path):
+    drawn = edit_here("generate", "a cat", "--budget", "0.6", "-o", "cat.png", "--quiet", cwd=tmp_path)
     assert drawn.code == 0, drawn.err
     options = ("--budget", "0.6", "--octree-resolution", "96", "-o", "cat.glb", "--json")
-    made = edit("generate-3d", "cat.png", *options, cwd=tmp_path)
+    made = edit_here("generate-3d", "cat.png", *options, cwd=tmp_path)
     assert made.code == 0, made.err
     assert made.json["model"] == "hunyuan3d-tiny"
     assert made.json["spent"][0] == pytest.approx(0.6, abs=0.01)
@@ -54,7 +54,7 @@ def test_from_a_prompt_to_a_mesh(edit, tmp_path: Path):
     assert outline_iou(silhouette(mesh), wanted) >= 0.8
 
 
-def test_models_lists_what_is_packaged(edit, tmp_path):
-    ran = edit("models", "--json", cwd=tmp_path)
+def test_models_lists_what_is_packaged(edit_here, tmp_path):
+    ran = edit_here("models", "--json", cwd=tmp_path)
     packaged = [row["name"] for row in ran.json["models"] if row["packaged"]]
     assert packaged == ["qwen-image-tiny", "flux-tiny", "hunyuan3d-tiny"]

@@ -15,7 +15,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.conftest import EDIT, TIMEOUT, edit_environment
+from tests.conftest import EDIT, edit_environment
+from tests.fresh import TIMEOUT
 
 PICTURES, MESHES = "{pictures}", "{meshes}"  # stand for the random models' folders
 TRAIN = ["-o", "b", "--method", "train"]
@@ -131,15 +132,13 @@ def test_killed_and_resumed_it_ends_as_in_one_go(edit, desk, qwen_folder) -> Non
     assert whole.code == 0, whole.err
     kept = desk / ".c.calibrate-state" / "train.safetensors"
     command = [*SHORT, *steps, "-o", "c", "--quiet"]
-    running = subprocess.Popen(
-        [str(EDIT), "calibrate", "-m", str(qwen_folder), *command], cwd=desk, env=edit_environment()
-    )
+    running = edit.start("calibrate", "-m", qwen_folder, *command, cwd=desk)
     end = time.monotonic() + TIMEOUT
     while not kept.exists():
         assert running.poll() is None and time.monotonic() < end
         time.sleep(0.01)
     running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL and not (desk / "c").exists()
+    assert running.wait().code == -signal.SIGKILL and not (desk / "c").exists()
     ran = edit("calibrate", "-m", qwen_folder, *command, "--resume", cwd=desk)
     assert ran.code == 0, ran.err
     one, two = (load_file(desk / name / "routers.safetensors") for name in ("b", "c"))

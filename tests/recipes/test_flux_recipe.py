@@ -308,6 +308,7 @@ def test_vae_step_trains_both_halves_and_writes_the_folder(runs, tmp_path, monke
     assert posterior.mean.std() > 0
 
 
+@pytest.mark.slow
 def test_dit_probe_grid_export(runs, tmp_path, micro, monkeypatch, capsys):
     from diffusers import FluxPipeline
 

@@ -137,6 +137,7 @@ def test_sizes_make_batches_of_equal_work_and_small_ones_come_first():
     assert 0.06 < sum(key == "192x192" for key, _ in late) / 300 < 0.2
 
 
+@pytest.mark.slow
 def test_latents_dit_elastic_decoder(runs, tmp_path, micro, monkeypatch, capsys):
     """Every step runs from the files of the one before, and resumes."""
     run_step(monkeypatch, latents, "--data", runs / "data", "--vae", runs / "vae", "--out",

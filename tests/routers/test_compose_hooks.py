@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from routers.elastic import Elastic
 from routers.policy import FixedPolicy, OpenPolicy
 from routers.trace import FULL, SKIP
-from tests.block_kinds import CASES, Case
+from tests.block_kinds import BY_CLASS, CASES, Case
 
 TIMES = (0.9, 0.7, 0.5)
 CPU = torch.device("cpu")
@@ -46,10 +46,19 @@ OFFLOADS: dict[str, Apply] = {
     "groups of blocks on disk": _group("block_level", disk=True),
     "groups of leaves on disk": _group("leaf_level", disk=True),
 }
+QUICK = {("before", case.name) for case in CASES if case.name != "hunyuan3d-2-guided"} | {("after", "qwen")}
+ORDERS = [
+    pytest.param(
+        case, when, id=f"{case.name}-{when}", marks=() if (when, case.name) in QUICK else pytest.mark.slow
+    )
+    for case in CASES
+    for when in ("before", "after")
+]
+"""Each model with hooks set before the routers are attached; after that, the first of them stands for all."""
 CASTS: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
+@pytest.fixture(params=BY_CLASS)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
@@ -72,12 +81,17 @@ def elastic_run(case: Case, model: nn.Module, elastic: Elastic) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@functools.cache
+def without_hooks(case: Case) -> tuple[Tensor, Tensor]:
+    """What the model gives, dense and elastic."""
+    model = case.transformer()
+    return trajectory(case, model), elastic_run(case, model, Elastic(model, case.spec))
+
+
+@pytest.mark.parametrize(("case", "when"), ORDERS)
 @pytest.mark.parametrize("how", OFFLOADS)
 def test_offloaded_weights_give_the_same(case: Case, how: str, when: str, tmp_path: Path) -> None:
-    plain = case.transformer()
-    dense = trajectory(case, plain)
-    expected = elastic_run(case, plain, Elastic(plain, case.spec))
+    dense, expected = without_hooks(case)
     model = case.transformer()
     if when == "before":
         OFFLOADS[how](model, tmp_path)
@@ -112,7 +126,7 @@ def test_offloaded_adapters_give_the_same(case: Case, how: str, tmp_path: Path) 
     assert (elastic_run(case, model, Elastic(model, case.spec)) - expected).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("case", "when"), ORDERS)
 @pytest.mark.parametrize("storage", CASTS)
 def test_weights_stored_in_fewer_bits_give_the_same(case: Case, storage: str, when: str) -> None:
     """diffusers' layerwise casting: weights are stored in one dtype and computed with in another."""

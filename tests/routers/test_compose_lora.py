@@ -15,7 +15,7 @@ from routers.attachment import architecture
 from routers.elastic import Elastic
 from routers.policy import FixedPolicy, OpenPolicy
 from routers.trace import FULL, SKIP
-from tests.block_kinds import CASES, Case
+from tests.block_kinds import BY_CLASS, Case
 
 TIMES = (0.9, 0.7, 0.5)
 RATIOS = (0.25, 0.5, 0.75)
@@ -25,7 +25,7 @@ TOLERANCE = 2e-5
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a", "ignore:Already following")
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
+@pytest.fixture(params=BY_CLASS)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 

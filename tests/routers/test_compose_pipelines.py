@@ -16,7 +16,7 @@ from routers.elastic import Elastic
 from routers.policy import FixedPolicy, OpenPolicy
 from routers.spec import TransformerSpec
 from routers.trace import FULL, REUSE, SKIP
-from tests.block_kinds import CASES, Case
+from tests.block_kinds import BY_CLASS, CASES, Case
 from tests.routers.packaged import QWEN as TINY
 
 TIMES = (0.9, 0.7, 0.5)
@@ -26,7 +26,7 @@ CONTROL_KEYS = (
 )  # fmt: skip
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
+@pytest.fixture(params=BY_CLASS)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
@@ -243,35 +243,40 @@ def compilable(case: Case, model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def test_blocks_compile_once_per_kind_and_width() -> None:
+QUICK_TO_COMPILE = [
+    pytest.param(case, id=case.name, marks=() if case.name == "qwen" else pytest.mark.slow) for case in CASES
+]
+
+
+@pytest.mark.parametrize("case", QUICK_TO_COMPILE)
+def test_blocks_compile_once_per_kind_and_width(case: Case) -> None:
     """At most one graph for each block kind and width, none broken, and no more of them in later steps."""
     from torch._dynamo.testing import CompileCounter
     from torch._dynamo.utils import counters
 
-    for case in CASES:
-        torch._dynamo.reset()
-        counters.clear()
-        count = CompileCounter()
-        model = case.transformer()
-        dense = torch.stack([case.run(model, 2, t) for t in TIMES])
-        for block in compilable(case, model):
-            block.compile(backend=count)
-        elastic = Elastic(model, case.spec)
-        blocks = len(elastic.blocks)
-        with elastic.scope(policy=OpenPolicy()):
-            assert torch.equal(torch.stack([case.run(model, 2, t) for t in TIMES]), dense)
-        codes = (SKIP, REUSE, 0, 1, 2, FULL)
-        plan = np.array([[FULL] * blocks, *([codes[(b + s) % 6] for b in range(blocks)] for s in range(6))])
-        frames = []
-        for _ in range(2):
-            with elastic.scope(policy=FixedPolicy(plan)):
-                for step in range(len(plan)):
-                    case.run(model, 2, 0.9 - 0.1 * step)
-            frames.append(count.frame_count)
-        kinds = {block.spec.kind for block in elastic.blocks}
-        assert count.frame_count <= 4 * len(kinds), f"{case.name}: {frames}"
-        assert frames[0] == frames[1], f"{case.name}: recompiled in a second run"
-        assert sum(counters["graph_break"].values()) == 0, f"{case.name}: {dict(counters['graph_break'])}"
+    torch._dynamo.reset()
+    counters.clear()
+    count = CompileCounter()
+    model = case.transformer()
+    dense = torch.stack([case.run(model, 2, t) for t in TIMES])
+    for block in compilable(case, model):
+        block.compile(backend=count)
+    elastic = Elastic(model, case.spec)
+    blocks = len(elastic.blocks)
+    with elastic.scope(policy=OpenPolicy()):
+        assert torch.equal(torch.stack([case.run(model, 2, t) for t in TIMES]), dense)
+    codes = (SKIP, REUSE, 0, 1, 2, FULL)
+    plan = np.array([[FULL] * blocks, *([codes[(b + s) % 6] for b in range(blocks)] for s in range(6))])
+    frames = []
+    for _ in range(2):
+        with elastic.scope(policy=FixedPolicy(plan)):
+            for step in range(len(plan)):
+                case.run(model, 2, 0.9 - 0.1 * step)
+        frames.append(count.frame_count)
+    kinds = {block.spec.kind for block in elastic.blocks}
+    assert count.frame_count <= 4 * len(kinds), f"{case.name}: {frames}"
+    assert frames[0] == frames[1], f"{case.name}: recompiled in a second run"
+    assert sum(counters["graph_break"].values()) == 0, f"{case.name}: {dict(counters['graph_break'])}"
 
 
 # -- LoRA files on the packaged model --------------------------------------------------------------
@@ -314,7 +319,7 @@ def load_lora(pipe: Any, folder: Path) -> None:
     pipe.load_lora_weights(folder, weight_name="lora.safetensors", adapter_name="style")
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_a_lora_file_on_the_packaged_model(lora_folder: Path, when: str) -> None:
     pipe, reference = tiny(), tiny()
     plain = picture(reference)
@@ -356,6 +361,7 @@ def test_a_transformer_compiled_as_a_whole_is_refused(case: Case) -> None:
         Elastic(model, case.spec)
 
 
+@pytest.mark.parametrize("case", QUICK_TO_COMPILE)
 def test_blocks_compiled_while_attached_stay_compiled_after(case: Case) -> None:
     torch._dynamo.reset()
     model = case.transformer()

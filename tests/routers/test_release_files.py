@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
-import subprocess
-import sys
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -280,47 +281,36 @@ def test_header_is_all_that_is_read(file: Path, weights: dict[str, Tensor]) -> N
 
 # -- memory ------------------------------------------------------------------------------------
 
-MEASURE = """
-import re, sys
-import torch
-from diffusers import QwenImageTransformer2DModel
-from backbones.qwen_image import TRANSFORMER
-from routers.paper.checkpoint import load_release
 
-def resident(kind):
-    return int(re.search(kind + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
-
-def build():
-    return QwenImageTransformer2DModel(
-        num_layers=4, attention_head_dim=64, num_attention_heads=8, joint_attention_dim=256,
-        axes_dims_rope=(16, 24, 24),
+def resident() -> np.ndarray:
+    """MiB of this process in memory: all, and what is its own and not a file's."""
+    status = Path("/proc/self/status").read_text()
+    return np.array(
+        [int(re.search(rf"{kind}:\s+(\d+) kB", status)[1]) / 1024 for kind in ("VmRSS", "RssAnon")]
     )
-
-before = resident("VmRSS"), resident("RssAnon")
-modules = load_release(sys.argv[1], build, TRANSFORMER)
-loaded = resident("VmRSS") - before[0]
-total = sum(p.sum().item() for module in modules for p in module.parameters())
-print(loaded, resident("VmRSS") - before[0], resident("RssAnon") - before[1], total)
-"""
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_checkpoint_is_mapped_and_never_copied(tmp_path: Path) -> None:
     """Loading costs next to nothing; using every weight costs the file once, in pages that can be dropped."""
-    with init_empty_weights(include_buffers=False):
-        transformer = QwenImageTransformer2DModel(
+
+    def build_large() -> Any:
+        return QwenImageTransformer2DModel(
             num_layers=4, attention_head_dim=64, num_attention_heads=8, joint_attention_dim=256,
             axes_dims_rope=(16, 24, 24),
         )  # fmt: skip
-        routers = nn.ModuleList(ReleaseRouter(512) for _ in range(4))
+
+    with init_empty_weights(include_buffers=False):
+        transformer, routers = build_large(), nn.ModuleList(ReleaseRouter(512) for _ in range(4))
     shapes = {**transformer.state_dict(), **{ROUTER_PREFIX + k: v for k, v in routers.state_dict().items()}}
     path = tmp_path / "model.safetensors"
     size = sparse_file(path, {name: list(tensor.shape) for name, tensor in shapes.items()}) / 2**20
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    loaded, read, anonymous, total = (float(x) for x in done.stdout.split())
+    gc.collect()
+    before = resident()
+    modules = load_release(path, build_large, TRANSFORMER)
+    loaded, _ = resident() - before
+    total = sum(p.sum().item() for module in modules for p in module.parameters())
+    read, anonymous = resident() - before
     assert size > 100
     assert total == 0.0
     assert loaded < 0.2 * size, f"loading took {loaded:.0f} MiB of {size:.0f}"
