@@ -3,8 +3,8 @@
     python -m backbones.tiny.recipes.shapes.sheet [--budgets 1.0 0.6 0.4] [--out FILE.png]
 
 Runs the packaged folder with its own bundle if it has one, as `edit generate-3d --budget` does, and reports
-mean volumetric IoU with the true shape and with the dense result. The sheet shows [picture | true | generated at
-each budget]. Ends with one JSON line.
+mean volumetric IoU with the true shape and with the dense result. The sheet shows [picture | true | generated
+at each budget]. Ends with one JSON line.
 """
 
 import argparse
