@@ -44,6 +44,8 @@ def edit_bare() -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def edit_here() -> Callable[..., Ran]:
     """Like `edit`, but in this process: saves importing torch again where a fresh process proves nothing."""
+    from rich.console import Console
+
     from edit_cli import console
     from edit_cli.main import main
 
@@ -52,6 +54,7 @@ def edit_here() -> Callable[..., Ran]:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(cwd)
             patch.setattr(os, "environ", edit_environment())
+            patch.setattr(Console, "_environ", os.environ)  # rich remembers the one it was imported with
             for name, stream in (("stdout", out), ("stderr", err)):
                 patch.setattr(sys, name, stream)
             if stdin is not None:
