@@ -13,12 +13,12 @@ from functools import cached_property
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from .cost import hidden_units
 from .policy import Units
-from .spec import BlockSpec, TransformerSpec
+from .rows import RowPicker, rows_back, rows_first
+from .spec import BlockSpec, RowsAt, TransformerSpec
 
 if TYPE_CHECKING:
     from .width import MlpSlicer
@@ -34,6 +34,7 @@ class Block:
             )
         self.index, self.spec, self.module, self.router = index, spec, module, router
         self.names = argument_names(module)
+        self.picker = RowPicker(spec)
         self.compiled: Any = None
         missing = {*spec.streams, *spec.batched, spec.modulation or self.names[0]} - set(self.names)
         if missing:
@@ -45,33 +46,33 @@ class Block:
         """Arguments by name; blocks are called positionally under gradient checkpointing."""
         return by_name(self.names, args, kwargs)
 
-    def streams(self, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The residual streams `[B, L, D]` of a call, image first."""
-        return tuple(inputs[name] for name in self.spec.streams)
+    def streams(self, inputs: Mapping[str, Any], rows: int = 1) -> tuple[Tensor, ...]:
+        """The residual streams `[B, L, D]` of a call, image first.
 
-    def unpack(self, output: Any) -> tuple[Tensor, ...]:
-        """The residual streams of an output, in the order of `streams`."""
-        return tuple(output[i] for i in self.spec.returns) if self.spec.returns else (output,)
+        rows: B, needed where each row has several entries `[B * F, L, D]`: these become `[B, F, L, D]`.
+        """
+        return tuple(rows_first(inputs[name], self._place(name), rows) for name in self.spec.streams)
+
+    def unpack(self, output: Any, before: Sequence[Tensor] = (), rows: int = 1) -> tuple[Tensor, ...]:
+        """The residual streams of an output, in the order of `streams`; one that ends here as before."""
+        values = [output[i] for i in self.spec.returns] if self.spec.returns else [output]
+        named = zip(self.spec.streams, values, strict=True)
+        return tuple(
+            before[i] if x is None else rows_first(x, self._place(name), rows)
+            for i, (name, x) in enumerate(named)
+        )
 
     def pack(self, streams: Sequence[Tensor]) -> Any:
-        """Inverse of `unpack`."""
+        """Inverse of `unpack`; further outputs, which nothing reads, are None."""
+        named = zip(self.spec.streams, streams, strict=True)
+        values = [rows_back(x, self._place(name)) for name, x in named]
         if not self.spec.returns:
-            return streams[0]
-        placed = sorted(zip(self.spec.returns, streams, strict=True), key=lambda pair: pair[0])
-        return tuple(stream for _, stream in placed)
+            return values[0]
+        placed = dict(zip(self.spec.returns, values, strict=True))
+        return tuple(placed.get(i) for i in range(max(self.spec.arity, len(placed))))
 
-    def gather(self, inputs: Mapping[str, Any], index: Tensor, rows: int) -> dict[str, Any]:
-        """The arguments for the rows in `index`; a modulation of k*B rows is cut in each of its k parts."""
-        names = (*self.spec.streams, *self.spec.batched, self.spec.modulation)
-        picked = dict(inputs)
-        for name, value in inputs.items():
-            if isinstance(value, Mapping):
-                picked[name] = _gather_inside(value, index, rows)
-            elif name in names and isinstance(value, Tensor) and value.dim() and value.shape[0] >= rows > 1:
-                parts = value.shape[0] // rows
-                at = index if parts == 1 else torch.cat([index + part * rows for part in range(parts)])
-                picked[name] = value.index_select(0, at)
-        return picked
+    def _place(self, stream: str) -> RowsAt | None:
+        return self.picker.places.get(stream)
 
     def adopt_compiled(self) -> None:
         """Take over `module.compile()`, so that deciding stays outside of what is compiled."""
@@ -97,7 +98,9 @@ class Block:
         Compiled blocks would recompile for every mix.
         """
         compiled = self.compiled or self.module._compiled_call_impl
-        return compiled is None and not any(mlp.in_offset or mlp.out_offset for mlp in self.spec.mlps)
+        elsewhere = any(self._place(name) for name in self.spec.streams)
+        alone = all(mlp.per_row and not (mlp.in_offset or mlp.out_offset) for mlp in self.spec.mlps)
+        return compiled is None and alone and not elsewhere
 
     def run(
         self,
@@ -142,20 +145,6 @@ class Block:
         return (self.spec.kind, *(tuple(p.shape) for p in self.module.parameters()))
 
 
-def _gather_inside(value: Any, index: Tensor, rows: int) -> Any:
-    """What a mapping of keyword arguments holds, for the rows in `index`: there, a tensor whose first
-    dimension is the batch's belongs to its rows (IP-Adapter's embeddings, for one).
-    """
-    if isinstance(value, Tensor):
-        return value.index_select(0, index) if value.dim() and value.shape[0] == rows > 1 else value
-    if isinstance(value, Mapping):
-        return {name: _gather_inside(inner, index, rows) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        inside = [_gather_inside(inner, index, rows) for inner in value]
-        return tuple(inside) if isinstance(value, tuple) else inside
-    return value
-
-
 def argument_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a module's forward, in order."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
@@ -170,11 +159,16 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def call_shapes(inputs: Mapping[str, Any]) -> Shapes:
-    """Names and shapes of the tensors of a call, also of those in a mapping or list (conditions by name)."""
+    """Names and shapes of the tensors of a call, also of those in a mapping or list (conditions by name).
+
+    Words count too: they say in which of its modes a transformer is called.
+    """
     shapes: list[tuple[str, tuple[int, ...]]] = []
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             shapes.append((name, tuple(value.shape)))
+        elif isinstance(value, str):
+            shapes.append((f"{name}={value}", ()))
         elif isinstance(value, Mapping):
             shapes += [(f"{name}.{inner}", shape) for inner, shape in call_shapes(value)]
         elif isinstance(value, list | tuple) and any(isinstance(x, Tensor) for x in value):
@@ -208,5 +202,10 @@ def _spec_of(module: nn.Module, specs: Sequence[BlockSpec]) -> BlockSpec:
 
 def segments(blocks: Sequence[Block]) -> Units:
     """Stretches of blocks on the same residual streams: (first, last) block of each."""
-    starts = [i for i, b in enumerate(blocks) if i == 0 or b.spec.streams != blocks[i - 1].spec.streams]
+
+    def starts_anew(block: Block, before: Block) -> bool:
+        others = block.spec.streams != before.spec.streams
+        return others or (block.spec.fresh and block.spec.path != before.spec.path)
+
+    starts = [i for i, block in enumerate(blocks) if i == 0 or starts_anew(block, blocks[i - 1])]
     return tuple(zip(starts, [*(s - 1 for s in starts[1:]), len(blocks) - 1], strict=True))

@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .rows import same
+
 Streams = tuple[Tensor, ...]
 Rows = Sequence[int]
 Weights = tuple[float, ...] | Tensor
@@ -148,7 +150,7 @@ class ResidualCache:
             for a, b in zip(here, after, strict=True):
                 if len(a.after) != len(b.before):
                     return False
-                if any(x is not y for x, y in zip(a.after, b.before, strict=True)):
+                if not all(same(x, y) for x, y in zip(a.after, b.before, strict=True)):
                     return False
         return True
 
@@ -192,17 +194,25 @@ def _extrapolate(deltas: list[Streams], times: list[Tensor], time: Tensor) -> St
     """From one delta: itself. From two, newest first: on the straight line through them."""
     if len(deltas) == 1:
         return deltas[0]
-    weight = ((time - times[1]) / (times[0] - times[1])).reshape(-1, 1, 1)
+    weight = (time - times[1]) / (times[0] - times[1])
     # older + weight * (newest - older): weight 1 repeats the newest, beyond 1 extrapolates.
-    return tuple(torch.lerp(o, n, weight.to(n.dtype)) for n, o in zip(*deltas, strict=True))
+    return tuple(torch.lerp(o, n, _per_row(weight, n)) for n, o in zip(*deltas, strict=True))
+
+
+def _per_row(weights: Tensor, x: Tensor) -> Tensor:
+    """Weights `[R']` in the shape and dtype to multiply streams `[R', ..., D]` with."""
+    return weights.reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype)
 
 
 def _weighted(deltas: list[Streams], weights: Weights) -> Streams:
     """The weighted sum of deltas, newest first; weights of passes that are not there must be 0."""
     if isinstance(weights, Tensor):
-        factors = [w.reshape(-1, 1, 1).to(deltas[0][0].dtype) for w in weights[:, : len(deltas)].unbind(1)]
+        factors = weights[:, : len(deltas)].unbind(1)
         streams_P = zip(*deltas, strict=True)
-        return tuple(_sum([d * w for d, w in zip(stream_P, factors, strict=True)]) for stream_P in streams_P)
+        return tuple(
+            _sum([d * _per_row(w, d) for d, w in zip(stream_P, factors, strict=True)])
+            for stream_P in streams_P
+        )
     known = [(streams, w) for streams, w in zip(deltas, weights, strict=False) if w] or [(deltas[0], 0.0)]
     totals = [d * known[0][1] for d in known[0][0]]
     for streams, w in known[1:]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from .router import router_flops
+from .rows import tensors_held
 from .spec import MlpSpec
 
 if TYPE_CHECKING:
@@ -39,12 +41,14 @@ _HOOK_ATTRIBUTES = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook", "_
 class BlockCost:
     """FLOPs of one block for one row: `dense` at full width, of which `mlp` scales with the width.
 
-    note: for people, where the block could not be counted on the meta device.
+    note: for people, where the block could not be counted on the meta device. fills: whether the block fills
+    an argument that later calls read (a key-value cache).
     """
 
     dense: float
     mlp: float
     note: str = ""
+    fills: bool = False
 
     def at(self, width: float) -> float:
         """FLOPs with the image MLP at `width` in (0, 1]."""
@@ -53,22 +57,26 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class CallCost:
-    """FLOPs of a transformer call for one row: of its blocks, of what is around them, of one router."""
+    """FLOPs of a transformer call for one row: of its blocks, of what is around them, of one router.
+
+    together: why its rows must decide together, "" if each may go its own way.
+    """
 
     blocks: list[BlockCost]
     outside: float
     router: float
+    together: str = ""
 
 
 class Costs:
     """What the calls of a transformer cost, counted once for each set of shapes.
 
     A pass with closed blocks shows what each is called with. seen: these calls, None while nothing is
-    counted. notes: for people, on how it was counted.
+    counted. notes: for people, on how it was counted. per_row: see `TransformerSpec`.
     """
 
-    def __init__(self, transformer: nn.Module, blocks: Sequence[Block]) -> None:
-        self.transformer, self.blocks = transformer, blocks
+    def __init__(self, transformer: nn.Module, blocks: Sequence[Block], per_row: bool = True) -> None:
+        self.transformer, self.blocks, self.per_row = transformer, blocks, per_row
         self.seen: list[tuple[Block, tuple[Any, ...], dict[str, Any]]] | None = None
         self.notes: list[str] = []
         self._counted: dict[Any, CallCost] = {}
@@ -104,10 +112,12 @@ class Costs:
     def _count(self, seen: list[Any], rows: int, outside: float) -> CallCost:
         known: dict[Any, BlockCost] = {}
         costs, routers = [], [0.0]
+        together = "" if self.per_row or rows == 1 else "its blocks cannot tell them apart"
         for block, args, kwargs in seen:
-            signature = block.signature()
+            signature, inputs = block.signature(), block.bind(args, kwargs)
+            together = together or (block.picker.obstacle(inputs, rows) if rows > 1 else "")
             if signature not in known:
-                tokens = [stream.shape[1] for stream in block.streams(block.bind(args, kwargs))]
+                tokens = [stream.shape[:-1].numel() // rows for stream in block.streams(inputs)]
                 cost = block_cost(block.module, block.spec.mlps, args, kwargs, rows, tokens[0])
                 known[signature] = cost
                 if block.router is not None:
@@ -115,7 +125,7 @@ class Costs:
                 if cost.note and cost.note not in self.notes:
                     self.notes.append(cost.note)
             costs.append(known[signature])
-        return CallCost(costs, outside, max(routers))
+        return CallCost(costs, outside, max(routers), together)
 
 
 def meta_twin(module: nn.Module) -> nn.Module:
@@ -140,10 +150,14 @@ def meta_twin(module: nn.Module) -> nn.Module:
 
 def _own(value: Any) -> Any:
     """A copy of what a call may fill: containers, and objects with a state that are not modules."""
-    if type(value) in (list, dict, set):
+    if type(value) in (list, tuple):
+        return type(value)(_own(inner) for inner in value)
+    if type(value) is dict:
+        return {name: _own(inner) for name, inner in value.items()}
+    if type(value) is set:
         return copy.copy(value)
     shared = isinstance(value, (Tensor, nn.Module, ModuleType, Mapping, type)) or isroutine(value)
-    if shared or not hasattr(value, "__dict__"):
+    if shared or not isinstance(getattr(value, "__dict__", None), dict):
         return value
     twin = copy.copy(value)
     twin.__dict__.update({name: _own(inner) for name, inner in vars(value).items()})
@@ -194,9 +208,32 @@ def autocast_on_meta() -> Iterator[None]:
 def count_flops(function: Any, *args: Any, **kwargs: Any) -> float:
     """FLOPs of one call by torch.utils.flop_counter, fused attention included on every device."""
     formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with torch.no_grad(), flex_as_dense(), counter:
         function(*args, **kwargs)
     return float(counter.get_total_flops())
+
+
+@contextmanager
+def flex_as_dense() -> Iterator[None]:
+    """Let FlexAttention be dense attention inside the context, as the counter counts it: for calls whose
+    values do not matter. It runs neither on the meta device nor, uncompiled, while functions are followed.
+    """
+    flex: Any = sys.modules.get("torch.nn.attention.flex_attention")
+    if flex is None:
+        yield
+        return
+
+    def dense(
+        query: Tensor, key: Tensor, value: Tensor, *_args: Any, enable_gqa: bool = False, **_: Any
+    ) -> Any:
+        return nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=enable_gqa)
+
+    original, flex.flex_attention = flex.flex_attention, dense
+    try:
+        yield
+    finally:
+        flex.flex_attention = original
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> int:
@@ -247,9 +284,11 @@ def block_cost(
     Runs on the meta device, or once for real where that is impossible. Errors of that run are raised.
     """
     note = ""
+    args, kwargs = _own(args), _own(dict(kwargs))  # what it fills must not be the caller's
+    held = {id(tensor) for tensor in tensors_held([args, kwargs])}
     try:
-        total, seen = _count_block(meta_twin(block), mlps, to_meta(args), to_meta(dict(kwargs)))
-    except (NotImplementedError, RuntimeError, TypeError) as error:
+        total, seen = _count_block(meta_twin(block), mlps, to_meta(args), to_meta(kwargs))
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         if not _needs_values(error):
             raise
         first = next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -263,7 +302,8 @@ def block_cost(
         inner = in_features(block.get_submodule(mlp.in_linear))
         outer = out_features(block.get_submodule(mlp.out_linear))
         narrows += 2.0 * (count or rows * tokens) * hidden_units(block, mlp) * (inner + outer)
-    return BlockCost(dense=total / rows, mlp=narrows / rows, note=note)
+    fills = {id(tensor) for tensor in tensors_held([args, kwargs])} != held
+    return BlockCost(total / rows, narrows / rows, note, fills)
 
 
 def _count_block(
@@ -311,7 +351,7 @@ def count_linears(root: nn.Module, exclude: Iterable[nn.Module]) -> Iterator[lis
     handles = [
         m.register_forward_hook(record)
         for m in root.modules()
-        if isinstance(m, (nn.Linear, nn.Conv2d)) and id(m) not in inside
+        if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and id(m) not in inside
     ]
     try:
         yield flops

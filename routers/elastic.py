@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .block import Block, argument_names, by_name, call_shapes, find_blocks, segments
 from .cost import Costs
@@ -25,6 +25,7 @@ from .forward import Watch, carry_out
 from .patching import COMPILED_WHOLE, Patches, check_call, check_run, learns_order
 from .policy import OpenPolicy, Policy, RunInfo
 from .router import RouterStack
+from .rows import copied, count_rows, row_times, tensors_in
 from .run import ATTACH_AGAIN, Call, Run
 from .runs import Runs
 from .spec import TransformerSpec
@@ -59,7 +60,7 @@ class Elastic(Watch):
         check_run(transformer)
         self.segments = segments(self.blocks)
         self.names = argument_names(transformer)
-        self._costs = Costs(transformer, self.blocks)
+        self._costs = Costs(transformer, self.blocks, spec.per_row)
         self._runs = Runs(transformer, self._start_run, pipe)
         self._scope: _Scope | None = None
         self._context: str | None = None
@@ -196,11 +197,13 @@ class Elastic(Watch):
             block.adopt_compiled()
         if learns_order(self.transformer) and vars(self.transformer)["forward"] is self._own:
             original = self._patch_again(args, kwargs)
-        sample: Tensor = inputs[self.spec.sample]
-        rows, shapes = sample.shape[0], call_shapes(inputs)
-        time = torch.as_tensor(inputs[self.spec.timestep], device=sample.device).float().flatten()
+        sample = inputs[self.spec.sample]
+        rows, shapes, device = count_rows(sample), call_shapes(inputs), tensors_in(sample)[0].device
+        time = row_times(inputs[self.spec.timestep], rows, device)
         run, name = self._runs.of_call(time, self._context)
-        cost = self._costs.of_call(shapes, rows, lambda: original(*args, **kwargs), self._densely)
+        cost = self._costs.of_call(
+            shapes, rows, lambda: original(*copied(args), **copied(kwargs)), self._densely
+        )
         for note in self._costs.notes:
             run.trace.note(note)
         with self.timed("call"):
@@ -213,7 +216,7 @@ class Elastic(Watch):
                     with self.timed("router"):
                         if run.routers is None:  # anew in every run, because training changes them
                             stacked = [block.router for block in self.blocks]
-                            run.routers = RouterStack.at(stacked, run.info.budget, sample.device)
+                            run.routers = RouterStack.at(stacked, run.info.budget, device)
                         run.routers.read(call)
                 run.end(call)
             finally:

@@ -190,7 +190,7 @@ def carry_out(
     watch: Watch,
 ) -> Any:
     """A block in a call: every group of rows does what was decided for it."""
-    before = block.streams(inputs)
+    before = block.streams(inputs, call.info.rows)
     call.enter(block.index, before)
     groups = call.groups[block.index]
     if groups is None:
@@ -199,7 +199,7 @@ def carry_out(
     elif call.reads:
         with watch.timed("router", block.index):
             modulation = inputs.get(block.spec.modulation) if block.spec.modulation else None
-            call.pooled.append((before[0].mean(dim=1), modulation))
+            call.pooled.append((before[0].flatten(1, -2).mean(dim=1), modulation))
     if groups[0].index is None:
         call.left = _do(block, call, groups[0], original, inputs, before, watch)
         return block.pack(call.left)
@@ -213,8 +213,8 @@ def carry_out(
         if group.code == REUSE:
             rows = tuple(stream.index_select(0, index) for stream in before)
         else:
-            part = block.gather(inputs, index, call.branch.rows)
-            rows = block.streams(part)
+            part = block.picker.pick(inputs, index, call.branch.rows)
+            rows = block.streams(part, len(group.rows or ()))
         after = _do(block, call, group, original, part, rows, watch)
         for stream, rows_after in zip(total, after, strict=True):
             stream.index_copy_(0, index, rows_after)
@@ -237,7 +237,8 @@ def _do(
     if group.code == REUSE:
         with watch.timed("cache", block.index):
             return _reuse(group, time, call.order, before)
-    after = block.unpack(block.run(original, inputs, WIDTHS[group.code], group.parts))
+    output = block.run(original, inputs, WIDTHS[group.code], group.parts)
+    after = block.unpack(output, before, call.info.rows if group.rows is None else len(group.rows))
     if watch.observer is not None:
         watch.observer(Computed(block, call, original, inputs, before, after))
     with watch.timed("cache", block.index):

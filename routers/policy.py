@@ -9,7 +9,7 @@ Shapes: R rows, N blocks, U units of blocks, P cached passes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,6 +74,19 @@ class Decision:
     weights: NDArray[np.float32] | None = None
     order: int = 0
     peer: tuple[str, NDArray[np.float32]] | None = None
+
+    def of_all(self) -> Decision:
+        """What was decided for the first row, for every row."""
+
+        def first(x: NDArray[Any]) -> NDArray[Any]:
+            return np.repeat(x[:1], len(x), axis=0)
+
+        return replace(
+            self,
+            actions=first(self.actions),
+            weights=None if self.weights is None else first(self.weights),
+            peer=None if self.peer is None else (self.peer[0], first(self.peer[1])),
+        )
 
 
 class Policy(Protocol):

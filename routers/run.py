@@ -23,8 +23,9 @@ from .cache import ResidualCache, Streams
 from .cost import CallCost
 from .forward import Group, place, plan_groups, shared_weights
 from .policy import CallInfo, Decision, Policy, RunInfo, Units
+from .rows import same
 from .spec import WIDTHS
-from .trace import REUSE, Actions, CallRecord, Trace, feasible
+from .trace import FULL, REUSE, Actions, CallRecord, Trace, feasible
 
 if TYPE_CHECKING:
     from .router import RouterStack
@@ -116,7 +117,7 @@ class Call:
         self.entered += 1
         if block in self.branch.starts:
             self.entry = before
-        elif any(now is not then for now, then in zip(before, self.left, strict=True)):
+        elif not all(same(now, then) for now, then in zip(before, self.left, strict=True)):
             moved = zip(self.entry, before, self.left, strict=True)
             self.entry = tuple(entry + (now - then) for entry, now, then in moved)
 
@@ -170,11 +171,22 @@ class Run:
         return branch
 
     def begin(self, branch: Branch, time_: Tensor, cost: CallCost) -> Call:
-        """Decide a call. time_: `[R]` on the device."""
+        """Decide a call. time_: `[R]` on the device.
+
+        Where blocks fill an object that later calls read, all of them run. Where rows cannot be told apart,
+        they do what was decided for the first one.
+        """
         info = self._call_info(branch, cost)
         decision = self.policy.decide(info, self._read(branch))
         branch.keep(decision.units or single_blocks(info), decision.depth)
         actions = feasible(decision.actions, info.available)
+        if any(block.fills for block in cost.blocks):
+            actions = np.full_like(actions, FULL)
+        if cost.together:
+            if (actions != actions[:1]).any():
+                self.trace.note(f"the rows of a call did as its first one: {cost.together}")
+            time_, decision = time_.amax(0, keepdim=True), decision.of_all()
+            actions = np.repeat(actions[:1], info.rows, axis=0)
         groups = plan_groups(
             actions, branch.cache, self.ragged, branch.units, decision.weights, self.info.skips
         )

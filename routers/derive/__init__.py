@@ -21,11 +21,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..cost import autocast_on_meta, meta_twin, to_meta
+from ..rows import count_rows
 from ..spec import TransformerSpec
 from .calls import TracedCall, argument_names, outermost_lists, traced_call
 from .describe import Description, reads_further_back
 from .lists import choose_lists
-from .rows import count_rows, with_rows
+from .rows import with_rows
 from .stand_in import let_one_run_for_all
 from .streams import Lineage
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cost import flex_as_dense
 from .hidden import Hidden, HiddenReader
 from .provenance import Mark, Output, Provenance, Source, mark, mark_of, tensors_in
 
@@ -110,7 +111,7 @@ def traced_call(transformer: nn.Module, inputs: Mapping[str, Any], *, read_mlps:
                 recorder.watch(path, index, member)
     try:
         mode.resume()
-        with torch.no_grad():
+        with torch.no_grad(), flex_as_dense():
             output = transformer(**inputs)
     finally:
         mode.pause()

@@ -30,11 +30,6 @@ class Rows:
     missing: tuple[str, ...]
 
 
-def count_rows(sample: Any) -> int:
-    """Rows of a call, from its sample: a tensor `[B, ...]`, or a list with one tensor a row."""
-    return int(sample.shape[0]) if isinstance(sample, Tensor) else len(sample)
-
-
 def with_rows(value: Any, rows: int, wanted: int, axes: int = 1, lists: bool = True) -> Any:
     """A nested value of a call with another number of rows.
 
@@ -73,19 +68,22 @@ def find_rows(
     plain: list[str] = []
     elsewhere: list[RowsAt] = []
     unclear: list[str] = []
+    axes: dict[str, int] = {}
     for path, value in call.arguments.items():
         other = again.arguments[path].shape if again is not None and path in again.arguments else None
         axis = _row_axis(value.shape, other, rows)
         if axis is None and other not in (None, value.shape):
             unclear.append(path)
-        if axis is None:
-            continue
-        each = value.shape[axis] // rows[0]
-        is_stream = path in streams
-        if axis == 0 and path in call.names and not (is_stream and each > 1):
+        if axis is not None:
+            axes[path] = axis
+    # where a stream's rows are folded with frames, so is what has as many entries a row
+    each = {path: call.arguments[path].shape[axis] // rows[0] for path, axis in axes.items()}
+    frames = {each[name] for name in streams if name in each} - {1}
+    for path, axis in axes.items():
+        if axis == 0 and path in call.names and each[path] not in frames:
             plain.append(path)
         else:
-            elsewhere.append(RowsAt(path, axis, folded=is_stream and each > 1))
+            elsewhere.append(RowsAt(path, axis, folded=each[path] in frames))
     for path, length in call.lengths.items():
         if again is not None and (length, again.lengths.get(path)) == rows:
             elsewhere = [place for place in elsewhere if not place.path.startswith(f"{path}.")]

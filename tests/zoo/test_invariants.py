@@ -1,7 +1,4 @@
-"""Every transformer of diffusers under a derived description: what must hold whatever the class.
-
-Where today's engine cannot do something yet, the test is a strict xfail with the reason from `lacks.py`.
-"""
+"""Every transformer of diffusers under a derived description: what must hold whatever the class."""
 
 from __future__ import annotations
 
@@ -23,7 +20,6 @@ from routers.spec import TransformerSpec
 from routers.trace import FULL, REUSE, SKIP
 from tests.tiny_pipelines import make_moments
 from tests.zoo.catalogue import PARAMS
-from tests.zoo.lacks import lacks
 from tests.zoo.model import Model
 
 TIMES = (0.9, 0.7, 0.5, 0.3)
@@ -98,9 +94,6 @@ def _built(model: Model) -> tuple[nn.Module, TransformerSpec]:
 @pytest.fixture(params=PARAMS)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     model: Model = request.param
-    reason = lacks(model.name, request.function.__name__)
-    if reason:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     transformer, spec = _built(model)
     elastic = Elastic(transformer, spec)
     yield Case(model, transformer, elastic)
@@ -154,7 +147,7 @@ def test_a_skipped_block_is_the_identity_on_its_streams(case: Case) -> None:
             module: Any, args: Any, kwargs: Any, output: Any, block: Any = block, seen: Any = seen
         ) -> None:
             seen["before"] = block.streams(block.bind(args, kwargs))
-            seen["after"] = block.unpack(output)
+            seen["after"] = block.unpack(output, seen["before"])
 
         handle = block.module.register_forward_hook(record, with_kwargs=True)
         plan = np.full(case.blocks, FULL)
@@ -168,12 +161,17 @@ def test_a_skipped_block_is_the_identity_on_its_streams(case: Case) -> None:
 def test_a_row_of_a_batch_equals_the_request_alone(case: Case) -> None:
     plan = np.random.default_rng(0).choice([SKIP, REUSE, FULL], (len(TIMES), 3, case.blocks))
     plan[0] = FULL
+    spec, sample = case.elastic.spec, case.model.call(3)[case.elastic.spec.sample]
+    if not spec.per_row:
+        plan = plan[:, 0]
     together = case.follow(plan, rows=3)
-    for row in range(3):
-        alone = case.follow(plan[:, row : row + 1], rows=1, seed=row)
+    for row in range(min(3, len(sample))):
+        alone = case.follow(plan[:, row : row + 1] if spec.per_row else plan, rows=1, seed=row)
         for one, all_rows in zip(alone, together, strict=True):
-            batched = [x[row] for x in all_rows] if len(all_rows[0]) == 3 else [all_rows[row]]
-            single = [x[0] for x in one] if len(all_rows[0]) == 3 else one
+            if spec.listed_sample:
+                single, batched = one, all_rows[row : row + 1]
+            else:
+                single, batched = one, [x.unflatten(0, (3, -1))[row] for x in all_rows]
             assert all(near(a, b) for a, b in zip(single, batched, strict=True))
 
 

@@ -19,6 +19,14 @@ def _wan(d: Draw) -> Inputs:
         "encoder_hidden_states": d.floats(5, 12, salt=1)}
 
 
+def _filled(d: Draw) -> WanAnimate2KVCache:
+    """The keys and values of a reference, as a pass over it leaves them."""
+    cache = WanAnimate2KVCache(3)
+    for number, layer in enumerate(cache.layer_caches):
+        layer.store(d.floats(32, 2, 12, salt=3 + number), d.floats(32, 2, 12, salt=6 + number))
+    return cache
+
+
 HUNYUAN = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16,
     "num_layers": 2, "num_single_layers": 3, "num_refiner_layers": 1, "patch_size": 2, "patch_size_t": 1,
     "text_embed_dim": 12, "pooled_projection_dim": 8, "rope_axes_dim": (4, 6, 6)}
@@ -257,8 +265,9 @@ VIDEOS = [
             "num_heads": 2, "num_layers": 3, "use_img_emb": False},
         lambda d: {"hidden_states": d.each(4, 2, 8, 8), "timestep": d.time(1000),
             "encoder_hidden_states": d.each(5, 12, salt=1), "condition_latents": d.each(4, 2, 8, 8, salt=2),
-            "kv_cache": WanAnimate2KVCache(3), "kv_cache_mode": "extract", "seq_len": 32,
-            "offset_grid_sizes": torch.tensor([[2, 4, 4]])},
+            "kv_cache": _filled(d), "kv_cache_mode": "cached", "seq_len": 32,
+            "reference_grid_sizes": torch.tensor([[2, 4, 4]] * d.rows), "origin_len": 5,
+            "origin_area": [64, 64]},
     ),
     Model(
         "WanVACETransformer3DModel",

@@ -115,7 +115,7 @@ VIDEOS = {
             "ff.net.0.proj > ff.net.2",
         ),
         left={"temporal_transformer_blocks": "same argument names on other tokens"},
-        facts={"block rows": ["hidden_states folded"]},
+        facts={"block rows": ["hidden_states folded", "encoder_hidden_states folded", "timestep folded"]},
     ),
     "LTXVideoTransformer3DModel": Expected(
         rows=(
@@ -195,11 +195,17 @@ VIDEOS = {
         left={"vace_blocks": "WanVACETransformerBlock: gives hints that others read"},
     ),
     "AnyFlowFARTransformer3DModel": Expected(
-        rows=("blocks AnyFlowTransformerBlock: hidden_states -> bare; time -; fixed width",),
+        rows=(
+            "blocks AnyFlowTransformerBlock: hidden_states -> bare; time -; ffn.net.0.proj > ffn.net.2",
+        ),
         facts={"block objects": ["attention_mask"]},
     ),
     "WanAnimate2Transformer3DModel": Expected(
         rows=("blocks WanAnimate2TransformerBlock: hidden_states -> bare; time -; ffn.0 > ffn.2",),
-        facts={"listed_sample": True, "block objects": ["kv_cache"]},
+        facts={
+            "listed_sample": True,
+            "per_row": False,
+            "block objects": ["kv_cache", "attention_mask"],
+        },
     ),
 }
