@@ -13,7 +13,7 @@ NEEDS_VALUES = {
     "GlmImageTransformer2DModel", "HiDreamImageTransformer2DModel", "Lumina2Transformer2DModel",
     "NucleusMoEImageTransformer2DModel", "OmniGenTransformer2DModel", "QwenImage21Transformer2DModel",
     "HunyuanVideo15Transformer3DModel", "HunyuanVideoFramepackTransformer3DModel",
-    "MochiTransformer3DModel", "AnyFlowFARTransformer3DModel", "WanAnimate2Transformer3DModel",
+    "MochiTransformer3DModel", "WanAnimate2Transformer3DModel",
 }
 """Models whose forward looks at values, so that they are traced in a real call."""
 
