@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .cost import hidden_units
+from .packed import base_layer, is_packed
 from .policy import Units
 from .rows import RowPicker, rows_back, rows_first
-from .spec import BlockSpec, RowsAt, TransformerSpec
+from .spec import BlockSpec, MlpSpec, RowsAt, TransformerSpec
 
 if TYPE_CHECKING:
     from .width import MlpSlicer
@@ -41,6 +42,7 @@ class Block:
             raise ValueError(f"{spec.block_class}.forward has no argument {sorted(missing)}")
         for mlp in spec.mlps:
             hidden_units(module, mlp)  # refuses what cannot be narrowed
+        self.mlps = tuple(mlp for mlp in spec.mlps if not self._packed(mlp))
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by name; blocks are called positionally under gradient checkpointing."""
@@ -71,6 +73,11 @@ class Block:
         placed = dict(zip(self.spec.returns, values, strict=True))
         return tuple(placed.get(i) for i in range(max(self.spec.arity, len(placed))))
 
+    def _packed(self, mlp: MlpSpec) -> bool:
+        """Whether an MLP's width is fixed by the form of its weights."""
+        paths = [path for path in (mlp.in_linear, mlp.gate, mlp.out_linear) if path]
+        return any(is_packed(base_layer(attrgetter(path)(self.module))) for path in paths)
+
     def _place(self, stream: str) -> RowsAt | None:
         return self.picker.places.get(stream)
 
@@ -89,18 +96,19 @@ class Block:
         """What narrows its MLPs."""
         from .width import MlpSlicer  # a plan of whole blocks never comes here
 
-        return [MlpSlicer(self.module, mlp) for mlp in self.spec.mlps]
+        return [MlpSlicer(self.module, mlp) for mlp in self.mlps]
 
     @property
     def ragged(self) -> bool:
-        """Whether rows of one call may differ in width: the hidden layers are fused with nothing else.
+        """Whether rows of one call may differ in width: the hidden layers are gated by nothing and fused with
+        nothing else.
 
         Compiled blocks would recompile for every mix.
         """
         compiled = self.compiled or self.module._compiled_call_impl
         elsewhere = any(self._place(name) for name in self.spec.streams)
-        alone = all(mlp.per_row and not (mlp.in_offset or mlp.out_offset) for mlp in self.spec.mlps)
-        return compiled is None and alone and not elsewhere
+        plain = all(mlp == MlpSpec(mlp.in_linear, mlp.out_linear, mlp.activation) for mlp in self.mlps)
+        return compiled is None and plain and not elsewhere
 
     def run(
         self,

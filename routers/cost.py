@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from .packed import base_layer as base_layer
+from .packed import dense_like, is_packed
 from .router import router_flops
 from .rows import tensors_held
 from .spec import MlpSpec
@@ -34,7 +36,18 @@ from .spec import MlpSpec
 if TYPE_CHECKING:
     from .block import Block
 
-_HOOK_ATTRIBUTES = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook", "_compiled_call_impl")
+_HOOK_ATTRIBUTES = (
+    "forward",
+    "_edit_elastic",
+    "_hf_hook",
+    "_old_forward",
+    "_diffusers_hook",
+    "_compiled_call_impl",
+)
+
+
+COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""What is counted outside of the blocks."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,7 @@ class Costs:
             together = together or (block.picker.obstacle(inputs, rows) if rows > 1 else "")
             if signature not in known:
                 tokens = [stream.shape[:-1].numel() // rows for stream in block.streams(inputs)]
-                cost = block_cost(block.module, block.spec.mlps, args, kwargs, rows, tokens[0])
+                cost = block_cost(block.module, block.mlps, args, kwargs, rows, tokens[0])
                 known[signature] = cost
                 if block.router is not None:
                     routers.append(router_flops(block.router, sum(tokens)))
@@ -131,8 +144,11 @@ class Costs:
 def meta_twin(module: nn.Module) -> nn.Module:
     """A copy of a module whose parameters and buffers are on the meta device, without hooks or patches.
 
-    In float32, because weights may be stored in another dtype than they compute in (layerwise casting).
+    In float32, because weights may be stored in another dtype than they compute in; a linear with packed
+    weights becomes the plain one that it stands for.
     """
+    if is_packed(module):
+        return dense_like(module)
     twin = copy.copy(module)
     # its own lists: PEFT's layers, for one, note in a list which adapters a call has taken out of the weights
     # and a rotary embedding that is no module keeps its tables
@@ -245,12 +261,13 @@ def _attention_flops(query: Any, key: Any, value: Any, *_args: Any, **_kwargs: A
 def hidden_units(block: nn.Module, mlp: MlpSpec) -> int:
     """Hidden units F of a block's MLP. Raises ValueError where its linears share no hidden layer."""
     inner, outer = attrgetter(mlp.in_linear)(block), attrgetter(mlp.out_linear)(block)
-    dim, rows, columns = out_features(outer), out_features(inner), in_features(outer)
-    hidden = columns - mlp.out_offset * dim
-    if hidden <= 0 or rows - mlp.in_offset * dim != hidden:
+    dim, columns = out_features(outer), in_features(outer)
+    hidden, offset = columns - mlp.out_offset * dim, mlp.in_offset * dim
+    rows = [out_features(inner), *([out_features(attrgetter(mlp.gate)(block))] if mlp.gate else [])]
+    if hidden <= 0 or any(n != offset + hidden * (2 if mlp.fused_gate else 1) for n in rows):
         raise ValueError(
-            f"{mlp.in_linear} has {rows} rows and {mlp.out_linear} {columns} columns: they share no hidden "
-            f"layer at offsets {mlp.in_offset * dim} and {mlp.out_offset * dim}"
+            f"{mlp.in_linear} has {rows[0]} rows and {mlp.out_linear} {columns} columns: they share no "
+            f"hidden layer at offsets {offset} and {mlp.out_offset * dim}"
         )
     return hidden
 
@@ -263,12 +280,6 @@ def out_features(module: nn.Module) -> int:
 def in_features(module: nn.Module) -> int:
     """Input features of a linear or of a wrapper around one."""
     return int(base_layer(module).in_features)
-
-
-def base_layer(module: nn.Module) -> Any:
-    """A linear itself, or the one that an adapter's layer is around."""
-    get_base = getattr(module, "get_base_layer", None)
-    return get_base() if get_base is not None else module
 
 
 def block_cost(
@@ -299,7 +310,7 @@ def block_cost(
         total, seen = _count_block(block, mlps, args, kwargs)
     narrows = 0.0
     for mlp, count in zip(mlps, seen, strict=True):
-        inner = in_features(block.get_submodule(mlp.in_linear))
+        inner = in_features(block.get_submodule(mlp.in_linear)) * (2 if mlp.gate or mlp.fused_gate else 1)
         outer = out_features(block.get_submodule(mlp.out_linear))
         narrows += 2.0 * (count or rows * tokens) * hidden_units(block, mlp) * (inner + outer)
     fills = {id(tensor) for tensor in tensors_held([args, kwargs])} != held
@@ -344,14 +355,14 @@ def count_linears(root: nn.Module, exclude: Iterable[nn.Module]) -> Iterator[lis
     flops: list[float] = []
 
     def record(module: Any, _inputs: Any, output: Any) -> None:
-        weight = getattr(module, "weight", None)
-        if isinstance(output, Tensor) and weight is not None:
-            flops.append(2.0 * output.numel() * weight[0].numel())
+        if isinstance(output, Tensor):
+            each = module.in_features if hasattr(module, "in_features") else module.weight[0].numel()
+            flops.append(2.0 * output.numel() * each)
 
     handles = [
         m.register_forward_hook(record)
         for m in root.modules()
-        if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and id(m) not in inside
+        if (isinstance(m, COUNTED) or is_packed(m)) and id(m) not in inside
     ]
     try:
         yield flops

@@ -35,13 +35,14 @@ from .trace import Trace
 class Elastic(Watch):
     """Made by `routers.attach`.
 
+    spec: of the transformer, None to derive it from its first call, which then may raise DerivationError.
     budget: ratio of dense FLOPs. num_steps: of runs whose sampler is not known. pipe: see `Runs`.
     """
 
     def __init__(
         self,
         transformer: nn.Module,
-        spec: TransformerSpec,
+        spec: TransformerSpec | None,
         policy: Callable[[], Policy] = OpenPolicy,
         routers: Sequence[nn.Module] | None = None,
         *,
@@ -52,21 +53,28 @@ class Elastic(Watch):
         super().__init__()
         if "_edit_elastic" in transformer.__dict__:
             raise ValueError("routers are already attached to this transformer: detach them first")
-        self.transformer, self.spec = transformer, spec
+        self.transformer = transformer
         self.budget, self.num_steps, self.make_policy = budget, num_steps, policy
         self.trace: Trace | None = None
         self.on_detach: Callable[[], None] | None = None
-        self.blocks = find_blocks(getattr(transformer, "_orig_mod", transformer), spec, routers)
+        self.blocks: list[Block] = []
+        if spec is not None:
+            self._describe(spec, routers)
         check_run(transformer)
-        self.segments = segments(self.blocks)
         self.names = argument_names(transformer)
-        self._costs = Costs(transformer, self.blocks, spec.per_row)
         self._runs = Runs(transformer, self._start_run, pipe)
         self._scope: _Scope | None = None
         self._context: str | None = None
         self._call: Call | None = None
         self._dense = False
         self._attach()
+
+    def _describe(self, spec: TransformerSpec, routers: Sequence[nn.Module] | None = None) -> None:
+        """The blocks are those of a description."""
+        self.spec = spec
+        self.blocks = find_blocks(getattr(self.transformer, "_orig_mod", self.transformer), spec, routers)
+        self.segments = segments(self.blocks)
+        self._costs = Costs(self.transformer, self.blocks, spec.per_row)
 
     # -- runs ----------------------------------------------------------------------------------
 
@@ -151,9 +159,12 @@ class Elastic(Watch):
         patches.add(self.transformer, _refuse_compile, "compile")
         if hasattr(self.transformer, "cache_context"):
             patches.add(self.transformer, self._cache_context, "cache_context")
-        for block in self.blocks:
-            patches.add(block.module, partial(self._block_forward, block))
+        self._patch_blocks()
         self.transformer.__dict__["_edit_elastic"] = self
+
+    def _patch_blocks(self) -> None:
+        for block in self.blocks:
+            self._patches.add(block.module, partial(self._block_forward, block))
 
     def detach(self) -> None:
         """Put the transformer back exactly as it was. Safe to call twice."""
@@ -193,6 +204,8 @@ class Elastic(Watch):
     def _transformer_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         check_call(self.transformer, [block.module for block in self.blocks])
         inputs = by_name(self.names, args, kwargs)
+        if not self.blocks:
+            self._derive(inputs)
         for block in self.blocks:
             block.adopt_compiled()
         if learns_order(self.transformer) and vars(self.transformer)["forward"] is self._own:
@@ -224,6 +237,16 @@ class Elastic(Watch):
         if self.timer is not None:
             self.timer.calls.append(call.info)
         return output
+
+    def _derive(self, inputs: dict[str, Any]) -> None:
+        """Describe the transformer by its first call, and put its blocks under control from now on."""
+        from .derive import spec_of  # where a spec is at hand nothing is derived
+
+        with self._own.set_aside():
+            self._describe(spec_of(self.transformer, inputs))
+        self._patch_blocks()
+        if self._scope is not None:
+            self._scope.trace.kinds[:] = [block.spec.kind for block in self.blocks]
 
     def _block_forward(self, block: Block, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._call is not None:

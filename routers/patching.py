@@ -4,16 +4,16 @@ One layer for everything `routers` patches, so that hooks of accelerate, diffuse
 before or after, keep working: a patch calls whatever forward it found, and a patch that was itself
 wrapped in the meantime becomes a plain pass-through when it is removed.
 
-Other caches, a compiled whole, fused projections and foreign hooks would make a wrong picture or a wrong
-count of what was spent if they worked under the routers unseen. Each is refused in one line that names it and
-the way out: when routers are attached, and in every later call.
+Other caches, a compiled whole and foreign hooks would make a wrong picture or a wrong count of what was spent
+if they worked under the routers unseen. Each is refused in one line that names it and the way out: when
+routers are attached, and in every later call.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -45,6 +45,15 @@ class Patch:
         if self.replacement is None:
             return self.original(*args, **kwargs)
         return self.replacement(self.original, *args, **kwargs)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Let the replaced forward be called as if it had not been."""
+        replacement, self.replacement = self.replacement, None
+        try:
+            yield
+        finally:
+            self.replacement = replacement
 
 
 def patch_forward(module: nn.Module, replacement: Callable[..., Any], name: str = "forward") -> Patch:
@@ -105,8 +114,6 @@ def check_run(transformer: Any) -> None:
     """As `check_call`, and every module inside of it: when routers are attached and when a run begins."""
     check_call(transformer)
     for module in transformer.modules():
-        if getattr(module, "fused_projections", False):
-            raise ValueError(_refusal("fused projections", "transformer.unfuse_qkv_projections()"))
         if "_diffusers_hook" in module.__dict__:
             _check_hooks(module)
 

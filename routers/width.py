@@ -1,8 +1,11 @@
 """MLP width by prefix slicing: compute only the first hidden units of an MLP (E-DiT, section on widths).
 
 Slicing a prefix of the in-linear's rows and of the out-linear's columns equals the full MLP with the
-other hidden units' outputs set to zero. Nothing is copied: both slices are views of the weights. The two
+other hidden units' outputs set to zero. Nothing is copied: both slices are views of the weights. The
 linears are patched while a narrowed block runs, and as they are then: a LoRA may have replaced them.
+
+A gated MLP has two rows a hidden unit: of a gate linear beside the in-linear, or of both halves of a fused
+in-linear. Where the block's code holds the sizes of the hidden layer, zeros stand in for what is left out.
 
 Shapes: B batch, L tokens, D dim, F hidden units of the MLP.
 """
@@ -46,13 +49,27 @@ class MlpSlicer:
         """The in-linear and the out-linear, or what lies around them now."""
         return attrgetter(self.spec.in_linear)(self._block), attrgetter(self.spec.out_linear)(self._block)
 
+    @property
+    def readers(self) -> list[nn.Module]:
+        """The linears that read the MLP's input: the in-linear, and the gate where that is another one."""
+        gate = [attrgetter(self.spec.gate)(self._block)] if self.spec.gate else []
+        return [self.linears[0], *gate]
+
+    def rows(self, units: int) -> list[slice]:
+        """Rows of the readers that the first hidden units come from."""
+        start, second = self.row_offset, self.row_offset + self.hidden
+        return [slice(0, start + units), *([slice(second, second + units)] if self.spec.fused_gate else [])]
+
     @contextmanager
     def narrowed(self, ratio: float) -> Iterator[None]:
         """Run the MLP on its first `ratio * F` hidden units inside the context."""
-        inner, outer = self.linears
+        units, outer = self.units(ratio), self.linears[1]
         with Patches() as patches:
-            patches.add(inner, partial(linear_rows, inner, rows=self.row_offset + self.units(ratio)))
-            patches.add(outer, partial(linear_columns, outer))
+            for reader in self.readers:
+                patches.add(
+                    reader, partial(linear_rows, reader, kept=self.rows(units), padded=self.spec.padded)
+                )
+            patches.add(outer, partial(linear_columns, outer, kept=self.column_offset + units))
             yield
 
     @contextmanager
@@ -70,7 +87,8 @@ class MlpSlicer:
             nonlocal lead
             lead = tuple(x.shape[1:-1])
             pieces = zip(x.split([rows for _, rows in sizes]), sizes, strict=True)
-            return torch.cat([linear_rows(inner, original, p, units).flatten() for p, (units, _) in pieces])
+            narrow = (linear_rows(inner, original, p, self.rows(units)) for p, (units, _) in pieces)
+            return torch.cat([y.flatten() for y in narrow])
 
         def join(original: Callable[..., Tensor], x: Tensor) -> Tensor:
             shapes = [(rows, *lead, units) for units, rows in sizes]
@@ -85,8 +103,11 @@ class MlpSlicer:
     @property
     def can_lend(self) -> bool:
         """Whether `lent` can narrow the linears as they are."""
-        return not torch.is_grad_enabled() and all(
-            type(linear) is nn.Linear and not hasattr(linear, HOOKED) for linear in self.linears
+        whole = not (self.spec.gate or self.spec.fused_gate or self.spec.padded)
+        return (
+            whole
+            and not torch.is_grad_enabled()
+            and all(type(linear) is nn.Linear and not hasattr(linear, HOOKED) for linear in self.linears)
         )
 
     @contextmanager
@@ -112,27 +133,46 @@ def _view(parameter: Any, view: Tensor) -> nn.Parameter:
     return nn.Parameter(view, requires_grad=parameter.requires_grad)
 
 
-def linear_rows(module: nn.Module, original: Callable[..., Tensor], x: Tensor, rows: int) -> Tensor:
-    """First `rows` output features of a linear: `x [..., D] -> [..., rows]`.
+def linear_rows(
+    module: nn.Module, original: Callable[..., Tensor], x: Tensor, kept: Sequence[slice], padded: bool = False
+) -> Tensor:
+    """Some output features of a linear: `x [..., D] -> [..., kept]`, with zeros for the others if `padded`.
 
-    Plain and LoRA linears compute only those rows. Any other linear (quantised, weights offloaded or
-    cast per leaf) is computed whole by `original` and cut: right, but without the saving.
+    Plain and LoRA linears compute only those rows. Any other linear (weights offloaded or cast per leaf) is
+    computed whole by `original` and cut: right, but without the saving.
     """
     parts = _lora_parts(module, original, x)
     if parts is None:
-        return original(x)[..., :rows]
-    base, adapters = parts
-    y = F.linear(x, base.weight[:rows], None if base.bias is None else base.bias[:rows])
-    for down, up, scaling in adapters:
-        bias = None if up.bias is None else up.bias[:rows]
-        y = y + scaling * F.linear(down(x.to(down.weight.dtype)), up.weight[:rows], bias).to(y.dtype)
+        whole = original(x)
+        pieces = [whole[..., rows] for rows in kept]
+    else:
+        base, adapters = parts
+        inner = [(down(x.to(down.weight.dtype)), up, scaling) for down, up, scaling in adapters]
+        pieces = [_rows(base, x, inner, rows) for rows in kept]
+    if padded:
+        ends = [rows.start for rows in kept[1:]] + [out_features(module)]
+        pieces = [F.pad(y, (0, end - rows.stop)) for y, rows, end in zip(pieces, kept, ends, strict=True)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+
+def _rows(base: Any, x: Tensor, adapters: list[tuple[Tensor, Any, float]], rows: slice) -> Tensor:
+    y = F.linear(x, base.weight[rows], None if base.bias is None else base.bias[rows])
+    for inner, up, scaling in adapters:
+        bias = None if up.bias is None else up.bias[rows]
+        y = y + scaling * F.linear(inner, up.weight[rows], bias).to(y.dtype)
     return y
 
 
-def linear_columns(module: nn.Module, original: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """A linear fed with only its first input features: `x [..., n <= in_features] -> [..., out]`."""
+def linear_columns(
+    module: nn.Module, original: Callable[..., Tensor], x: Tensor, kept: int | None = None
+) -> Tensor:
+    """A linear fed with only its first input features: `x [..., n <= in_features] -> [..., out]`.
+
+    kept: how many of those that x holds.
+    """
+    n = x.shape[-1] if kept is None else kept
+    x = x if n == x.shape[-1] else x[..., :n]
     parts = _lora_parts(module, original, x)
-    n = x.shape[-1]
     if parts is None:
         return original(F.pad(x, (0, in_features(module) - n)))
     base, adapters = parts

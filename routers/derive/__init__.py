@@ -88,6 +88,11 @@ def derive(
     return Derived(spec, left, tuple(dict.fromkeys(notes)))
 
 
+def spec_of(transformer: nn.Module, inputs: Mapping[str, Any]) -> TransformerSpec:
+    """The description alone, of a transformer that is called with `inputs`. Raises as `derive`."""
+    return derive(transformer, inputs).spec
+
+
 def _trace(
     transformer: nn.Module, inputs: Mapping[str, Any], again: Mapping[str, Any] | None, notes: list[str]
 ) -> tuple[TracedCall, TracedCall | None, tuple[int, int]]:
@@ -195,4 +200,4 @@ def _first_tensor(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-__all__ = ["DerivationError", "Derived", "derive"]
+__all__ = ["DerivationError", "Derived", "derive", "spec_of"]

@@ -54,10 +54,6 @@ CACHES: dict[str, tuple[Callable[[Any], object], str]] = {
         "layer_skip_hook",
     ),
     "another library's": (mark_as_cached, "another library's cache"),
-    "fused projections": (
-        lambda pipe: pipe.transformer.fuse_qkv_projections(),
-        r"fused projections.*unfuse_qkv_projections\(\)",
-    ),
     "compiled": (lambda pipe: nn.Module.compile(pipe.transformer), r"compile_repeated_blocks\(\)"),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -16,13 +16,14 @@ from routers.derive import derive
 from routers.elastic import Elastic
 from routers.planned.policy import PlannedPolicy
 from routers.policy import FixedPolicy, OpenPolicy
-from routers.spec import TransformerSpec
+from routers.spec import WIDTHS, TransformerSpec
 from routers.trace import FULL, REUSE, SKIP
 from tests.tiny_pipelines import make_moments
 from tests.zoo.catalogue import PARAMS
 from tests.zoo.model import Model
 
 TIMES = (0.9, 0.7, 0.5, 0.3)
+HALF_WIDTH = WIDTHS.index(0.5)
 Outputs = list[list[Tensor]]
 
 
@@ -67,28 +68,10 @@ def near(a: Tensor, b: Tensor) -> bool:
     return float((a - b).abs().max()) <= 1e-4 * max(1.0, float(b.abs().max()))
 
 
-def without_new_widths(spec: TransformerSpec) -> TransformerSpec:
-    """The spec with the kinds of MLPs that `MlpSlicer` knows: the others run at full width."""
-    return replace(
-        spec,
-        blocks=tuple(
-            replace(
-                block,
-                mlps=tuple(
-                    mlp
-                    for mlp in block.mlps
-                    if mlp.per_row and not (mlp.gate or mlp.fused_gate or mlp.padded)
-                ),
-            )
-            for block in spec.blocks
-        ),
-    )
-
-
 @cache
 def _built(model: Model) -> tuple[nn.Module, TransformerSpec]:
     transformer = model.build()
-    return transformer, without_new_widths(derive(transformer, model.call()).spec)
+    return transformer, derive(transformer, model.call()).spec
 
 
 @pytest.fixture(params=PARAMS)
@@ -173,6 +156,26 @@ def test_a_row_of_a_batch_equals_the_request_alone(case: Case) -> None:
             else:
                 single, batched = one, [x.unflatten(0, (3, -1))[row] for x in all_rows]
             assert all(near(a, b) for a, b in zip(single, batched, strict=True))
+
+
+def test_a_width_equals_zeroing_the_other_units(case: Case) -> None:
+    if not any(block.spec.mlps for block in case.elastic.blocks):
+        pytest.skip("every width of this class is fixed")
+    dense, narrow = (case.follow(np.full(case.blocks, code), times=(0.5,)) for code in (FULL, HALF_WIDTH))
+    assert case.elastic.trace is not None
+    assert case.elastic.trace.spent[0] < 1.0
+    saved = []
+    for block in case.elastic.blocks:
+        for slicer in block.slicers:
+            weight = slicer.linears[1].weight
+            assert isinstance(weight, Tensor)
+            saved.append((weight, weight.clone()))
+            weight[:, slicer.column_offset + slicer.units(WIDTHS[HALF_WIDTH]) :] = 0
+    zeroed = case.follow(np.full(case.blocks, FULL), times=(0.5,))
+    for weight, before in saved:
+        weight.copy_(before)
+    assert not equal(narrow, dense)
+    assert all(near(a, b) for a, b in zip(narrow[0], zeroed[0], strict=True))
 
 
 def test_a_budget_is_kept(case: Case) -> None:
