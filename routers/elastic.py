@@ -36,7 +36,9 @@ class Elastic(Watch):
     """Made by `routers.attach`.
 
     spec: of the transformer, None to derive it from its first call, which then may raise DerivationError.
-    budget: ratio of dense FLOPs. num_steps: of runs whose sampler is not known. pipe: see `Runs`.
+    budget: ratio of dense FLOPs. num_steps: of runs whose sampler is not known. pipe: see `Runs`; its
+    `transformer_2`, which makes the second half of each run, is put under control too. leader: what decides
+    for both halves, where this is the second.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Elastic(Watch):
         budget: float | None = None,
         num_steps: int = 20,
         pipe: Any = None,
+        leader: Elastic | None = None,
     ) -> None:
         super().__init__()
         if "_edit_elastic" in transformer.__dict__:
@@ -62,12 +65,17 @@ class Elastic(Watch):
             self._describe(spec, routers)
         check_run(transformer)
         self.names = argument_names(transformer)
-        self._runs = Runs(transformer, self._start_run, pipe)
+        self._runs = Runs(transformer, self._start_run, pipe) if leader is None else leader._runs
         self._scope: _Scope | None = None
         self._context: str | None = None
         self._call: Call | None = None
         self._dense = False
         self._attach()
+        self._halves = [self] if leader is None else [leader, self]
+        second = getattr(pipe, "transformer_2", None)
+        if isinstance(second, nn.Module):
+            self._halves.append(Elastic(second, spec, policy, routers, leader=self))
+            self._runs.transformers.append(second)
 
     def _describe(self, spec: TransformerSpec, routers: Sequence[nn.Module] | None = None) -> None:
         """The blocks are those of a description."""
@@ -108,7 +116,8 @@ class Elastic(Watch):
 
     def _start_run(self, num_steps: int | None) -> Run:
         """num_steps: as the sampler makes them, None if that is not known."""
-        check_run(self.transformer)
+        for half in self._halves:
+            check_run(half.transformer)
         scope = self._scope or _Scope(self)
         told, trace = scope.num_steps, scope.trace
         if num_steps is not None and told not in (None, num_steps):
@@ -168,6 +177,9 @@ class Elastic(Watch):
 
     def detach(self) -> None:
         """Put the transformer back exactly as it was. Safe to call twice."""
+        for half in self._halves[1:]:
+            if half is not self:
+                half.detach()
         self._patches.close()
         for block in self.blocks:
             block.return_compiled()
@@ -212,6 +224,8 @@ class Elastic(Watch):
             original = self._patch_again(args, kwargs)
         sample = inputs[self.spec.sample]
         rows, shapes, device = count_rows(sample), call_shapes(inputs), tensors_in(sample)[0].device
+        if self is not self._halves[0]:  # a branch goes on, with caches of its own
+            shapes = (("second half", ()), *shapes)
         time = row_times(inputs[self.spec.timestep], rows, device)
         run, name = self._runs.of_call(time, self._context)
         cost = self._costs.of_call(
@@ -243,10 +257,13 @@ class Elastic(Watch):
         from .derive import spec_of  # where a spec is at hand nothing is derived
 
         with self._own.set_aside():
-            self._describe(spec_of(self.transformer, inputs))
-        self._patch_blocks()
-        if self._scope is not None:
-            self._scope.trace.kinds[:] = [block.spec.kind for block in self.blocks]
+            spec = spec_of(self.transformer, inputs)
+        for half in self._halves:
+            half._describe(spec)
+            half._patch_blocks()
+        scope = self._halves[0]._scope
+        if scope is not None:
+            scope.trace.kinds[:] = [block.spec.kind for block in self.blocks]
 
     def _block_forward(self, block: Block, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._call is not None:

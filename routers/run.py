@@ -167,7 +167,8 @@ class Run:
         branch = self.branches.get(name)
         if branch is None or branch.shapes != shapes:
             step = 0 if branch is None else branch.step
-            branch = self.branches[name] = Branch(name, rows, shapes, step, spent=np.zeros(rows))
+            spent = branch.spent if branch is not None and branch.rows == rows else np.zeros(rows)
+            branch = self.branches[name] = Branch(name, rows, shapes, step, spent=spent)
         return branch
 
     def begin(self, branch: Branch, time_: Tensor, cost: CallCost) -> Call:

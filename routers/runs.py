@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ class Followed:
 
 
 class Runs:
-    """The runs of an attached transformer.
+    """The runs of an attached transformer, or of several that make one run (Wan 2.2: one after the other).
 
     start: makes a run of so many steps (None: as told). pipe: a pipeline whose scheduler is asked where a
     call comes from outside of any pipeline; like any other that calls, an object with `.transformer` and with
@@ -92,7 +92,7 @@ class Runs:
     """
 
     def __init__(self, transformer: nn.Module, start: Callable[[int | None], Run], pipe: Any = None) -> None:
-        self.transformer, self.start, self.pipe = transformer, start, pipe
+        self.transformers, self.start, self.pipe = [transformer], start, pipe
         self._stale = timesteps_of(pipe)
         self.in_scope = False
         self._followed: list[Followed] = []
@@ -147,7 +147,7 @@ class Runs:
 
     def _sampler(self, time: Tensor) -> Sampler | None:
         """The sampler of the pipeline that is calling, or else of the one that was attached to."""
-        owner = calling_pipeline(self.transformer)
+        owner = calling_pipeline(self.transformers)
         if owner is not None:
             return Sampler(owner, owner.scheduler, owner.scheduler.timesteps)
         timesteps = timesteps_of(self.pipe)
@@ -163,8 +163,8 @@ def _read(run: Run, time: Tensor) -> float:
     return float(time[0])
 
 
-def calling_pipeline(transformer: nn.Module) -> Any:
-    """The object with a scheduler whose method is calling the transformer; None if there is none.
+def calling_pipeline(transformers: Sequence[nn.Module]) -> Any:
+    """The object with a scheduler whose method is calling one of the transformers; None if there is none.
 
     Pipelines of one transformer may be many, and a pipeline's scheduler may be replaced at any time: what
     calls is known only while it calls. Raises RuntimeError for one that has compiled the transformer.
@@ -175,9 +175,10 @@ def calling_pipeline(transformer: nn.Module) -> Any:
             held = getattr(frame.f_locals.get("self"), "__dict__", {})
             if isinstance(getattr(held.get("scheduler"), "timesteps", None), Tensor):
                 for value in held.values():
-                    if value is transformer:
+                    if any(value is transformer for transformer in transformers):
                         return frame.f_locals["self"]
-                    if isinstance(value, nn.Module) and getattr(value, "_orig_mod", None) is transformer:
+                    whole = getattr(value, "_orig_mod", None) if isinstance(value, nn.Module) else None
+                    if any(whole is transformer for transformer in transformers):
                         raise RuntimeError(COMPILED_WHOLE)
         frame = frame.f_back  # type: ignore[assignment]
     return None
