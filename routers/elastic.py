@@ -65,7 +65,7 @@ class Elastic(Watch):
             self._describe(spec, routers)
         check_run(transformer)
         self.names = argument_names(transformer)
-        self._runs = Runs(transformer, self._start_run, pipe) if leader is None else leader._runs
+        self._runs: Runs = Runs(transformer, self._start_run, pipe) if leader is None else leader._runs
         self._scope: _Scope | None = None
         self._context: str | None = None
         self._call: Call | None = None

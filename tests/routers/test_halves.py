@@ -41,7 +41,8 @@ def make(pipe: Any) -> torch.Tensor:
     prompts = [torch.randn(1, 5, 12, generator=drawn) for _ in range(2)]
     result: torch.Tensor = pipe(
         prompt_embeds=prompts[0], negative_prompt_embeds=prompts[1], latents=latents,
-        num_inference_steps=STEPS, height=64, width=64, num_frames=5, output_type="latent", guidance_scale=4.0,
+        num_inference_steps=STEPS, height=64, width=64, num_frames=5, guidance_scale=4.0,
+        output_type="latent",
     ).frames  # fmt: skip
     return result
 
