@@ -55,10 +55,16 @@ class MlpSlicer:
         gate = [attrgetter(self.spec.gate)(self._block)] if self.spec.gate else []
         return [self.linears[0], *gate]
 
+    @property
+    def halves(self) -> list[slice]:
+        """Rows of the readers that the hidden units come from: one stretch, two in a fused in-linear."""
+        starts = [self.row_offset + half * self.hidden for half in range(1 + self.spec.fused_gate)]
+        return [slice(start, start + self.hidden) for start in starts]
+
     def rows(self, units: int) -> list[slice]:
-        """Rows of the readers that the first hidden units come from."""
-        start, second = self.row_offset, self.row_offset + self.hidden
-        return [slice(0, start + units), *([slice(second, second + units)] if self.spec.fused_gate else [])]
+        """Rows of the readers that are needed for the first hidden units."""
+        first, *second = self.halves
+        return [slice(0, first.start + units), *(slice(half.start, half.start + units) for half in second)]
 
     @contextmanager
     def narrowed(self, ratio: float) -> Iterator[None]:

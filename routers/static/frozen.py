@@ -157,13 +157,18 @@ def narrow(transformer: nn.Module, spec: TransformerSpec, shape: StaticShape) ->
 
 def _cut(block: nn.Module, slicer: MlpSlicer, units: int) -> None:
     mlp: MlpSpec = slicer.spec
-    inner, outer = slicer.linears
-    if type(inner) is not nn.Linear or type(outer) is not nn.Linear:
-        raise ValueError(f"{mlp.in_linear} is a {type(inner).__name__}; only plain linears can be cut")
-    rows, columns = slicer.row_offset + units, slicer.column_offset + units
-    bias = None if inner.bias is None else inner.bias[:rows]
-    _replace(block, mlp.in_linear, inner.weight[:rows], bias)
-    _replace(block, mlp.out_linear, outer.weight[:, :columns], outer.bias)
+    outer = slicer.linears[1]
+    for linear in (*slicer.readers, outer):
+        if type(linear) is not nn.Linear or mlp.padded:
+            kind = "an MLP of fixed sizes" if mlp.padded else f"a {type(linear).__name__}"
+            raise ValueError(f"{mlp.in_linear} is {kind}; only plain linears can be cut")
+    for path in filter(None, (mlp.in_linear, mlp.gate)):
+        reader: Any = block.get_submodule(path)
+        kept = slicer.rows(units)
+        bias = None if reader.bias is None else torch.cat([reader.bias[rows] for rows in kept])
+        _replace(block, path, torch.cat([reader.weight[rows] for rows in kept]), bias)
+    assert isinstance(outer, nn.Linear)
+    _replace(block, mlp.out_linear, outer.weight[:, : slicer.column_offset + units], outer.bias)
 
 
 def _replace(block: nn.Module, path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -57,11 +57,12 @@ def order_units(
 @torch.no_grad()
 def reorder_units(slicer: MlpSlicer, order: Tensor) -> None:
     """Permute the hidden units of an MLP in place: the new unit i is the old unit order[i]. order: `[F]`."""
-    linears: Any = slicer.linears
-    inner, outer = linears
-    rows, columns = slice(slicer.row_offset, None), slice(slicer.column_offset, None)
-    order = order.to(inner.weight.device)
-    inner.weight[rows] = inner.weight[rows][order]
-    if inner.bias is not None:
-        inner.bias[rows] = inner.bias[rows][order]
+    outer: Any = slicer.linears[1]
+    columns, order = slice(slicer.column_offset, None), order.to(outer.weight.device)
+    readers: list[Any] = slicer.readers
+    for reader in readers:
+        for rows in slicer.halves:
+            reader.weight[rows] = reader.weight[rows][order]
+            if reader.bias is not None:
+                reader.bias[rows] = reader.bias[rows][order]
     outer.weight[:, columns] = outer.weight[:, columns][:, order]

@@ -17,6 +17,8 @@ from routers.derive import DerivationError, derive
 from routers.elastic import Elastic
 from routers.policy import FixedPolicy
 from routers.spec import WIDTHS
+from routers.static.frozen import frozen, shape_of
+from routers.static.units import order_units
 from routers.trace import FULL, REUSE
 from tests.routers.test_derive import DIM, Fused, FusedWithAttention, Gated, Toy, ToyBlock
 
@@ -115,3 +117,23 @@ def test_what_cannot_be_derived_is_refused_in_the_first_call() -> None:
         model(**inputs())
     elastic.detach()
     assert model(**inputs()).shape == (3, 4, DIM)
+
+
+def test_hidden_units_are_ordered_and_cut_for_good(elastic: Elastic) -> None:
+    model, spec = elastic.transformer, elastic.spec
+    slicers = [slicer for block in elastic.blocks for slicer in block.slicers]
+    dense = run(elastic, [FULL, FULL])
+    elastic.detach()
+    undo = order_units(model, spec, [inputs()])
+    assert torch.allclose(model(**inputs()), dense, atol=1e-6)
+    attached = Elastic(model, spec)
+    narrow = run(attached, [0, 0])
+    attached.detach()
+    shape = shape_of(model, spec, set(), {0: WIDTHS[0], 1: WIDTHS[0]})
+    if any(slicer.spec.padded for slicer in slicers):
+        with pytest.raises(ValueError, match="only plain linears can be cut"):
+            frozen(model, spec, shape)
+    else:
+        assert torch.allclose(frozen(model, spec, shape)(**inputs()), narrow, atol=1e-6)
+    undo()
+    assert torch.equal(model(**inputs()), dense)
