@@ -1,8 +1,9 @@
-"""Linears whose weights are stored in another form than `[out, in]` of floats: packed, scaled or in 8 bits.
+"""Linears whose weights are stored in another form than `[out, in]` of floats: packed, or scaled.
 
-torchao and optimum-quanto keep tensors of classes of their own, bitsandbytes and GGUF packed bytes, and
-diffusers' layerwise casting 8-bit floats that are cast when a layer is called. Such a linear computes what a
-dense one would, at the same FLOPs, but its rows and columns cannot be cut by slicing: its width is fixed.
+torchao and optimum-quanto keep tensors of classes of their own, bitsandbytes and GGUF packed bytes. Such a
+linear computes what a dense one would, at the same FLOPs, but its rows and columns cannot be cut by slicing:
+its width is fixed. Floats of 8 bits that diffusers' layerwise casting casts when a layer is called are not
+packed, a slice of them can be cast too (`width.py`).
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ def is_packed(module: nn.Module) -> bool:
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if weight is None or module._modules or not all(isinstance(size, int) for size in sizes):
         return False
-    plain = (
-        type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.element_size() > 1
-    )
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
     return not plain or tuple(weight.shape) != sizes
 
 
@@ -50,8 +49,6 @@ def first_weights(linear: Any, count: int) -> Tensor:
     """The first weights `[count]` of a packed linear's first row: what it makes of unit vectors."""
     weight: Tensor = linear.weight
     bias = linear._parameters.get("bias")
-    if weight.is_floating_point() and type(weight) is nn.Parameter:
-        return weight.detach()[0, :count].float()  # 8-bit floats
     dtypes = [getattr(linear, "compute_dtype", None), weight.dtype, None if bias is None else bias.dtype]
     dtype = next((d for d in dtypes if d is not None and d.is_floating_point), torch.float32)
     units = torch.eye(count, linear.in_features, dtype=dtype, device=weight.device)

@@ -144,8 +144,8 @@ def linear_rows(
 ) -> Tensor:
     """Some output features of a linear: `x [..., D] -> [..., kept]`, with zeros for the others if `padded`.
 
-    Plain and LoRA linears compute only those rows. Any other linear (weights offloaded or cast per leaf) is
-    computed whole by `original` and cut: right, but without the saving.
+    Plain and LoRA linears compute only those rows. Any other linear (weights offloaded per leaf) is computed
+    whole by `original` and cut: right, but without the saving.
     """
     parts = _lora_parts(module, original, x)
     if parts is None:
@@ -162,7 +162,7 @@ def linear_rows(
 
 
 def _rows(base: Any, x: Tensor, adapters: list[tuple[Tensor, Any, float]], rows: slice) -> Tensor:
-    y = F.linear(x, base.weight[rows], None if base.bias is None else base.bias[rows])
+    y = F.linear(x, base.weight[rows].to(x.dtype), None if base.bias is None else base.bias[rows].to(x.dtype))
     for inner, up, scaling in adapters:
         bias = None if up.bias is None else up.bias[rows]
         y = y + scaling * F.linear(inner, up.weight[rows], bias).to(y.dtype)
@@ -182,7 +182,7 @@ def linear_columns(
     if parts is None:
         return original(F.pad(x, (0, in_features(module) - n)))
     base, adapters = parts
-    y = F.linear(x, base.weight[:, :n], base.bias)
+    y = F.linear(x, base.weight[:, :n].to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
     for down, up, scaling in adapters:
         y = y + scaling * up(F.linear(x.to(down.weight.dtype), down.weight[:, :n])).to(y.dtype)
     return y
@@ -197,13 +197,15 @@ def _lora_parts(
     between us and the linear (or on a part of it), and what the weights hold until then means nothing.
     """
     base = base_layer(module)
-    if type(base) is not nn.Linear or not _is_ready(base, x):
+    cast = _is_cast(base, x)
+    if type(base) is not nn.Linear or not (cast or _is_ready(base, x)):
         return None
+    hooked = hasattr(base, HOOKED) and not cast
     if base is module:
-        return None if hasattr(base, HOOKED) and original != type(base).forward.__get__(base) else (base, [])
+        return None if hooked and original != type(base).forward.__get__(base) else (base, [])
     if not hasattr(module, "lora_A") or (module.disable_adapters and module.merged):
         return None  # another kind of adapter; or one that PEFT takes out of the weights when it is called
-    if hasattr(base, HOOKED):
+    if hooked:
         return None
     if module.disable_adapters or module.merged:
         return base, []
@@ -220,6 +222,13 @@ def _is_ready(linear: nn.Linear, x: Tensor) -> bool:
     """Whether the weights lie where x does, in x's dtype (under autocast in any)."""
     same = linear.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
     return same and linear.weight.device == x.device
+
+
+def _is_cast(linear: nn.Module, x: Tensor) -> bool:
+    """Whether diffusers' layerwise casting alone is around a linear, so that a slice can be cast as well."""
+    hooks = getattr(getattr(linear, HOOKED, None), "hooks", {})
+    casting = hooks.get("layerwise_casting") if len(hooks) == 1 else None
+    return casting is not None and casting.compute_dtype == x.dtype and linear.weight.device == x.device
 
 
 def _is_more_than_two_matrices(module: Any, name: str) -> bool:
