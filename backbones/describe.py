@@ -16,7 +16,6 @@ from backbones.typical_call import Sizes, typical_calls
 from routers.cost import autocast_on_meta, to_meta
 from routers.derive import DerivationError, Derived, derive
 from routers.derive.rows import with_rows
-from routers.rows import count_rows
 
 TEXT = 256
 """Text tokens of a call where nothing says how many."""
