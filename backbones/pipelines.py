@@ -68,7 +68,7 @@ def generic_family(pipeline: str, transformer: str, name: str, makes: Makes) -> 
         call = known_call(pipeline)
         return Traits(
             signature_defaults(call),
-            guided=call.argument("negative_prompt") is not None,
+            guided=any(name.startswith("negative_prompt") for name in call.defaults),
             takes_guidance=call.guidance is not None,
         )
 

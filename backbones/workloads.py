@@ -64,20 +64,22 @@ class PipelineWorkload(_Workload):
         """Latents `[rows, L, C]` float32 of a batch, or pictures with output_type "pil"."""
         family, longest = self.backbone.family, self.backbone.defaults.max_sequence_length
         indices, generators = self._batch(batch, len(self.prompts))
+        call = known_call(family.pipeline_class)
         arguments: dict[str, Any] = {
             "prompt": [self.prompts[i] for i in indices],
-            str(known_call(family.pipeline_class).guidance): self.guidance,
+            str(call.guidance): self.guidance,
             "num_inference_steps": num_steps or self.num_steps,
             "width": self.width,
             "height": self.height,
             "generator": generators,
             "output_type": output_type,
         }
-        if len(self.branches) > 1:
+        if len(self.branches) > 1 and family.negative_prompt:
             arguments["negative_prompt"] = [family.negative_prompt] * self.rows
         if longest is not None:
             arguments["max_sequence_length"] = longest
-        images = self.pipe(**arguments).images
+        taken = {name: value for name, value in arguments.items() if name in call.defaults}
+        images = getattr(self.pipe(**taken), call.gives)
         return images.float() if isinstance(images, Tensor) else images
 
 

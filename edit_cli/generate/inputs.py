@@ -29,7 +29,7 @@ PASSED = ("width", "height", "frames", "fps", "seconds", "strength", "max_sequen
 
 def given_inputs(fields: Fields) -> Fields:
     """What was given of ARGUMENTS; "none" takes out what a record holds. `image` is a tuple."""
-    given = {name: fields[name] for name in ARGUMENTS if fields.get(name) not in (None, checks.NONE)}
+    given = {name: fields[name] for name in ARGUMENTS if fields.get(name) not in (None, "", checks.NONE)}
     images = given.get("image", ())
     images = tuple(images) if isinstance(images, (list, tuple)) else (images,)
     given["image"] = tuple(image for image in images if image != checks.NONE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import struct
-import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,8 @@ class Sound(Picture):
     def complete(self, fields: Fields, backbone: Backbone, warnings: list[str]) -> Fields:
         """As of a picture; the length."""
         made = super().complete(fields, backbone, warnings)
-        return {**made, "seconds": fields.get("seconds") or backbone.defaults.seconds}
+        seconds = fields.get("seconds") or backbone.defaults.seconds
+        return {**made, "seconds": None if seconds is None else float(seconds)}
 
     def size(self, jobs: Sequence[Any]) -> str:
         """The length."""
@@ -138,6 +138,8 @@ def sampling_rate(pipe: Any) -> int:
 
 def encode_wav(made: Waves, record: Mapping[str, Any]) -> bytes:
     """16-bit PCM, with the record as the comment of its INFO list (RIFF, chunk ICMT)."""
+
+    import wave
 
     buffer = io.BytesIO()
     channels, _ = made.values.shape

@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -156,6 +155,8 @@ def encode_video(frames: Frames, suffix: str, record: Mapping[str, Any], fps: fl
 
 def _mp4(frames: Frames, record: Mapping[str, Any], fps: float) -> bytes:
     """H.264, the record as the file's comment. Sides are cut to even numbers."""
+    from fractions import Fraction
+
     import av
 
     buffer = io.BytesIO()
