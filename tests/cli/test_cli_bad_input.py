@@ -64,7 +64,6 @@ QUICK = [
     (["a cat", "-m", "other-pipeline"], "holds StableDiffusionPipeline, which `edit` cannot run"),
     (["a cat", "-m", "someone/unknown"], "'someone/unknown' is not in the local cache and the hub cannot be"),
     (["a cat", "--routers", "nowhere"], "--routers 'nowhere' does not exist; give a bundle folder"),
-    (["a cat", "-m", "qwen-image", "-b", "0.6"], "'Qwen/Qwen-Image' is not in the local cache"),
     (
         ["a cat", "--width", "100"],
         "--width 100 is not a multiple of 16, which this model needs; nearest: 96 and 112",
@@ -145,6 +144,7 @@ NEEDS_TORCH = [
     (["a cat", "--routers", "cut.safetensors"], "cut.safetensors is truncated"),
     (["a cat", "--routers", "garbage.safetensors"], "is not a safetensors file"),
     (["a cat", "--routers", "no-pipeline"], "is not a bundle folder: bundle.json is missing"),
+    (["a cat", "-m", "qwen-image", "-b", "0.6"], "'Qwen/Qwen-Image' is not in the local cache"),
     (["a cat", "--offload", "model"], "--offload model needs a GPU"),
 ]
 """Found before the model is loaded."""

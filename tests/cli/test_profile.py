@@ -77,7 +77,18 @@ def test_decisions_flops_and_times_agree(profiled):
 
 def test_the_dry_run_counts_what_is_measured(profiled, edit_here, qwen_folder):
     folder, _, trace = profiled
-    words = ["generate", "a cat", "a dog", "-m", qwen_folder, "-b", "0.5", "--steps", STEPS, "--dry-run"]
+    words = [
+        "generate",
+        "a cat",
+        "a </script> dog",
+        "-m",
+        qwen_folder,
+        "-b",
+        "0.5",
+        "--steps",
+        STEPS,
+        "--dry-run",
+    ]
     planned = edit_here(*words, "--json", cwd=folder).json["flops"]
     # the number of text tokens is an estimate before the prompt is tokenised
     assert planned == pytest.approx(trace["runs"][1]["flops"], rel=0.15)
