@@ -69,6 +69,10 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
         self.set_begin_index(0)
         return self.timesteps
 
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample as it is: some pipelines ask any scheduler that is not diffusers' own."""
+        return sample
+
     def _offer(self, grid: Array) -> None:
         self.grid, self.plan = grid, self.planner(grid)
         times = grid if self.plan is None else self.plan.times
@@ -87,15 +91,18 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, *, return_dict: bool = True, **kwargs: Any
     ) -> Any:
-        """One step of the plan, in float32. Raises ValueError for tokens with times of their own."""
-        if kwargs.get("per_token_timesteps") is not None:
-            raise ValueError("a plan has one time for all tokens; detach it where tokens have their own")
+        """One step of the plan, in float32. Tokens with times of their own go the same way, each to the next
+        of the plan's times.
+        """
         if self.step_index is None:
             self._init_step_index(timestep)
         step = self.step_index
         self.on_step()
         if self.plan is None:
             return super().step(model_output, timestep, sample, return_dict=return_dict, **kwargs)
+        if kwargs.get("per_token_timesteps") is not None:
+            way = self._run.step(step, sample, model_output, 1.0) - sample.float()
+            return super().step(way, timestep, sample, return_dict=return_dict, **kwargs)
         size = float(self.sigmas[step + 1].double() - self.sigmas[step].double())
         after = self._run.step(step, sample, model_output, size).to(model_output.dtype)
         self._step_index += 1

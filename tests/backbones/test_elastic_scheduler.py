@@ -114,10 +114,20 @@ def test_schedulers_that_a_plan_cannot_stand_in_for_are_refused() -> None:
         with pytest.raises(ValueError, match=what), elastic_scheduler(pipe, euler):
             pass
         assert pipe.scheduler is scheduler
-    running = elastic(euler)
-    running.set_timesteps(sigmas=SIGMAS)
-    with pytest.raises(ValueError, match="one time for all tokens"):
-        running.step(START, running.timesteps[0], START, per_token_timesteps=torch.ones(2, 6))
+
+
+def test_tokens_with_times_of_their_own_go_along_the_plan() -> None:
+    """At the run's own time their step is the run's; diffusers' sign for them is the other one."""
+    own, together = (elastic(adams_bashforth) for _ in range(2))
+    x = y = START[:, :, None]
+    for scheduler in (own, together):
+        scheduler.set_timesteps(sigmas=SIGMAS)
+        scheduler.set_begin_index(0)
+    for t in own.timesteps:
+        y = together.step(y * (1 + t / 1000), t, y, return_dict=False)[0]
+        times = torch.full(x.shape[:2], float(t))
+        x = own.step(-x * (1 + t / 1000), t, x, per_token_timesteps=times, return_dict=False)[0]
+        assert torch.allclose(x, y, atol=1e-5)
 
 
 # -- in pipelines -------------------------------------------------------------------------------
