@@ -22,6 +22,8 @@ QWEN_TOKENS = {
 }  # fmt: skip
 """Special tokens of Qwen models, which their configurations name by number."""
 
+RESIZE = "resize_token_embeddings"
+
 
 @dataclass(frozen=True)
 class TestClass:
@@ -33,14 +35,18 @@ class TestClass:
     def build(self) -> Any:
         """The pipeline with random weights."""
         pipe = self.of.pipeline_class(**self._instance().get_dummy_components())  # type: ignore[attr-defined]
-        tokens = [
-            max(part.get_vocab().values()) for part in pipe.components.values() if hasattr(part, "get_vocab")
-        ]
-        for part in pipe.components.values():
-            if hasattr(part, "resize_token_embeddings") and part.get_input_embeddings().num_embeddings <= max(
-                tokens
-            ):
-                part.resize_token_embeddings(max(tokens) + 1)  # the stand-ins know more words
+        parts = pipe.components.values()
+        words = max(
+            (max(part.get_vocab().values()) + 1 for part in parts if hasattr(part, "get_vocab")), default=0
+        )
+        for part in parts:
+            known = (
+                getattr(part.get_input_embeddings(), "num_embeddings", words)
+                if hasattr(part, RESIZE)
+                else words
+            )
+            if known < words:  # the stand-ins know more words than the tests' tokenizers
+                part.resize_token_embeddings(words)
             if hasattr(part, "eval"):
                 part.eval()  # text encoders that the hub would have given are made by hand here
         return pipe.to("cpu")
