@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -271,9 +272,11 @@ class Picture:
         return [CallSize(1, width, height, tokens(prompt, limit)) for prompt in prompts]
 
     def latent(self, job: Any, backbone: Backbone) -> int:
-        """Values of the latents, those that some models are given beside them included."""
+        """Values that the transformer gives, at most: of every patch, its values in every channel."""
         config = registry.component_configs(backbone)["transformer"]
-        return self._tokens(job, backbone) * int(config.get("in_channels") or 0)
+        patch, channels = config.get("patch_size", 1), config.get("out_channels") or config.get("in_channels")
+        values = math.prod(patch) if isinstance(patch, (list, tuple)) else patch**2
+        return self._tokens(job, backbone) * int(values * (channels or 0))
 
     def stream(self, job: Any, backbone: Backbone) -> int:
         """Values of the residual streams between two blocks, of picture and text."""
