@@ -230,9 +230,10 @@ class Picture:
         from backbones.workloads import PipelineWorkload
 
         first, prompts = jobs[0], [job.prompt for job in jobs]
+        more = {name: getattr(first, name) for name in ("frames", "seconds") if hasattr(first, name)}
         return PipelineWorkload(
             session.pipe, session.plan.backbone, rows, first.steps, first.guidance, prompts, first.width,
-            first.height, seed=first.seed,
+            first.height, more, seed=first.seed,
         )  # fmt: skip
 
     def comparison_path(self, path: Path, _compare: str) -> Path:
