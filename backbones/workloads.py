@@ -49,11 +49,12 @@ class _Workload:
 
 @dataclass
 class PipelineWorkload(_Workload):
-    """Pictures of prompts. width, height: px; None: the pipeline's own."""
+    """Results of prompts. width, height: px; None: the pipeline's own. more: `ARGUMENTS` of other media."""
 
     prompts: Sequence[str]
     width: int | None = None
     height: int | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -61,7 +62,7 @@ class PipelineWorkload(_Workload):
         self._count(len(self.prompts), "cond")
 
     def run(self, batch: int, *, num_steps: int | None = None, output_type: str = "latent") -> Any:
-        """Latents `[rows, L, C]` float32 of a batch, or pictures with output_type "pil"."""
+        """Latents `[rows, ...]` float32 of a batch, or pictures with output_type "pil"."""
         family, longest = self.backbone.family, self.backbone.defaults.max_sequence_length
         indices, generators = self._batch(batch, len(self.prompts))
         call = known_call(family.pipeline_class)
@@ -73,6 +74,7 @@ class PipelineWorkload(_Workload):
             "height": self.height,
             "generator": generators,
             "output_type": output_type,
+            **{str(call.argument(name)): value for name, value in self.more.items() if value is not None},
         }
         if len(self.branches) > 1 and family.negative_prompt:
             arguments["negative_prompt"] = [family.negative_prompt] * self.rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -229,9 +230,10 @@ class Picture:
         from backbones.workloads import PipelineWorkload
 
         first, prompts = jobs[0], [job.prompt for job in jobs]
+        more = {name: getattr(first, name) for name in ("frames", "seconds") if hasattr(first, name)}
         return PipelineWorkload(
             session.pipe, session.plan.backbone, rows, first.steps, first.guidance, prompts, first.width,
-            first.height, seed=first.seed,
+            first.height, more, seed=first.seed,
         )  # fmt: skip
 
     def comparison_path(self, path: Path, _compare: str) -> Path:
@@ -271,9 +273,11 @@ class Picture:
         return [CallSize(1, width, height, tokens(prompt, limit)) for prompt in prompts]
 
     def latent(self, job: Any, backbone: Backbone) -> int:
-        """Values of the latents, those that some models are given beside them included."""
+        """Values that the transformer gives, at most: of every patch, its values in every channel."""
         config = registry.component_configs(backbone)["transformer"]
-        return self._tokens(job, backbone) * int(config.get("in_channels") or 0)
+        patch, channels = config.get("patch_size", 1), config.get("out_channels") or config.get("in_channels")
+        values = math.prod(patch) if isinstance(patch, (list, tuple)) else patch**2
+        return self._tokens(job, backbone) * int(values * (channels or 0))
 
     def stream(self, job: Any, backbone: Backbone) -> int:
         """Values of the residual streams between two blocks, of picture and text."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from backbones import registry
 from backbones.spec import Backbone, Makes
 from edit_cli.errors import RunError
 from edit_cli.generate.medium import Fields
@@ -56,6 +57,11 @@ class Sound(Picture):
         made = super().complete(fields, backbone, warnings)
         seconds = fields.get("seconds") or backbone.defaults.seconds
         return {**made, "seconds": None if seconds is None else float(seconds)}
+
+    def latent(self, _job: Any, backbone: Backbone) -> int:
+        """Of the longest sound."""
+        config = registry.component_configs(backbone)["transformer"]
+        return int((config.get("in_channels") or 0) * (config.get("sample_size") or 0))
 
     def size(self, jobs: Sequence[Any]) -> str:
         """The length."""

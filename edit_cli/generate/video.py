@@ -79,6 +79,10 @@ class Video(Picture):
         """As of a picture of so many frames."""
         return [replace(size, frames=job.frames or 1) for size in super().calls(job, backbone)]
 
+    def latent(self, job: Any, backbone: Backbone) -> int:
+        """As of so many pictures; most models take several frames together."""
+        return super().latent(job, backbone) * (job.frames or 1)
+
     def size(self, jobs: Sequence[Any]) -> str:
         """Width, height and frames."""
         frames = {f"{job.frames} frames" if job.frames else "its own length" for job in jobs}

@@ -145,3 +145,24 @@ def test_a_run_from_a_picture_keeps_its_strength_and_its_budget(qwen_folder, flu
         assert ran.json["evaluations"] == {"made": 2, "dense": 4}
         far = np.abs(pixels(desk / "whole.png") - pixels(start)).mean()
         assert np.abs(pixels(desk / "half.png") - pixels(desk / "whole.png")).mean() < far
+
+
+def test_a_mesh_is_compared_with_the_exact_one(mesh_folder, edit_here, desk):
+    words = ["generate-3d", "cat.png", "-m", mesh_folder, "--steps", "6", "--octree-resolution", "24"]
+    ran = edit_here(*words, "-b", "0.5", "--target", "exact", "--compare", "exact", "--json", cwd=desk)
+    assert ran.code == 0, ran.err
+    compare = ran.json["compare"]
+    assert compare["outputs"] == ["cat-exact.glb"] and (desk / "cat-exact.glb").is_file()
+    assert 0 < compare["iou"][0] <= 1 and 0 < compare["dense_iou"][0] <= 1
+
+
+def test_a_video_model_is_calibrated_and_profiled(zoo, edit_here, desk):
+    wan, quick = zoo("wan"), ("--steps", "4", "--budgets", "0.5", "--samples", "1", "--json")
+    made = edit_here("calibrate", "-m", wan, "-o", "b", *quick, cwd=desk)
+    assert made.code == 0, made.err
+    (row,) = made.json["quality"]
+    assert (row["spent"], row["snr"] > 10) == (0.5, True)
+    ran = edit_here("profile", "a cat", "-m", wan, "--routers", "b", "-b", "0.5", "--steps", "4", "--repeats",
+                    "1", "--json", cwd=desk)  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert [run["spent"] for run in ran.json["runs"]] == [1.0, 0.5]
