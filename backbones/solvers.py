@@ -22,6 +22,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from backbones.hunyuan3d.schedulers import FlowMatchEulerScheduler
+from routers.planned.serving import uncounted
 
 
 class Multistep(ABC):
@@ -103,17 +104,17 @@ def solver(pipe: Any, name: str) -> Iterator[None]:
 
 
 def _diffusers_step(scheduler: FlowMatchEulerDiscreteScheduler, kind: type[Multistep]) -> Callable[..., Any]:
-    run, times, count = kind(), [0.0], getattr(scheduler, "on_step", lambda: None)
+    run, times, count = kind(), [0.0], getattr(scheduler, "on_step", uncounted)
 
     def step(
         model_output: Tensor, timestep: Any, sample: Tensor, *, return_dict: bool = True, **_kwargs: Any
     ) -> Any:
         """One step from sigma[i] to sigma[i + 1], in float32."""
         nonlocal run, times
-        count()
         if scheduler.step_index is None:  # set_timesteps was called: a new run
             scheduler._init_step_index(timestep)
             run, times = kind(), scheduler.sigmas.tolist()
+        count(scheduler.step_index + 1)
         now, then = times[scheduler.step_index : scheduler.step_index + 2]
         after = run.advance(sample.float(), model_output.float(), now, then).to(model_output.dtype)
         scheduler._step_index += 1
@@ -123,12 +124,12 @@ def _diffusers_step(scheduler: FlowMatchEulerDiscreteScheduler, kind: type[Multi
 
 
 def _hunyuan3d_step(scheduler: FlowMatchEulerScheduler, kind: type[Multistep]) -> Callable[..., Tensor]:
-    run, count = kind(), getattr(scheduler, "on_step", lambda: None)
+    run, count = kind(), getattr(scheduler, "on_step", uncounted)
 
     def step(velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         """One step in float32; a step of size zero, the last of every run, changes nothing."""
         nonlocal run
-        count()
+        count(index + 1)
         if index == 0:
             run = kind()
         now, then = (1 - sigma for sigma in scheduler.sigmas[index : index + 2].tolist())

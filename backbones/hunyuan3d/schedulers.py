@@ -5,7 +5,7 @@ Not interchangeable with diffusers' class of the same name, whose time runs the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from routers.planned.follow import Follower, Steps
-from routers.planned.serving import own_steps
+from routers.planned.serving import OnStep, own_steps, uncounted
 
 if TYPE_CHECKING:
     from routers.planned.scheduler import Planner
@@ -53,7 +53,7 @@ class FlowMatchEulerScheduler:
         size = (self.sigmas[index + 1] - self.sigmas[index]).item()
         return (sample.float() + size * velocity.float()).to(velocity.dtype)
 
-    def planned(self, planner: Planner, on_step: Callable[[], None]) -> ElasticMeshScheduler:
+    def planned(self, planner: Planner, on_step: OnStep) -> ElasticMeshScheduler:
         """The scheduler that makes a plan's evaluations in this one's place (see `routers.planned`)."""
         return ElasticMeshScheduler(self, planner, on_step)
 
@@ -94,7 +94,7 @@ class ElasticMeshScheduler(FlowMatchEulerScheduler):
     changes nothing, and no plan makes it.
     """
 
-    def __init__(self, own: FlowMatchEulerScheduler, planner: Planner, on_step: Callable[[], None]) -> None:
+    def __init__(self, own: FlowMatchEulerScheduler, planner: Planner, on_step: OnStep) -> None:
         self.own, self.planner, self.on_step = own, planner, on_step
         self.num_train_timesteps, self.shift = own.num_train_timesteps, own.shift
         self.sigmas, self.timesteps = own.sigmas, own.timesteps
@@ -115,7 +115,7 @@ class ElasticMeshScheduler(FlowMatchEulerScheduler):
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         """One step of the plan in float32."""
-        self.on_step()
+        self.on_step(index + 1)
         if self.plan is None:
             return self.own.step(velocity, index, sample)
         size = (self.sigmas[index] - self.sigmas[index + 1]).item()
@@ -123,4 +123,4 @@ class ElasticMeshScheduler(FlowMatchEulerScheduler):
 
     def leave(self) -> None:
         """Make the own steps from now on; nothing of the pipeline was replaced."""
-        self.planner, self.on_step = own_steps, lambda: None
+        self.planner, self.on_step = own_steps, uncounted

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .flow import KINDS, Point
 from .follow import Follower, Steps
-from .serving import Serving
+from .serving import OnStep, Serving
 from .timeplan import Array
 
 Planner = Callable[[Array], Steps | None]
@@ -57,7 +57,7 @@ class ElasticOdeScheduler(Serving):
     plan: what the present run follows, None for the own steps. timesteps [n]. points [n + 1].
     """
 
-    def __init__(self, own: Any, planner: Planner, on_step: Callable[[], None]) -> None:
+    def __init__(self, own: Any, planner: Planner, on_step: OnStep) -> None:
         self.own, self.planner, self.on_step = own, planner, on_step
         self.higher_order = type(own).__name__ not in FIRST_ORDER
         # pipelines look at the arguments' names
@@ -130,7 +130,7 @@ class ElasticOdeScheduler(Serving):
         **kwargs: Any,
     ) -> Any:  # fmt: skip
         """One step of the plan, in float32. Raises ValueError for noise of its own (eta)."""
-        self.on_step()
+        self.on_step(self._index + 1)
         if self.plan is None:
             return self.own.step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
         if kwargs.get("eta"):

@@ -90,7 +90,7 @@ class Sampled:
         trace.planned, trace.made = (steps if plan is None else len(plan.times) - 1), 0
         return plan
 
-    def _count(self) -> None:
-        """An evaluation was made."""
+    def _count(self, number: int) -> None:
+        """An evaluation was made: copies of a scheduler, one for every frame, make it together."""
         assert self.trace is not None
-        self.trace.made += 1
+        self.trace.made = max(self.trace.made, number)

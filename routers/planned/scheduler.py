@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .follow import Follower, Steps
 from .ode import ElasticOdeScheduler, check_ode
-from .serving import Serving, check_free
+from .serving import OnStep, Serving, check_free, uncounted
 from .timeplan import Array, TimePlan
 
 Planner = Callable[[Array], Steps | None]
@@ -45,7 +45,7 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
     timesteps: Tensor
     sigmas: Tensor
     grid: Array
-    on_step: Callable[[], None]
+    on_step: OnStep
     _run: Follower
 
     def set_timesteps(
@@ -83,6 +83,7 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
 
     def _init_step_index(self, timestep: Any) -> None:
         super()._init_step_index(timestep)
+        self._first: int = self._step_index
         if self._step_index and isinstance(self.plan, TimePlan):
             self.plan = self.plan.begun_at(self._step_index)
         if self.plan is not None:
@@ -97,7 +98,7 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
         if self.step_index is None:
             self._init_step_index(timestep)
         step = self.step_index
-        self.on_step()
+        self.on_step(step - self._first + 1)
         if self.plan is None:
             return super().step(model_output, timestep, sample, return_dict=return_dict, **kwargs)
         if kwargs.get("per_token_timesteps") is not None:
@@ -133,9 +134,7 @@ def takes_plans(scheduler: Any) -> bool:
 
 
 @contextmanager
-def elastic_scheduler(
-    pipe: Any, planner: Planner, on_step: Callable[[], None] = lambda: None
-) -> Iterator[Any]:
+def elastic_scheduler(pipe: Any, planner: Planner, on_step: OnStep = uncounted) -> Iterator[Any]:
     """The pipeline on a planner's times and weights instead of its own. Raises as `check_scheduler`.
 
     A scheduler that is not diffusers' may bring its own counterpart: `scheduler.planned(planner, on_step)`.

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+
+OnStep = Callable[[int], None]
+"""Called at each evaluation of a run with its number, from 1."""
+
+
+def uncounted(number: int) -> None:
+    """An evaluation that nobody counts."""
 
 
 def own_steps(grid: object) -> None:
@@ -17,8 +26,14 @@ class Serving:
     """Part of a scheduler that takes another's place. `begin_at`, `planner`, `on_step`: its own."""
 
     planner: Callable[[Any], Any]
-    on_step: Callable[[], None]
+    on_step: OnStep
     _patched: list[Any]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """For pipelines with a copy of their scheduler for every frame: each has a past of its own."""
+        twin = copy.copy(self)
+        twin._patched = []
+        return twin
 
     def begin_at(self, strength: float) -> Tensor:
         """A run that begins at the step of its own grid that `strength` means; returns its times."""
@@ -32,10 +47,13 @@ class Serving:
         if any(pipe is other for other in self._patched):
             return
 
-        def get_timesteps(
-            num_inference_steps: int, strength: float, device: Any = None
-        ) -> tuple[Tensor, int]:
-            times = self.begin_at(strength)
+        signature, own = inspect.signature(pipe.get_timesteps), pipe.get_timesteps
+
+        def get_timesteps(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            if "strength" not in given:
+                return own(*args, **kwargs)
+            times = self.begin_at(given["strength"])
             return times, len(times)
 
         pipe.get_timesteps = get_timesteps
@@ -43,7 +61,7 @@ class Serving:
 
     def leave(self) -> None:
         """Give pipelines back what `serve` replaced, and make the own steps from now on."""
-        self.planner, self.on_step = own_steps, lambda: None
+        self.planner, self.on_step = own_steps, uncounted
         for pipe in self._patched:
             del pipe.get_timesteps
         self._patched.clear()

@@ -23,7 +23,7 @@ START = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
 
 def elastic(planner, **config) -> ElasticFlowScheduler:
     scheduler = ElasticFlowScheduler(**config)
-    scheduler.planner, scheduler.on_step, scheduler._patched = planner, lambda: None, []
+    scheduler.planner, scheduler.on_step, scheduler._patched = planner, lambda number: None, []
     return scheduler
 
 
