@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDPMScheduler
 
 import routers
 from backbones import qwen_image
@@ -128,9 +128,9 @@ def test_other_numbers_of_evaluations_begin_with_the_warp_that_was_best() -> Non
 
 
 def test_a_scheduler_that_a_plan_cannot_stand_in_for_is_refused(pictures: PipelineWorkload) -> None:
-    own, pictures.pipe.scheduler = pictures.pipe.scheduler, DDIMScheduler()
+    own, pictures.pipe.scheduler = pictures.pipe.scheduler, DDPMScheduler()
     try:
-        with pytest.raises(ValueError, match="this pipeline has DDIMScheduler"):
+        with pytest.raises(ValueError, match="this pipeline has DDPMScheduler"):
             fitted(pictures, FitSettings(budgets=(0.5,)))
     finally:
         pictures.pipe.scheduler = own

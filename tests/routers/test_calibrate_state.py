@@ -21,7 +21,8 @@ from routers.calibrate.fit import fit
 from routers.calibrate.settings import FitSettings
 from routers.calibrate.state import State
 from routers.calibrate.workload import NotFiniteError
-from tests.conftest import EDIT, TIMEOUT, edit_environment
+from tests.conftest import EDIT, edit_environment
+from tests.fresh import TIMEOUT
 from tests.tiny_workloads import mesh_workload, picture
 
 SETTINGS = FitSettings(budgets=(0.2, 0.4, 0.6), targets=("dense", "exact"), tries=2)

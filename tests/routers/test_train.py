@@ -36,7 +36,7 @@ from routers.trained.router import BudgetRouter, build_router
 from tests.block_kinds import CASES, Case
 from tests.tiny_workloads import mesh_workload
 
-SHORT = TrainSettings(steps=6, hidden=4, low=0.5, probes=8, every=3, rank=2)
+SHORT = TrainSettings(steps=6, hidden=4, low=0.5, every=3, rank=2)
 
 
 @pytest.fixture(scope="module")
