@@ -31,6 +31,7 @@ from tests.routers.packaged import (
     stop_at,
 )
 
+SLOW_FLUX = pytest.param(FLUX, "after", marks=pytest.mark.slow)
 by_name = pytest.mark.parametrize("folder", ALL, ids=lambda folder: folder.name)
 
 
@@ -170,8 +171,7 @@ def test_the_target_is_where_the_picture_ends_up() -> None:
 
 
 @pytest.mark.parametrize("strength", [0.25, 0.6, 1.0])
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("folder", PICTURES, ids=lambda folder: folder.name)
+@pytest.mark.parametrize(("folder", "when"), [(QWEN, "before"), (QWEN, "after"), SLOW_FLUX])
 def test_strength_means_the_same_with_a_plan(folder: Path, when: str, strength: float) -> None:
     """Of a pipeline made before the attach, and attached itself; and of one made after."""
     pipe = load(folder)
@@ -381,7 +381,7 @@ def test_a_cache_is_refused_before_and_after_attach(kind: str) -> None:
     assert pipe.scheduler is own
 
 
-@pytest.mark.parametrize("how", ["in place", "wrapped"])
+@pytest.mark.parametrize("how", ["wrapped", pytest.param("in place", marks=pytest.mark.slow)])
 def test_a_compiled_transformer_works(how: str) -> None:
     pipe = load.__wrapped__(FLUX)
     expected = alone(FLUX, lambda pipe: make(pipe, 4), budget=0.5)
