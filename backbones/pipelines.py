@@ -25,11 +25,14 @@ STEPS = 50
 def pipeline_family(index: Config, families: Iterable[Family], where: str) -> Family:
     """The family of what a `model_index.json` names. Raises ModelError."""
     name, entry = index.get("_class_name"), index.get("transformer")
-    call = pipeline_call(name) if isinstance(name, str) else None
     what = f"{where!r} holds {name}" if name else f"{where!r} does not say what it holds"
-    if call is None:
+    transformer = entry[-1] if isinstance(entry, list) and isinstance(entry[-1], str) else None
+    family = next((f for f in families if f.transformer.transformer_class == transformer), None)
+    described = family is not None and family.pipeline_class == name  # its source need not be read
+    call = pipeline_call(name) if isinstance(name, str) and not described else None
+    if call is None and not described:
         raise ModelError(f"{what}, which `edit` cannot run: it is not a pipeline of the installed diffusers")
-    if not isinstance(entry, list) or not isinstance(entry[-1], str):
+    if transformer is None:
         raise ModelError(f"{what}, which `edit` cannot run: it has no diffusion transformer")
     for component, value in index.items():
         if isinstance(value, list) and value[0] is not None and value[0] not in libraries():
@@ -37,14 +40,14 @@ def pipeline_family(index: Config, families: Iterable[Family], where: str) -> Fa
                 f"{what}, whose {component} is of {value[0]!r}: classes are taken from diffusers and "
                 "transformers only"
             )
-    family = next((f for f in families if f.transformer.transformer_class == entry[-1]), None)
-    if family is None:
-        if call.gives not in GIVES:
-            raise ModelError(f"{what}, which `edit` cannot run: what it gives is not known")
-        return generic_family(
-            call.pipeline, entry[-1], call.pipeline.removesuffix("Pipeline"), GIVES[call.gives]
-        )
-    return family if family.pipeline_class == name else sibling(family, call.pipeline)
+    if family is not None:
+        return family if call is None else sibling(family, call.pipeline)
+    assert call is not None
+    if call.gives not in GIVES:
+        raise ModelError(f"{what}, which `edit` cannot run: what it gives is not known")
+    return generic_family(
+        call.pipeline, transformer, call.pipeline.removesuffix("Pipeline"), GIVES[call.gives]
+    )
 
 
 @functools.cache
