@@ -151,14 +151,14 @@ def test_a_target_that_does_not_exist_is_refused() -> None:
 
 def test_the_target_is_where_the_picture_ends_up() -> None:
     pipe = load(QWEN)
-    dense = make(pipe, 12)
+    dense = make(pipe, 10)
     with solver(pipe, "ab2"):
-        exact = make(pipe, 60)
+        exact = make(pipe, 40)
     with attached(QWEN, 0.5) as (pipe, sampled):
         ends = {}
         for target in ("dense", "exact"):
             with sampled.scope(target=target):
-                ends[target] = make(pipe, 12)
+                ends[target] = make(pipe, 10)
 
     def far(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((a - b).square().mean())
@@ -237,7 +237,7 @@ def test_a_solver_that_is_asked_for_steps_along_the_plan() -> None:
 # -- nothing is left behind ---------------------------------------------------------------------
 
 
-@by_name
+@pytest.mark.parametrize("folder", [QWEN, MESH], ids=lambda folder: folder.name)
 def test_pictures_in_turn_equal_those_of_a_fresh_attach(folder: Path) -> None:
     expected = {steps: alone(folder, lambda pipe, steps=steps: make(pipe, steps)) for steps in (7, 4)}
     with attached(folder) as (pipe, sampled):
