@@ -237,7 +237,7 @@ def test_a_solver_that_is_asked_for_steps_along_the_plan() -> None:
 # -- nothing is left behind ---------------------------------------------------------------------
 
 
-@by_name
+@pytest.mark.parametrize("folder", [QWEN, MESH], ids=lambda folder: folder.name)
 def test_pictures_in_turn_equal_those_of_a_fresh_attach(folder: Path) -> None:
     expected = {steps: alone(folder, lambda pipe, steps=steps: make(pipe, steps)) for steps in (7, 4)}
     with attached(folder) as (pipe, sampled):
