@@ -74,6 +74,10 @@ def _planned(
     check_wishes(budget, target)
     if pipe is not None and takes_plans(pipe.scheduler):
         return Sampled(pipe, planner_for, budget, target)
+    if target != "dense":
+        raise ValueError(
+            f"target {target!r} needs a sampler that can be given other times; leave the target out"
+        )
     return OnGrid(transformer, budget, num_steps, pipe)
 
 

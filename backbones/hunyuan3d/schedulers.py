@@ -5,7 +5,7 @@ Not interchangeable with diffusers' class of the same name, whose time runs the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,9 @@ class FlowMatchEulerScheduler:
     The pipeline passes `linspace(0, 1, N)`, so its last step has size zero: N evaluations, N - 1 effective
     steps. `timesteps [N]` and `sigmas [N + 1]` are float32.
     """
+
+    warps: Mapping[str, tuple[float, float]] = {"dense": (1.0, 1.3), "exact": (0.5, 1.0)}
+    """Of a plan's times where nothing was measured: shapes form late in a run (docs/notes/solver-plan.md)."""
 
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
         self.num_train_timesteps, self.shift = num_train_timesteps, shift

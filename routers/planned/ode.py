@@ -67,6 +67,8 @@ class ElasticOdeScheduler(Serving):
         self.timesteps, self._patched = own.timesteps, []
 
     def __getattr__(self, name: str) -> Any:
+        if name == "own" or name.startswith("__"):  # asked for while a copy is made
+            raise AttributeError(name)
         return getattr(self.own, name)
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:

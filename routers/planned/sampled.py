@@ -14,7 +14,7 @@ from ..patching import check_whole
 from .scheduler import Planner, elastic_scheduler
 from .spent import PlanTrace, evaluations_for
 from .timeplan import Array
-from .universal import check_wishes
+from .universal import Warp, check_wishes, universal_planner
 
 PlannerFor = Callable[[float, str], Planner]
 """From a budget and a target to a planner: `universal_planner`, or a bundle's."""
@@ -85,10 +85,17 @@ class Sampled:
         all_of_them = self.evaluations(steps, trace.requested) == steps
         if getattr(self.scheduler, "higher_order", False) and not all_of_them:
             trace.target = "exact"  # its dense run is as good as exact
-        plan = (self._planner or self.planner_for(trace.requested, trace.target))(grid)
+        plan = (self._planner or self._planner_for(trace))(grid)
         trace.steps = trace.of = steps
         trace.planned, trace.made = (steps if plan is None else len(plan.times) - 1), 0
         return plan
+
+    def _planner_for(self, trace: PlanTrace) -> Planner:
+        """A scheduler may know which warps of its times serve where nothing was measured."""
+        known: dict[str, Warp] = getattr(self.scheduler, "warps", {})
+        if self.planner_for is universal_planner:
+            return universal_planner(trace.requested, trace.target, known.get(trace.target))
+        return self.planner_for(trace.requested, trace.target)
 
     def _count(self, number: int) -> None:
         """An evaluation was made: copies of a scheduler, one for every frame, make it together."""

@@ -151,14 +151,14 @@ def test_a_target_that_does_not_exist_is_refused() -> None:
 
 def test_the_target_is_where_the_picture_ends_up() -> None:
     pipe = load(QWEN)
-    dense = make(pipe, 10)
+    dense = make(pipe, 20)
     with solver(pipe, "ab2"):
         exact = make(pipe, 40)
     with attached(QWEN, 0.5) as (pipe, sampled):
         ends = {}
         for target in ("dense", "exact"):
             with sampled.scope(target=target):
-                ends[target] = make(pipe, 10)
+                ends[target] = make(pipe, 20)
 
     def far(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((a - b).square().mean())
