@@ -45,8 +45,8 @@ def grid_steps(steps: int, evaluations: int, shift: float, bend: float) -> list[
 
 
 def missing_shift(grid: Array, shift: float) -> float:
-    """By how much a grid's times are short of a shift, at least 1: read where half of its steps are done. A shift
-    below 1, towards the data, is of the grid's own times.
+    """By how much a grid's times are short of a shift, at least 1: read where half of its steps are done. A
+    shift below 1, towards the data, is of the grid's own times.
     """
     if shift <= 1:
         return shift
