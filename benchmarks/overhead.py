@@ -153,6 +153,7 @@ def measure_pipeline(size: Size, batch: int, bar: float | None) -> list[Row]:
         return once
 
     def run_plan() -> Iterator[None]:
+        denoising.pipe.transformer = dense
         elastics["plan"] = plan = attach(denoising.pipe, budget=budget)
         denoising(dense)
         plan.detach()
