@@ -43,7 +43,7 @@ class Trained:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What goes beside the moments."""
+        """What goes into the bundle's file of tensors."""
         return {
             **{f"routers.{i}.{k}": v.contiguous() for i, r in enumerate(self.routers) for k, v in r.items()},
             "profile.budgets": torch.from_numpy(self.profile.budgets),

@@ -47,8 +47,6 @@ class TrainedPolicy:
     """
 
     reads_routers = True
-    plan: None = None
-    """There is no plan of whole steps (see `PlannedPolicy.plan`)."""
 
     def __init__(self, profile: Profile, *, batch_mean: bool = False) -> None:
         self.profile, self.batch_mean = profile, batch_mean
