@@ -19,8 +19,8 @@ from routers.calibrate.settings import FitSettings
 from routers.spec import TARGETS
 from routers.train.settings import TrainSettings
 
-HELD_OUT = 8
-"""Samples that only measure the finished bundle."""
+HELD_OUT, HELD_OUT_LARGE = 8, 2
+"""Samples that only measure the finished bundle: of a small model, and of one whose runs take long."""
 SAMPLES, SAMPLES_LARGE, SAMPLES_TRAIN = 4, 1, 32
 """By default: to fit a small model, one whose runs take long, and to train."""
 MEASURED = tuple(round(0.35 + 0.05 * i, 2) for i in range(14))
@@ -63,7 +63,8 @@ def make_calibration_plan(request: Request) -> CalibrationPlan:
     if len({plan.group(job) for job in plan.jobs}) > 1:
         raise EditError("--prompts holds lines of different size, steps or guidance; a bundle needs one")
     seed = request.get("seed", [0])[0]
-    usual = SAMPLES_TRAIN if training else SAMPLES if plan.backbone.small else SAMPLES_LARGE
+    small = plan.backbone.small
+    usual = SAMPLES_TRAIN if training else SAMPLES if small else SAMPLES_LARGE
     samples = request.get("samples", usual)
     rows = min(plan.batch_size, samples) if training else samples
     target = request.get("target", TARGETS[0])
@@ -75,7 +76,7 @@ def make_calibration_plan(request: Request) -> CalibrationPlan:
     )
     return CalibrationPlan(
         generation=replace(plan, jobs=take(plan.jobs, samples, seed), batch_size=rows),
-        held_out=held_out(plan.jobs, max(HELD_OUT, rows), seed),
+        held_out=held_out(plan.jobs, max(HELD_OUT if small else HELD_OUT_LARGE, rows), seed),
         budgets=request.get("budgets", MEASURED),
         fitted=fitted,
         output=Path(request["output"]) if "output" in request else None,
