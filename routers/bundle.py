@@ -25,7 +25,7 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from .files import write_whole
-from .planned.scheduler import Planner
+from .planned.follow import Planner
 from .planned.timeplan import Array, TimePlan
 from .planned.universal import Warp, universal_planner
 from .spec import TARGETS, TransformerSpec

@@ -16,7 +16,7 @@ from routers.planned.follow import Follower, Steps
 from routers.planned.serving import OnStep, own_steps, uncounted
 
 if TYPE_CHECKING:
-    from routers.planned.scheduler import Planner
+    from routers.planned.follow import Planner
 
 
 class FlowMatchEulerScheduler:

@@ -33,6 +33,10 @@ class Steps(Protocol):
         ...
 
 
+Planner = Callable[[Array], Steps | None]
+"""From the times of a run's own grid [N + 1] to what is done instead; None: the run's own steps."""
+
+
 class Follower:
     """One run of a plan: keeps the outputs that its next steps are made from."""
 

@@ -17,11 +17,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from .flow import KINDS, Point
-from .follow import Follower, Steps
+from .follow import Follower, Planner, Steps
 from .serving import OnStep, Serving
 from .timeplan import Array
 
-Planner = Callable[[Array], Steps | None]
 FINISHED = 1e-6
 """Noise over signal that counts as none."""
 VARIANCE_EXPLODING = ("EulerDiscreteScheduler",)
@@ -60,9 +59,6 @@ class ElasticOdeScheduler(Serving):
     def __init__(self, own: Any, planner: Planner, on_step: OnStep) -> None:
         self.own, self.planner, self.on_step = own, planner, on_step
         self.higher_order = type(own).__name__ not in FIRST_ORDER
-        # pipelines look at the arguments' names
-        begin = functools.partial(ElasticOdeScheduler._set_timesteps, self)
-        self.set_timesteps = functools.update_wrapper(begin, own.set_timesteps)
         self.plan: Steps | None = None
         self.timesteps, self._patched = own.timesteps, []
 
@@ -71,17 +67,17 @@ class ElasticOdeScheduler(Serving):
             raise AttributeError(name)
         return getattr(self.own, name)
 
-    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        self.own.set_timesteps(*args, **kwargs)
-        self.serve()
-        self._offer(0)
+    @property
+    def set_timesteps(self) -> Callable[..., None]:
+        """As the own scheduler, whose arguments' names pipelines look at, then the plan's times."""
 
-    def begin_at(self, strength: float) -> Tensor:
-        """A run that begins at the step of its own grid that `strength` means; returns its times."""
-        steps = len(self.own.timesteps)
-        self._offer(int(max(steps - min(steps * strength, steps), 0)))
-        times: Tensor = self.timesteps
-        return times
+        def begin(*args: Any, **kwargs: Any) -> None:
+            self.own.set_timesteps(*args, **kwargs)
+            self.serve()
+            self._steps = len(self.own.timesteps)
+            self._offer(0)
+
+        return functools.wraps(self.own.set_timesteps)(begin)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Where a run from a picture starts: `begin_at` has seen to it."""

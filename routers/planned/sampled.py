@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ..patching import check_whole
-from .scheduler import Planner, elastic_scheduler
+from .follow import Planner
+from .scheduler import elastic_scheduler
 from .spent import PlanTrace, evaluations_for
 from .timeplan import Array
 from .universal import Warp, check_wishes, universal_planner

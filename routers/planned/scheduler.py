@@ -13,7 +13,7 @@ for every pipeline that shares the scheduler, whenever it was made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,29 +23,22 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
-from .follow import Follower, Steps
+from .follow import Follower, Planner, Steps
 from .ode import ElasticOdeScheduler, check_ode
 from .serving import OnStep, Serving, check_free, uncounted
 from .timeplan import Array, TimePlan
-
-Planner = Callable[[Array], Steps | None]
-"""From the times of a run's own grid [N + 1] to what is done instead; None: the run's own steps."""
 
 
 class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     """diffusers' flow-matching Euler scheduler with a plan's times and weights.
 
     planner: set by `elastic_scheduler`. grid [N + 1]: the pipeline's own times of this run. plan: what is
-    done instead, None for the pipeline's own steps. on_step: called at each
-    evaluation.
+    done instead, None for the pipeline's own steps.
     """
 
-    planner: Planner
     plan: Steps | None
-    timesteps: Tensor
     sigmas: Tensor
     grid: Array
-    on_step: OnStep
     _run: Follower
 
     def set_timesteps(
@@ -59,22 +52,19 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
         """As the pipeline's own scheduler (pipelines look at the arguments' names), then the plan's times."""
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         self.serve()
-        self._offer(np.array(self.sigmas.tolist()))
-
-    def begin_at(self, strength: float) -> Tensor:
-        """A run that begins at the step of its own grid that `strength` means; returns its times."""
-        steps = len(self.grid) - 1
-        first = int(max(steps - min(steps * strength, steps), 0))
-        self._offer(self.grid[first:])
-        self.set_begin_index(0)
-        return self.timesteps
+        self.grid = np.array(self.sigmas.tolist())
+        self._steps = len(self.grid) - 1
+        self._offer(0)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample as it is: some pipelines ask any scheduler that is not diffusers' own."""
         return sample
 
-    def _offer(self, grid: Array) -> None:
-        self.grid, self.plan = grid, self.planner(grid)
+    def _offer(self, first: int) -> None:
+        grid = self.grid[first:]
+        self.plan = self.planner(grid)
+        if first:
+            self.set_begin_index(0)
         times = grid if self.plan is None else self.plan.times
         self.sigmas = torch.tensor(times.tolist(), dtype=torch.float32, device=self.sigmas.device)
         scale = self.config.num_train_timesteps

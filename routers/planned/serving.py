@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .follow import Follower, Planner
+
 OnStep = Callable[[int], None]
 """Called at each evaluation of a run with its number, from 1."""
 
@@ -23,21 +25,34 @@ def own_steps(grid: object) -> None:
 
 
 class Serving:
-    """Part of a scheduler that takes another's place. `begin_at`, `planner`, `on_step`: its own."""
+    """Part of a scheduler that takes another's place."""
 
-    planner: Callable[[Any], Any]
+    planner: Planner
     on_step: OnStep
+    timesteps: Tensor
+    _steps: int
+    """Of the pipeline's own run."""
+    _offer: Callable[[int], None]
+    """Plan the own run from this step on, and offer the plan's times."""
     _patched: list[Any]
+    _run: Follower
+    own: Any
+    """The scheduler whose place is taken, where it is still asked."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """For pipelines with a copy of their scheduler for every frame: each has a past of its own."""
         twin = copy.copy(self)
         twin._patched = []
+        if "_run" in vars(self):
+            twin._run = copy.copy(self._run)  # its outputs are replaced, never changed
+        if "own" in vars(self):
+            twin.own = copy.deepcopy(self.own, memo)
         return twin
 
     def begin_at(self, strength: float) -> Tensor:
         """A run that begins at the step of its own grid that `strength` means; returns its times."""
-        raise NotImplementedError
+        self._offer(int(max(self._steps - min(self._steps * strength, self._steps), 0)))
+        return self.timesteps
 
     def serve(self) -> None:
         """Answer for the pipeline that sets timesteps where a run from a picture begins, until `leave`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -126,6 +128,33 @@ def test_noise_that_is_asked_for_is_refused() -> None:
         scheduler.set_timesteps(10)
         with pytest.raises(ValueError, match="eta"):
             scheduler.step(SPREAD, scheduler.timesteps[0], SPREAD, eta=1.0)
+
+
+@pytest.mark.parametrize("budget", [0.5, 1.0])
+@pytest.mark.parametrize("name", [*SAMPLERS, "flow"])
+def test_copies_of_a_scheduler_do_not_mix_their_runs(name: str, budget: float) -> None:
+    """As pipelines make them for frames of their own: taking turns, each goes where it goes alone."""
+    pipe = SimpleNamespace(
+        scheduler=FlowMatchEulerDiscreteScheduler() if name == "flow" else SAMPLERS[name]()
+    )
+    with elastic_scheduler(pipe, universal_planner(budget, "exact" if budget < 1 else "dense")) as scheduler:
+        scheduler.set_timesteps(10)
+        starts = [torch.randn(1, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+
+        def onward(copied: Any, x: torch.Tensor, time: Any) -> torch.Tensor:
+            moved: torch.Tensor = copied.step(x * (1 + float(time) / 1000), time, x, return_dict=False)[0]
+            return moved
+
+        alone = []
+        for x in starts:
+            copied = copy.deepcopy(scheduler)
+            for time in copied.timesteps:
+                x = onward(copied, x, time)
+            alone.append(x)
+        copies, together = [copy.deepcopy(scheduler) for _ in starts], list(starts)
+        for time in scheduler.timesteps:
+            together = [onward(copied, x, time) for copied, x in zip(copies, together, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 # -- in pipelines -------------------------------------------------------------------------------
