@@ -67,7 +67,6 @@ class Elastic(Watch):
         self.names = argument_names(transformer)
         self._runs: Runs = Runs(transformer, self._start_run, pipe) if leader is None else leader._runs
         self._scope: _Scope | None = None
-        self._context: str | None = None
         self._call: Call | None = None
         self._dense = False
         self.step_of: Callable[[int], int] = lambda call: call
@@ -171,7 +170,7 @@ class Elastic(Watch):
         self._own = patches.add(self.transformer, forward)
         patches.add(self.transformer, _refuse_compile, "compile")
         if hasattr(self.transformer, "cache_context"):
-            patches.add(self.transformer, self._cache_context, "cache_context")
+            patches.add(self.transformer, self._runs.cache_context, "cache_context")
         self._patch_blocks()
         self.transformer.__dict__["_edit_elastic"] = self
 
@@ -206,17 +205,6 @@ class Elastic(Watch):
         original: Callable[..., Any] = self._own.original
         return original
 
-    @contextmanager
-    def _cache_context(
-        self, original: Callable[..., Any], name: str, *args: Any, **kwargs: Any
-    ) -> Iterator[None]:
-        self._context = name
-        try:
-            with original(name, *args, **kwargs):
-                yield
-        finally:
-            self._context = None
-
     def _transformer_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         check_call(self.transformer, [block.module for block in self.blocks])
         inputs = by_name(self.names, args, kwargs)
@@ -231,7 +219,7 @@ class Elastic(Watch):
         if self is not self._halves[0]:  # a branch goes on, with caches of its own
             shapes = (("second half", ()), *shapes)
         time = row_times(inputs[self.spec.timestep], rows, device)
-        run, name = self._runs.of_call(time, self._context)
+        run, name = self._runs.of_call(time)
         cost = self._costs.of_call(
             shapes, rows, lambda: original(*copied(args), **copied(kwargs)), self._densely
         )

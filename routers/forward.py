@@ -50,9 +50,6 @@ class Group:
     parts: list[tuple[float, int]] = field(default_factory=list)
     index: Tensor | None = None
     weights: Weights | None = None
-    peer: ResidualCache | None = None
-    """The other CFG branch's cache, where a reuse of the first stream looks at it too, with these weights."""
-    peer_weights: Weights | None = None
 
 
 def plan_groups(
@@ -143,8 +140,6 @@ def place(groups: Sequence[Group], device: torch.device) -> None:
     for group in groups:
         if isinstance(group.weights, Tensor):
             group.weights = sent(group.weights)
-        if isinstance(group.peer_weights, Tensor):
-            group.peer_weights = sent(group.peer_weights)
 
 
 def _all_reuse(groups: list[Group]) -> bool:
@@ -248,10 +243,5 @@ def _do(
 
 def _reuse(group: Group, time: Tensor, order: int, before: Streams) -> Streams:
     """Streams after a unit, or a stretch of them, that is not computed: what they added is added again."""
-    where = group.unit, group.last, group.rows, group.index, time, order
-    delta = group.cache.delta(*where, group.weights)
-    after = tuple(x + d for x, d in zip(before, delta, strict=True))
-    if group.peer is not None and group.peer_weights is not None:
-        more = group.peer.delta(*where, group.peer_weights)
-        after = after[0] + more[0], *after[1:]
-    return after
+    delta = group.cache.delta(group.unit, group.last, group.rows, group.index, time, order, group.weights)
+    return tuple(x + d for x, d in zip(before, delta, strict=True))

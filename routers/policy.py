@@ -65,7 +65,7 @@ class Decision:
     actions: codes int8 [R, N]. units: blocks that are cached together, the same in every call of a run;
     None: each alone. depth: passes per unit to keep for reuses, 0 for none. weights [R, U, P]: of the cached
     passes, newest first, for each row's reuse of a unit; None: reuses extrapolate in time, with `order` 0
-    (repeat) or 1 (linear). peer: another CFG branch whose passes reuses add too, and their weights [R, U, P].
+    (repeat) or 1 (linear).
     """
 
     actions: Actions
@@ -73,7 +73,6 @@ class Decision:
     depth: int = 0
     weights: NDArray[np.float32] | None = None
     order: int = 0
-    peer: tuple[str, NDArray[np.float32]] | None = None
 
     def of_all(self) -> Decision:
         """What was decided for the first row, for every row."""
@@ -85,7 +84,6 @@ class Decision:
             self,
             actions=first(self.actions),
             weights=None if self.weights is None else first(self.weights),
-            peer=None if self.peer is None else (self.peer[0], first(self.peer[1])),
         )
 
 

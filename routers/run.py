@@ -21,11 +21,11 @@ from torch import Tensor
 from .block import Block, Shapes
 from .cache import ResidualCache, Streams
 from .cost import CallCost
-from .forward import Group, place, plan_groups, shared_weights
-from .policy import CallInfo, Decision, Policy, RunInfo, Units
+from .forward import Group, place, plan_groups
+from .policy import CallInfo, Policy, RunInfo, Units
 from .rows import same
 from .spec import WIDTHS
-from .trace import FULL, REUSE, Actions, CallRecord, Trace, feasible
+from .trace import FULL, Actions, CallRecord, Trace, feasible
 
 if TYPE_CHECKING:
     from .router import RouterStack
@@ -192,7 +192,6 @@ class Run:
         groups = plan_groups(
             actions, branch.cache, self.ragged, branch.units, decision.weights, self.info.skips
         )
-        self._add_peer(groups, branch.units, decision)
         place([group for block in groups for group in block], time_.device)
         reads = self.policy.reads_routers
         return Call(info, branch, time_, actions, [*groups], decision.order, reads=reads)
@@ -212,17 +211,6 @@ class Run:
             signature=branch.shapes,
             parts=rows // samples if samples and rows % samples == 0 else 1,
         )
-
-    def _add_peer(self, groups: list[list[Group]], units: Units, decision: Decision) -> None:
-        """Let reuses look at the passes of the CFG branch that the policy names, weighted as it says."""
-        if decision.peer is None:
-            return
-        name, weights = decision.peer
-        for first, _ in units:
-            for group in groups[first]:
-                if group.code == REUSE and group.last >= 0:
-                    group.peer = self.branches[name].cache
-                    group.peer_weights = shared_weights(weights[:, group.unit], group.rows)
 
     def end(self, call: Call) -> None:
         """Book the call: FLOPs per row, decisions, cache size, and the step count of its branch."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -96,14 +97,27 @@ class Runs:
         self._stale = timesteps_of(pipe)
         self.in_scope = False
         self._followed: list[Followed] = []
+        self._name: str | None = None
 
     def forget(self, in_scope: bool = False) -> None:
         """A scope begins or ends: what comes next is another run."""
         self._followed, self.in_scope = [], in_scope
 
-    def of_call(self, time: Tensor, name: str | None) -> tuple[Run, str]:
+    @contextmanager
+    def cache_context(
+        self, original: Callable[..., Any], name: str, *args: Any, **kwargs: Any
+    ) -> Iterator[None]:
+        """Replaces the transformer's `cache_context`, by which pipelines name the branches of their calls."""
+        self._name = name
+        try:
+            with original(name, *args, **kwargs):
+                yield
+        finally:
+            self._name = None
+
+    def of_call(self, time: Tensor) -> tuple[Run, str]:
         """The run and the branch of a call at time `[R]`, named by the pipeline or not."""
-        sampler = self._sampler(time)
+        sampler, name = self._sampler(time), self._name
         if sampler is None:
             return self._without_sampler(time, name)
         followed = self._with_sampler(sampler, time)

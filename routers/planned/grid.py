@@ -83,11 +83,10 @@ class OnGrid:
         self.trace: PlanTrace | None = None
         self._scope: PlanTrace | None = None
         self._runs = Runs(transformer, self._start_run, pipe)  # type: ignore[arg-type]
-        self._context: str | None = None
         self._patches = Patches()
         self._patches.add(transformer, self._forward)
         if hasattr(transformer, "cache_context"):
-            self._patches.add(transformer, self._cache_context, "cache_context")
+            self._patches.add(transformer, self._runs.cache_context, "cache_context")
         transformer.__dict__["_edit_elastic"] = self
 
     @contextmanager
@@ -129,20 +128,9 @@ class OnGrid:
         self.trace = trace = self._scope or PlanTrace(self.budget)
         return GridRun(trace, num_steps or trace.steps or self.num_steps)
 
-    @contextmanager
-    def _cache_context(
-        self, original: Callable[..., Any], name: str, *args: Any, **kwargs: Any
-    ) -> Iterator[None]:
-        self._context = name
-        try:
-            with original(name, *args, **kwargs):
-                yield
-        finally:
-            self._context = None
-
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         time = torch.as_tensor(by_name(self.names, args, kwargs)[self.time]).float().flatten()
-        run, name = self._runs.of_call(time, self._context)
+        run, name = self._runs.of_call(time)
         assert isinstance(run, GridRun)
         past = run.pasts.setdefault(name, Past())
         step, past.step = past.step, past.step + 1
