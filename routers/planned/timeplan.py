@@ -8,7 +8,7 @@ n - x_0 is the mean. A plan of n evaluations is n + 1 times and one row of weigh
 
 Fewer steps, shifted times, multistep solvers, reuse of earlier outputs and their prediction are all of this
 form. A step that a grid of times leaves out is nothing but a longer step: between two evaluations every
-combination of what has been computed adds up to one combination (`on_grid`). Weights that sum to 1, with
+combination of what has been computed adds up to one combination. Weights that sum to 1, with
 u = 0, are exact for a constant v (order one); Adams-Bashforth's are exact for polynomials of v in time.
 
 Shapes: n evaluations, N steps of a grid, P passes a step is made from.
@@ -136,27 +136,6 @@ def _grid_means(grid: Array, start: float, end: float, powers: NDArray[np.int64]
     held = np.array([grid[grid >= cut - STILL].min() for cut in cuts[:-1]])
     shares, sizes = (held - start) / (end - start), np.diff(cuts) / (end - start)
     return np.asarray((sizes * shares ** powers[:, None]).sum(axis=1))
-
-
-def on_grid(times: Sequence[float] | Array, computed: Sequence[int], weights: Array) -> TimePlan:
-    """Steps left out of a grid and replaced by predictions, as the longer steps that they amount to.
-
-    times [N + 1]: the grid. computed: steps at which the model is evaluated, the first among them.
-    weights [N, P]: what a step goes along, as weights of the outputs computed so far, newest first; a
-    computed step's own row counts too (1, 0, ... for Euler).
-    """
-    times, weights = np.asarray(times, float), np.asarray(weights, float)
-    if not computed or computed[0] != 0 or len(weights) != len(times) - 1:
-        raise ValueError(
-            f"steps {list(computed)} with {len(weights)} rows: a plan on a grid starts at step 0"
-        )
-    ends = [*computed[1:], len(times) - 1]
-    sizes = np.diff(times)[:, None]
-    rows = [
-        (sizes[a:b] * weights[a:b]).sum(axis=0) / sizes[a:b].sum()
-        for a, b in zip(computed, ends, strict=True)
-    ]
-    return TimePlan(times[[*computed, len(times) - 1]], np.stack(rows))
 
 
 def moving(times: Sequence[float] | Array) -> Array:

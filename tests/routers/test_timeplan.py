@@ -13,7 +13,7 @@ from routers.planned.choose_times import CANDIDATES, FEW, choose, fit, freedom
 from routers.planned.closed_loop import FitSettings, Recording, StageFit, Trajectory, mean_snr, solve_weights
 from routers.planned.flow import Point
 from routers.planned.follow import follow
-from routers.planned.timeplan import TimePlan, adams_bashforth, euler, on_grid, resampled, shifted
+from routers.planned.timeplan import TimePlan, adams_bashforth, euler, resampled, shifted
 from routers.planned.universal import universal_plan
 
 TIMES = shifted(np.linspace(1, 0, 9), 2.2)
@@ -65,23 +65,6 @@ def test_second_order_is_more_exact_than_euler() -> None:
     assert errors[1] > 3 * errors[2] > 3 * errors[3]
 
 
-def test_steps_left_out_of_a_grid_are_longer_steps() -> None:
-    grid = np.linspace(1, 0, 7)
-    computed, weights = [0, 1, 3], np.zeros((6, 3))
-    weights[:, 0] = 1
-    weights[2], weights[4], weights[5] = (1.5, -0.5, 0), (1.4, -0.2, -0.2), (1.6, -0.8, 0.2)
-    velocity, _ = decay()
-    x, outputs = START, []
-    for step in range(6):
-        if step in computed:
-            outputs = [velocity(x, grid[step]), *outputs]
-        used = zip(weights[step], outputs, strict=False)
-        x = x + (grid[step + 1] - grid[step]) * sum(w * v for w, v in used)
-    plan = on_grid(grid, computed, weights)
-    assert plan.evaluations == 3 and plan.is_consistent()
-    assert torch.allclose(follow(velocity, START, plan), x, atol=1e-12)
-
-
 def test_what_makes_no_plan_is_refused() -> None:
     for times, weights, what in (
         ([1, 0.5, 0.5], np.ones((2, 1)), "decrease"),
@@ -91,8 +74,6 @@ def test_what_makes_no_plan_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=what):
             TimePlan(np.array(times, float), weights)
-    with pytest.raises(ValueError, match="step 0"):
-        on_grid([1, 0.5, 0], [1], np.ones((2, 1)))
     with pytest.raises(ValueError, match="'state'"):
         TimePlan.from_arrays({"times": [1, 0], "weights": [[1]]})
 
