@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,24 +38,11 @@ def make_tokenizer(text: str):
     )
 
 
-def make_qwen_image(folder: Path, *, blocks: int = 4, seed: int = 0) -> Path:
-    """Save a random QwenImagePipeline: 4 blocks of dim 64, 8x VAE, 64 px by default."""
-    from diffusers import (
-        AutoencoderKLQwenImage,
-        FlowMatchEulerDiscreteScheduler,
-        QwenImagePipeline,
-        QwenImageTransformer2DModel,
-    )
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+def qwen_vl_config(tokenizer: Any, **tokens: int) -> Any:
+    """Of a tiny Qwen2.5-VL. tokens: numbers of special ones, where pictures are shown to it."""
+    from transformers import Qwen2_5_VLConfig
 
-    torch.manual_seed(seed)
-    template = (
-        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, "
-        "text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
-    tokenizer = make_tokenizer(f"{template} {WORDS}")
-    config = Qwen2_5_VLConfig(
+    return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer) + 8, "hidden_size": 48, "intermediate_size": 96,
             "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -64,7 +52,28 @@ def make_qwen_image(folder: Path, *, blocks: int = 4, seed: int = 0) -> Path:
         vision_config={
             "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 48,
         },
+        **tokens,
     )  # fmt: skip
+
+
+def make_qwen_image(folder: Path, *, blocks: int = 4, seed: int = 0) -> Path:
+    """Save a random QwenImagePipeline: 4 blocks of dim 64, 8x VAE, 64 px by default."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(seed)
+    template = (
+        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, "
+        "text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    tokenizer = make_tokenizer(f"{template} {WORDS}")
+    config = qwen_vl_config(tokenizer)
     vae = AutoencoderKLQwenImage(
         base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,

@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from tests.tiny_pipelines import WORDS, make_flux, make_qwen_image, make_tokenizer, write_defaults
+from tests.tiny_pipelines import (
+    WORDS,
+    make_flux,
+    make_qwen_image,
+    make_tokenizer,
+    qwen_vl_config,
+    write_defaults,
+)
 
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -61,7 +68,7 @@ def kl_vae(channels: int = 4, levels: int = 4, **config: Any) -> Any:
 
 def make_qwen_edit(folder: Path, pipeline: str = "QwenImageEditPipeline") -> Path:
     """A Qwen-Image pipeline whose text encoder also sees pictures."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     make_qwen_image(folder)
@@ -70,16 +77,8 @@ def make_qwen_edit(folder: Path, pipeline: str = "QwenImageEditPipeline") -> Pat
         name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
         for name in ("image_pad", "video_pad", "vision_start", "vision_end")
     }
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer) + 8, "hidden_size": 48, "intermediate_size": 96,
-            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 4, 4], "rope_theta": 10000.0},
-        },
-        vision_config={
-            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 48,
-        },
+    config = qwen_vl_config(
+        tokenizer,
         image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
         vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
     )  # fmt: skip
