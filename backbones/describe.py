@@ -13,9 +13,9 @@ from backbones.inspect import InspectError, on_meta
 from backbones.model_files import ModelError
 from backbones.spec import CallSize, Config, Configs, Family
 from backbones.typical_call import Sizes, typical_calls
-from routers.cost import autocast_on_meta, to_meta
 from routers.derive import DerivationError, Derived, derive
 from routers.derive.rows import with_rows
+from routers.meta import autocast_on_meta, to_meta
 
 TEXT = 256
 """Text tokens of a call where nothing says how many."""

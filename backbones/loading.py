@@ -21,7 +21,7 @@ from backbones.processors import without_video
 from backbones.registry import FAMILIES, component_configs
 from backbones.spec import DIFFUSERS, HUNYUAN3D, Backbone, CallSize, Lora, Placement
 from backbones.weights import build_transformer, load_transformer
-from routers.cost import transformer_flops
+from routers.meta import transformer_flops
 
 if TYPE_CHECKING:
     from backbones.hunyuan3d.pipeline import Hunyuan3DPipeline

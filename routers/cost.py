@@ -1,8 +1,6 @@
 """What a decision costs, in FLOPs, for any block class: counted on the meta device, not written by hand.
 
-A block is run once per input shape as a *twin* whose parameters and inputs are on the meta device,
-under torch.utils.flop_counter (a multiply-add is 2 FLOPs; elementwise work counts 0). The twin shares
-no storage with the model and carries none of its hooks, so offloaded weights stay where they are.
+A block is run once per input shape as a twin without values (meta.py).
 A block that needs real values to run (data-dependent shapes, operators without a meta kernel) is counted
 in one real run instead, and its cost says so in a note.
 
@@ -11,39 +9,23 @@ Shapes: B batch, L tokens, D dim, F hidden units, H heads, K head dim.
 
 from __future__ import annotations
 
-import copy
-import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import isroutine
 from operator import attrgetter
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
-from .packed import base_layer as base_layer
-from .packed import dense_like, is_packed
+from .meta import count_flops, meta_twin, to_meta, unshared
+from .packed import in_features, is_packed, out_features
 from .router import router_flops
 from .rows import tensors_held
 from .spec import MlpSpec
 
 if TYPE_CHECKING:
     from .block import Block
-
-_HOOK_ATTRIBUTES = (
-    "forward",
-    "_edit_elastic",
-    "_hf_hook",
-    "_old_forward",
-    "_diffusers_hook",
-    "_compiled_call_impl",
-)
 
 
 COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -141,123 +123,6 @@ class Costs:
         return CallCost(costs, outside, max(routers), together)
 
 
-def meta_twin(module: nn.Module) -> nn.Module:
-    """A copy of a module whose parameters and buffers are on the meta device, without hooks or patches.
-
-    In float32, because weights may be stored in another dtype than they compute in; a linear with packed
-    weights becomes the plain one that it stands for.
-    """
-    if is_packed(module):
-        return dense_like(module)
-    twin = copy.copy(module)
-    # its own lists: PEFT's layers, for one, note in a list which adapters a call has taken out of the weights
-    # and a rotary embedding that is no module keeps its tables
-    state = {name: _own(value) for name, value in module.__dict__.items()}
-    for name in _HOOK_ATTRIBUTES:
-        state.pop(name, None)
-    state["_parameters"] = {k: _meta_parameter(p) for k, p in module._parameters.items()}
-    state["_buffers"] = {k: None if b is None else to_meta(b) for k, b in module._buffers.items()}
-    state["_modules"] = {k: None if m is None else meta_twin(m) for k, m in module._modules.items()}
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        state[name] = type(state[name])()
-    twin.__dict__ = state
-    return twin
-
-
-def _own(value: Any) -> Any:
-    """A copy of what a call may fill: containers, and objects with a state that are not modules."""
-    if type(value) in (list, tuple):
-        return type(value)(_own(inner) for inner in value)
-    if type(value) is dict:
-        return {name: _own(inner) for name, inner in value.items()}
-    if type(value) is set:
-        return copy.copy(value)
-    shared = isinstance(value, (Tensor, nn.Module, ModuleType, Mapping, type)) or isroutine(value)
-    if shared or not isinstance(getattr(value, "__dict__", None), dict):
-        return value
-    twin = copy.copy(value)
-    twin.__dict__.update({name: _own(inner) for name, inner in vars(value).items()})
-    return twin
-
-
-def _meta_parameter(parameter: Tensor | None) -> nn.Parameter | None:
-    if parameter is None:
-        return None
-    if parameter.is_floating_point() and type(parameter) in (Tensor, nn.Parameter):
-        # not by empty_like, which takes a second for the parameters of a large transformer
-        meta = torch.empty(parameter.shape, device="meta", dtype=torch.float32)
-        return nn.Parameter(meta, requires_grad=False)
-    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-
-
-def to_meta(value: Any) -> Any:
-    """Every tensor in a nested value, on the meta device, floats in the dtype of a twin's parameters."""
-
-    def moved(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return x.to("meta", torch.float32) if x.is_floating_point() else x.to("meta")
-
-    return tree_map(moved, value)
-
-
-@contextmanager
-def autocast_on_meta() -> Iterator[None]:
-    """Let `torch.autocast("meta")` do nothing inside the context, where PyTorch refuses it.
-
-    Forwards write `torch.autocast(x.device.type, enabled=False)` around rotary embeddings.
-    """
-    begin = torch.autocast.__init__
-
-    def begin_anywhere(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
-        if device_type == "meta":
-            device_type, args, kwargs = "cpu", (), {"enabled": False}
-        begin(self, device_type, *args, **kwargs)
-
-    torch.autocast.__init__ = begin_anywhere  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.autocast.__init__ = begin  # type: ignore[method-assign]
-
-
-def count_flops(function: Any, *args: Any, **kwargs: Any) -> float:
-    """FLOPs of one call by torch.utils.flop_counter, fused attention included on every device."""
-    formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with torch.no_grad(), flex_as_dense(), counter:
-        function(*args, **kwargs)
-    return float(counter.get_total_flops())
-
-
-@contextmanager
-def flex_as_dense() -> Iterator[None]:
-    """Let FlexAttention be dense attention inside the context, as the counter counts it: for calls whose
-    values do not matter. It runs neither on the meta device nor, uncompiled, while functions are followed.
-    """
-    flex: Any = sys.modules.get("torch.nn.attention.flex_attention")
-    if flex is None:
-        yield
-        return
-
-    def dense(
-        query: Tensor, key: Tensor, value: Tensor, *_args: Any, enable_gqa: bool = False, **_: Any
-    ) -> Any:
-        return nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=enable_gqa)
-
-    original, flex.flex_attention = flex.flex_attention, dense
-    try:
-        yield
-    finally:
-        flex.flex_attention = original
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> int:
-    """The CPU's fused attention, for which the counter has no formula; given shapes, each `(B, H, L, K)`."""
-    scores = math.prod(query[:-1]) * key[-2]
-    return int(2 * scores * (query[-1] + value[-1]))
-
-
 def hidden_units(block: nn.Module, mlp: MlpSpec) -> int:
     """Hidden units F of a block's MLP. Raises ValueError where its linears share no hidden layer."""
     inner, outer = attrgetter(mlp.in_linear)(block), attrgetter(mlp.out_linear)(block)
@@ -270,16 +135,6 @@ def hidden_units(block: nn.Module, mlp: MlpSpec) -> int:
             f"hidden layer at offsets {offset} and {mlp.out_offset * dim}"
         )
     return hidden
-
-
-def out_features(module: nn.Module) -> int:
-    """Output features of a linear or of a wrapper around one."""
-    return int(base_layer(module).out_features)
-
-
-def in_features(module: nn.Module) -> int:
-    """Input features of a linear or of a wrapper around one."""
-    return int(base_layer(module).in_features)
 
 
 def block_cost(
@@ -295,7 +150,7 @@ def block_cost(
     Runs on the meta device, or once for real where that is impossible. Errors of that run are raised.
     """
     note = ""
-    args, kwargs = _own(args), _own(dict(kwargs))  # what it fills must not be the caller's
+    args, kwargs = unshared(args), unshared(dict(kwargs))  # what it fills must not be the caller's
     held = {id(tensor) for tensor in tensors_held([args, kwargs])}
     try:
         total, seen = _count_block(meta_twin(block), mlps, to_meta(args), to_meta(kwargs))
@@ -369,11 +224,3 @@ def count_linears(root: nn.Module, exclude: Iterable[nn.Module]) -> Iterator[lis
     finally:
         for handle in handles:
             handle.remove()
-
-
-def transformer_flops(transformer: nn.Module, inputs: Mapping[str, Any]) -> float:
-    """FLOPs of one dense call of a transformer, counted on the meta device.
-
-    inputs: the forward's keyword arguments; tensors on any device.
-    """
-    return count_flops(meta_twin(transformer), **to_meta(dict(inputs)))

@@ -1,4 +1,4 @@
-"""Linears whose weights are stored in another form than `[out, in]` of floats: packed, or scaled.
+"""Linears: behind wrappers, and with weights in another form than `[out, in]` of floats, packed or scaled.
 
 torchao and optimum-quanto keep tensors of classes of their own, bitsandbytes and GGUF packed bytes. Such a
 linear computes what a dense one would, at the same FLOPs, but its rows and columns cannot be cut by slicing:
@@ -18,6 +18,16 @@ def base_layer(module: nn.Module) -> Any:
     """A linear itself, or the one that an adapter's layer is around."""
     get_base = getattr(module, "get_base_layer", None)
     return get_base() if get_base is not None else module
+
+
+def out_features(module: nn.Module) -> int:
+    """Output features of a linear or of a wrapper around one."""
+    return int(base_layer(module).out_features)
+
+
+def in_features(module: nn.Module) -> int:
+    """Input features of a linear or of a wrapper around one."""
+    return int(base_layer(module).in_features)
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cost import base_layer, hidden_units, in_features, out_features
+from .cost import hidden_units
+from .packed import base_layer, in_features, out_features
 from .patching import Patches
 from .spec import MlpSpec
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..cost import autocast_on_meta, meta_twin, to_meta
+from ..meta import autocast_on_meta, meta_twin, to_meta
 from ..rows import count_rows
 from ..spec import TransformerSpec
 from .calls import TracedCall, argument_names, outermost_lists, traced_call

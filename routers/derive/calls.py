@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cost import flex_as_dense
+from ..meta import flex_as_dense
 from .hidden import Hidden, HiddenReader
 from .provenance import Mark, Output, Provenance, Source, mark, mark_of, tensors_in
 

@@ -15,7 +15,7 @@ from backbones.spec import Placement
 from edit_cli.errors import EditError
 from edit_cli.export import program as export_torch
 from edit_cli.export import static as export_static
-from routers.cost import out_features
+from routers.packed import out_features
 from tests.cli.test_export_formats import export_to
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routers.cost import block_cost, count_flops
+from routers.cost import block_cost
 from routers.elastic import Elastic
+from routers.meta import count_flops
 from routers.spec import BlockSpec, MlpSpec, TransformerSpec
 
 DIM, TOKENS, ROWS = 12, 6, 3

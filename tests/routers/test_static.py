@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from routers.cost import transformer_flops
+from routers.meta import transformer_flops
 from routers.static.choose import Removal, Trial, choose, record_calls
 from routers.static.frozen import StaticShape, drop_groups, frozen, narrow, shape_of
 from routers.static.units import order_units

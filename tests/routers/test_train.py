@@ -19,8 +19,8 @@ from routers.bundle import Bundle, pack
 from routers.calibrate.evaluate import evaluate
 from routers.calibrate.state import State
 from routers.calls import first_tensor, flatten, unflatten
-from routers.cost import count_flops
 from routers.elastic import Elastic
+from routers.meta import count_flops
 from routers.policy import FixedPolicy
 from routers.spec import WIDTHS
 from routers.trace import SKIP
