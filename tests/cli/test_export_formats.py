@@ -92,7 +92,7 @@ def test_a_changed_file_is_not_kept(tmp_path: Path, monkeypatch) -> None:
 # -- diffusers ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["qwen_folder", "flux_folder"])
+@pytest.mark.parametrize("name", [pytest.param("qwen_folder", marks=pytest.mark.slow), "flux_folder"])
 def test_stock_diffusers_loads_it_and_routers_do_the_same(name, request, tmp_path: Path, edit_here) -> None:
     source = request.getfixturevalue(name)
     out = tmp_path / "out"

@@ -124,6 +124,7 @@ def test_program_gives_the_same_elsewhere(name: str, budget: float, request, tmp
     assert program(*inputs).isfinite().all()
 
 
+@pytest.mark.slow
 def test_program_of_a_mesh_model(mesh_folder: Path, pictures: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "program")
     found = export_to(out, mesh_folder, "torch-export", budget=1.0, images=str(pictures))

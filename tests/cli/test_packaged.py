@@ -17,7 +17,7 @@ PROMPTS = {"a cat": "cat", "a red car": "car", "a pizza": "pizza", "a rocket": "
 BOX_SIDE = 96  # px of the compared outlines
 
 
-@pytest.mark.parametrize("model", ["qwen-image-tiny", "flux-tiny"])
+@pytest.mark.parametrize("model", ["qwen-image-tiny", pytest.param("flux-tiny", marks=pytest.mark.slow)])
 def test_pictures_show_what_was_asked_for(edit_here, model, tmp_path):
     options = ("-m", model, "--budget", "0.6", "-o", "{prompt}.png", "--json")
     ran = edit_here("generate", *PROMPTS, *options, cwd=tmp_path)

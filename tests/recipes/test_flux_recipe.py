@@ -294,6 +294,7 @@ def test_teacher_is_the_packaged_pipelines_guidance():
     assert torch.cosine_similarity((mine - cond)[1].flatten(), (goal - cond)[1].flatten(), dim=0) > 0.95
 
 
+@pytest.mark.slow
 def test_vae_step_trains_both_halves_and_writes_the_folder(runs, tmp_path, monkeypatch, capsys):
     from diffusers import AutoencoderKL
 

@@ -204,6 +204,7 @@ def options(data: Path, out: Path, **more) -> argparse.Namespace:
     return argparse.Namespace(**{**base, **more})
 
 
+@pytest.mark.slow
 def test_the_steps_train_resume_evaluate_and_export(data, tmp_path, capsys, monkeypatch):
     from backbones.tiny.recipes.shapes import dit, evaluate, model, vae
 

@@ -46,7 +46,7 @@ OFFLOADS: dict[str, Apply] = {
     "groups of blocks on disk": _group("block_level", disk=True),
     "groups of leaves on disk": _group("leaf_level", disk=True),
 }
-QUICK = {("before", case.name) for case in CASES if case.name != "hunyuan3d-2-guided"} | {("after", "qwen")}
+QUICK = {("before", "qwen"), ("before", "hunyuan3d-2.1"), ("after", "flux")}
 ORDERS = [
     pytest.param(
         case, when, id=f"{case.name}-{when}", marks=() if (when, case.name) in QUICK else pytest.mark.slow
@@ -54,7 +54,7 @@ ORDERS = [
     for case in CASES
     for when in ("before", "after")
 ]
-"""Each model with hooks set before the routers are attached; after that, the first of them stands for all."""
+"""Hooks set before and after the routers are attached; without `slow`, some models stand for all."""
 CASTS: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
 
 

@@ -243,12 +243,8 @@ def compilable(case: Case, model: nn.Module) -> list[nn.Module]:
     ]
 
 
-QUICK_TO_COMPILE = [
-    pytest.param(case, id=case.name, marks=() if case.name == "qwen" else pytest.mark.slow) for case in CASES
-]
-
-
-@pytest.mark.parametrize("case", QUICK_TO_COMPILE)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_blocks_compile_once_per_kind_and_width(case: Case) -> None:
     """At most one graph for each block kind and width, none broken, and no more of them in later steps."""
     from torch._dynamo.testing import CompileCounter
@@ -361,7 +357,8 @@ def test_a_transformer_compiled_as_a_whole_is_refused(case: Case) -> None:
         Elastic(model, case.spec)
 
 
-@pytest.mark.parametrize("case", QUICK_TO_COMPILE)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_blocks_compiled_while_attached_stay_compiled_after(case: Case) -> None:
     torch._dynamo.reset()
     model = case.transformer()

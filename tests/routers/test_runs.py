@@ -77,7 +77,7 @@ def alone(folder: Path, make_one: Any) -> torch.Tensor:
         return make_one(pipe)
 
 
-@pytest.mark.parametrize("folder", [QWEN, MESH], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [pytest.param(QWEN, marks=pytest.mark.slow), MESH])
 def test_pictures_in_turn_equal_those_of_a_fresh_model(folder: Path) -> None:
     """Of the pipeline, and of its transformer alone: the pipeline that calls it is known all the same."""
     expected = {steps: alone(folder, lambda pipe, steps=steps: make(pipe, steps)) for steps in (6, 4)}
@@ -89,7 +89,9 @@ def test_pictures_in_turn_equal_those_of_a_fresh_model(folder: Path) -> None:
                 check_made(elastic, steps)
 
 
-@pytest.mark.parametrize(("folder", "how"), [(QWEN, "interrupt"), (FLUX, "exception")])
+@pytest.mark.parametrize(
+    ("folder", "how"), [(QWEN, "interrupt"), pytest.param(FLUX, "exception", marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_stopped_leaves_nothing_behind(folder: Path, how: str) -> None:
     def repaint(pipe: Any) -> torch.Tensor:
         return make(image_to_image(pipe), 20, image=sketch(), strength=0.3)

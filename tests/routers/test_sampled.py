@@ -21,7 +21,6 @@ from tests.routers.packaged import (
     ALL,
     FLUX,
     MESH,
-    PICTURES,
     QWEN,
     StopError,
     image_to_image,
@@ -250,7 +249,7 @@ def test_pictures_in_turn_equal_those_of_a_fresh_attach(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["interrupt", "exception"])
-@pytest.mark.parametrize("folder", PICTURES, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [QWEN, pytest.param(FLUX, marks=pytest.mark.slow)])
 def test_a_run_that_was_stopped_leaves_nothing_behind(folder: Path, how: str) -> None:
     def repaint(pipe: Any) -> torch.Tensor:
         return make(image_to_image(pipe), 10, image=sketch(), strength=0.5)
@@ -381,7 +380,8 @@ def test_a_cache_is_refused_before_and_after_attach(kind: str) -> None:
     assert pipe.scheduler is own
 
 
-@pytest.mark.parametrize("how", ["wrapped", pytest.param("in place", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
 def test_a_compiled_transformer_works(how: str) -> None:
     pipe = load.__wrapped__(FLUX)
     expected = alone(FLUX, lambda pipe: make(pipe, 4), budget=0.5)

@@ -133,9 +133,7 @@ def test_other_shapes_are_refused(data, message: str) -> None:
         StaticShape.from_dict(data)
 
 
-COMPILED = [
-    pytest.param(case, id=case.name, marks=() if case.name == "qwen" else pytest.mark.slow) for case in CASES
-]
+COMPILED = [pytest.param(case, id=case.name, marks=pytest.mark.slow) for case in CASES]
 
 
 @pytest.mark.parametrize("case", COMPILED)
