@@ -167,7 +167,10 @@ def require_hub() -> None:
         pass
 
 
-def hub_message(repository: str, error: BaseException) -> str:
+DOWNLOAD_FIRST = "download it first (edit download), or give a model folder"
+
+
+def hub_message(repository: str, error: BaseException, next_step: str = DOWNLOAD_FIRST) -> str:
     """Why a hub model could not be read, in one line with the next step."""
     kind = type(error).__name__
     if "Gated" in kind or "401" in str(error) or "403" in str(error):
@@ -175,7 +178,4 @@ def hub_message(repository: str, error: BaseException) -> str:
     if "RepositoryNotFound" in kind or "404" in str(error):
         return f"{repository!r} was not found, neither as a folder nor on the hub; see `edit models`"
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-    return (
-        f"{repository!r} is not in the local cache and the hub cannot be reached{offline}; "
-        "download it first, or give a model folder"
-    )
+    return f"{repository!r} is not in the local cache and the hub cannot be reached{offline}; {next_step}"

@@ -65,6 +65,11 @@ def rows(makes: Makes | None = None) -> dict[str, Backbone]:
     return {name: row for name, row in named if row is not None and makes in (None, row.makes)}
 
 
+def names() -> list[str]:
+    """The names of `rows`, without reading what the packaged ones hold."""
+    return [row["name"] for row in _table()]
+
+
 def resolve(model: str | None, base: str | None = None, makes: Makes | None = None) -> Backbone:
     """A registry name, a model folder, a single-file checkpoint or a hub id -> its Backbone.
 

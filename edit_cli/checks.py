@@ -22,6 +22,8 @@ MAX_COUNT = 100_000
 POINTS = 8
 """Budgets that a bundle is measured at by default."""
 PICTURE_NAMES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+RANDOM = "random"
+"""A seed that is drawn anew."""
 NONE = "none"
 """What takes out a recorded picture or LoRA."""
 
@@ -74,21 +76,34 @@ def share(hint: str, low: float = 0.0, high: float = 1.0) -> Callable[[str, Any]
 
 
 def choice(*allowed: str) -> Callable[[str, Any], str]:
-    """A check for one of these words, in lower case."""
-    return lambda where, value: one_of(where, text(where, value).lower(), allowed)
+    """A check for one of these words, in lower case. It has them as `allowed`, for shells to complete."""
+
+    def check(where: str, value: Any) -> str:
+        return one_of(where, text(where, value).lower(), allowed)
+
+    check.allowed = allowed  # type: ignore[attr-defined]
+    return check
 
 
 budget = share(BUDGET_HINT)
 guidance = share("allowed are 0 to 100, usual is 1 (off) to 8", 0, 100)
 strength = share("allowed are 0 < strength <= 1; 1 ignores the input picture")
 rate = share("allowed are 0 < rate <= 1, usual is 0.003")
-seed = whole(0, MAX_SEED)
 steps = whole(1, MAX_STEPS)
 side = whole(1, MAX_SIDE)
 count = whole(1, MAX_COUNT)
 frames = whole(1, MAX_COUNT)
 fps = share("allowed are 1 to 240, usual is 16 to 30", 1, 240)
 seconds = share("allowed are 0.1 to 3600", 0.1, 3600)
+
+
+def seed(where: str, value: Any) -> int:
+    """A seed; "random" is a new one of 32 bits, which the report and the record tell."""
+    if value == RANDOM:
+        import secrets
+
+        return secrets.randbelow(2**32)
+    return integer(where, value, 0, MAX_SEED, f"or {RANDOM}")
 
 
 def prompt(where: str, value: Any) -> str:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ def print_warning(message: str) -> None:
     stderr().print(f"[yellow]warning:[/] {_escape(line)}", soft_wrap=True)
 
 
+def print_note(message: str) -> None:
+    """One dim line on stderr."""
+    stderr().print(f"[dim]{_escape(' '.join(message.split()))}[/]", soft_wrap=True)
+
+
 def print_warnings(messages: Iterable[str], request: Container[str]) -> None:
     """One line each on stderr; nothing with --quiet."""
     for message in () if "quiet" in request else messages:
@@ -61,6 +67,18 @@ def print_json(result: Mapping[str, Any]) -> None:
     """One JSON object as one line of stdout."""
     sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
     sys.stdout.flush()
+
+
+def show_file(path: Path) -> None:
+    """Open a file with the system's viewer; says so where there is none."""
+    import shutil
+
+    import typer
+
+    if sys.platform.startswith("linux") and shutil.which("xdg-open") is None:
+        print_warning("--open needs xdg-open, which is not installed; the file is there all the same")
+    else:
+        typer.launch(str(path))
 
 
 def two_columns(rows: Mapping[str, str], title: str = "") -> Table:
@@ -120,6 +138,14 @@ def readable_count(n: int) -> str:
         if n >= size:
             return f"{n / size:.1f} {unit}"
     return str(n)
+
+
+def readable_bytes(size: int) -> str:
+    """57705779159 -> "53.7 GiB"."""
+    for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= bytes_:
+            return f"{size / bytes_:.1f} {unit}"
+    return f"{size} B"
 
 
 def _escape(text: str) -> str:

@@ -6,39 +6,51 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import typer
 
-from backbones.model_files import ModelError
 from edit_cli import __version__
-from edit_cli.commands.calibrate import calibrate
-from edit_cli.commands.export import export
-from edit_cli.commands.generate import generate
-from edit_cli.commands.generate_3d import generate_3d
-from edit_cli.commands.models import models
-from edit_cli.commands.profile import profile
 from edit_cli.console import print_error
 from edit_cli.errors import BAD_INPUT, FAILED_RUN, EditError, Interrupted, is_out_of_memory, out_of_memory
-from edit_cli.request import Command, Option
+from edit_cli.help import Commands, EditGroup
+
+if TYPE_CHECKING:
+    from edit_cli.request import Command, Option
+
+COMMANDS = Commands(
+    {
+        "generate": "Pictures from prompts, at a share of the model's compute.",
+        "generate-3d": "Meshes from pictures, at a share of the model's compute.",
+        "models": "What can be generated with, and what of it is on this machine.",
+        "download": "Fetch a model from the hub, or the rest of it.",
+        "config": "What your edit.toml files say.",
+        "calibrate": "Fit a bundle to a model, so that a budget costs less likeness.",
+        "profile": "Where the compute goes: blocks, steps, stages.",
+        "export": "Take routers or a model elsewhere, checked by loading it again.",
+    }
+)
+"""The commands with what `edit --help` says of them, in its order."""
+EXAMPLES = """edit generate "a cat" --budget 0.6 -o cat.png
+edit generate "a cat" --budget 0.5 --compare   # beside the dense picture
+edit generate-3d cat.png -o cat.glb            # a mesh of it
+edit generate "a cat" --preset fast            # options saved in edit.toml
+edit models qwen-image-tiny                    # what a model makes and needs"""
+
+
+class Edit(EditGroup):
+    """The group of these commands."""
+
+    all_commands, examples = COMMANDS, EXAMPLES
+
 
 app = typer.Typer(
     name="edit",
-    help="One diffusion transformer, any compute budget.",
-    no_args_is_help=True,
+    cls=Edit,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = {
-    "generate": generate,
-    "generate-3d": generate_3d,
-    "calibrate": calibrate,
-    "profile": profile,
-    "export": export,
-    "models": models,
-}
-for name, function in COMMANDS.items():
-    app.command(name)(function)
 
 
 def version(show: bool) -> None:
@@ -62,11 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = bool(os.environ.get("EDIT_DEBUG"))
     try:
         code = _run(sys.argv[1:] if arguments is None else list(arguments))
-    except (EditError, ModelError) as error:
+    except EditError as error:
         if debug:
             raise
         print_error(str(error))
-        code = error.exit_code if isinstance(error, EditError) else BAD_INPUT
+        code = error.exit_code
     except KeyboardInterrupt:
         print_error(str(Interrupted()))
         code = Interrupted.exit_code
@@ -77,8 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        print_error(_describe(error))
-        code = FAILED_RUN
+        from backbones.model_files import ModelError  # not needed by `edit --help`
+
+        known = isinstance(error, ModelError)
+        print_error(str(error) if known else _describe(error))
+        code = BAD_INPUT if known else FAILED_RUN
     sys.exit(code)
 
 
@@ -88,12 +103,10 @@ def _run(arguments: list[str]) -> int:
     if called is not None:
         arguments = [arguments[0], *spread(arguments[1:], called)]
     try:
-        result = group.main(arguments, prog_name="edit", standalone_mode=False)
+        result = group.main(arguments or ["--help"], prog_name="edit", standalone_mode=False)
     except typer.Abort:
         raise KeyboardInterrupt from None
     except typer.TyperException as error:  # unknown option, missing value...
-        if not error.format_message():  # `edit` alone has printed its help
-            return 0
         path = getattr(getattr(error, "ctx", None), "command_path", "edit")
         print_error(f"{error.format_message().rstrip('.')}; see `{path} --help`")
         return BAD_INPUT

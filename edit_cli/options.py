@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from backbones.registry import DEFAULT_MODELS, FAMILIES
+from backbones.registry import DEFAULT_MODELS, FAMILIES, names
 from backbones.spec import DTYPES, OFFLOADS, SOLVERS
 from edit_cli import checks
 from edit_cli.checks import choice, text, whole
 from edit_cli.export.settings import APPLIES, FORMATS
 from edit_cli.generate.outputs import MESH_SUFFIXES
+from edit_cli.presets import allow, preset_names
 from edit_cli.request import Option, Options, only, under
 from routers.spec import TARGETS
 from routers.train.settings import KINDS, PRECISIONS
@@ -29,8 +30,9 @@ DENSE_METRICS = ("adds", "similarity", "cost", "time")
 """What the heatmaps can show of an elastic, and of a dense profile; the first is the default."""
 SAMPLES, REPEATS, CACHE_LIMIT_MIB = 4, 3, 1024
 """Of a profile: samples when no prompt is given; timed repeats; a larger feature cache is warned about."""
+OWN = "[dim]default: the model's own[/]"
 TEMPLATE = "{seed} {index} {budget} {model}"
-LIST = ".txt ({} a line) or .jsonl file, or - for stdin."
+LIST = ".txt ({} a line, # for notes) or .jsonl file, or - for stdin."
 
 PROMPTS: Options = under("Picture", {
     "prompt": Option("prompt", "PROMPT...", "What to draw; several give several pictures.", checks.prompt,
@@ -43,20 +45,22 @@ IMAGES: Options = under("Mesh", {
     "images_file": Option("--images-file", "FILE", f"Pictures from a {LIST.format('one path')}", text),
 })
 SAMPLING: Options = under("Picture", {
-    "steps": Option("--steps --num-inference-steps", "N", "Denoising steps.", checks.steps, line="value"),
-    "guidance": Option("--guidance --guidance-scale --true-cfg-scale", "X", "Guidance scale.",
+    "steps": Option("--steps --num-inference-steps", "N", f"Denoising steps. {OWN}", checks.steps,
+                    line="value"),
+    "guidance": Option("--guidance --guidance-scale --true-cfg-scale", "X", f"Guidance scale. {OWN}",
                        checks.guidance, line="value"),
     "solver": Option("--solver --sampler", "NAME",
                      f"{', '.join(SOLVERS)}: ab2 and dpm++2m come nearer to the exact solution in as many "
-                     "steps. [dim]default: the model's own[/]", choice(*SOLVERS), line="value"),
-    "seed": Option("--seed -s", "N...", "One or more seeds. [dim]default 0[/]", checks.seed, many=True,
-                   line="value"),
+                     f"steps. {OWN}", choice(*SOLVERS), line="value"),
+    "seed": Option("--seed -s", "N...", "One or more seeds, or random. [dim]default 0[/]", checks.seed,
+                   many=True, line="value"),
 })
 PICTURE: Options = under("Picture", {
     "negative_prompt": Option("--negative-prompt", "TEXT", "What to avoid.", text, line="value"),
-    "count": Option("--num-images -n", "N", "Pictures per prompt and seed: seeds N, N+1...", checks.count),
-    "width": Option("--width", "PX", "Width.", checks.side, line="value"),
-    "height": Option("--height", "PX", "Height.", checks.side, line="value"),
+    "count": Option("--num-images -n", "N", "Pictures per prompt and seed: seeds N, N+1... [dim]default 1[/]",
+                    checks.count),
+    "width": Option("--width", "PX", f"Width. {OWN}", checks.side, line="value"),
+    "height": Option("--height", "PX", f"Height. {OWN}", checks.side, line="value"),
     "image": Option("--image", "FILE...", "Pictures to start from, to edit or to refer to.",
                     checks.picture_file, many=True, line="list"),
     "mask": Option("--mask", "FILE", "White where --image may change.", checks.picture_file, line="value"),
@@ -64,18 +68,21 @@ PICTURE: Options = under("Picture", {
                             checks.picture_file, line="value"),
     "strength": Option("--strength", "X", "How far to leave --image, 0 to 1. [dim]default 0.6[/]",
                        checks.strength, line="value"),
-    "frames": Option("--frames --num-frames", "N", "Frames of a video.", checks.frames, line="value"),
-    "fps": Option("--fps --frame-rate", "X", "Frames per second of a video.", checks.fps, line="value"),
-    "seconds": Option("--seconds", "X", "Length of a sound.", checks.seconds, line="value"),
+    "frames": Option("--frames --num-frames", "N", f"Frames of a video. {OWN}", checks.frames, line="value"),
+    "fps": Option("--fps --frame-rate", "X", f"Frames per second of a video. {OWN}",
+                  checks.fps, line="value"),
+    "seconds": Option("--seconds", "X", f"Length of a sound. {OWN}", checks.seconds, line="value"),
     "replay": Option("--from", "FILE", "Repeat what edit made; other options change it.", text),
 })
 MESH: Options = under("Mesh", {
-    "count": Option("--num-meshes -n", "N", "Meshes per picture and seed: seeds N, N+1...", checks.count),
-    "octree_resolution": Option("--octree-resolution", "N", "Grid cells per axis, 8 to 1024.",
+    "count": Option("--num-meshes -n", "N", "Meshes per picture and seed: seeds N, N+1... [dim]default 1[/]",
+                    checks.count),
+    "octree_resolution": Option("--octree-resolution", "N", f"Grid cells per axis, 8 to 1024. {OWN}",
                                 whole(8, 1024, "usual are 128 (draft), 256, 384 (fine)"), line="value"),
     "decode": Option("--decode", "HOW", f"{', '.join(DECODES)}: everywhere, or only near the surface with "
                      "the same mesh. [dim]default auto[/]", choice(*DECODES), line="value"),
-    "faces": Option("--faces", "N", "Simplify to at most N triangles.", whole(4, 50_000_000), line="value"),
+    "faces": Option("--faces", "N", "Simplify to at most N triangles. [dim]default: all[/]",
+                    whole(4, 50_000_000), line="value"),
     "remove_background": Option("--remove-background", "HOW",
                                 f"{', '.join(BACKGROUNDS)}: alpha if there is any, plain colours by flood "
                                 "fill, the rest by rembg if installed. [dim]default auto[/]",
@@ -85,9 +92,13 @@ MESH: Options = under("Mesh", {
     "replay": Option("--from", "GLB", "Repeat a .glb made by edit; other options change it.", text),
 })
 
+PRESET: Options = under("Model and routers", {
+    "preset": Option("--preset", "NAME", "Options saved under [NAME] in ./edit.toml or ~/.config/edit.toml; "
+                     "those of [default] hold always (edit config).", text, complete=preset_names),
+})
 MODEL: Options = under("Model and routers", {
     "model": Option("--model -m", "MODEL", "Registry name (edit models), folder, .safetensors file or hub "
-                    f"id. [dim]default {DEFAULT_MODELS['picture']}[/]", text),
+                    f"id. [dim]default {DEFAULT_MODELS['picture']}[/]", text, complete=names),
     "base": Option("--base", "MODEL", "For a single-file --model: what text encoders and VAE come from. "
                    "[dim]default: the published model, if it is in the local cache[/]", text),
 })
@@ -111,17 +122,20 @@ LORA: Options = under("Model and routers", {
 })
 
 MACHINE: Options = under("Machine", {
-    "batch_size": Option("--batch-size", "N", "Pictures generated together.", checks.count),
-    "device": Option("--device", "DEVICE", "auto, cuda, cuda:N, mps or cpu.", checks.device),
-    "dtype": Option("--dtype", "DTYPE", f"{', '.join(DTYPES)}.", choice(*DTYPES)),
-    "offload": Option("--offload", "HOW", f"Keep weights off the GPU: {', '.join(OFFLOADS)}.",
+    "batch_size": Option("--batch-size", "N", f"Pictures generated together. {OWN}", checks.count),
+    "device": Option("--device", "DEVICE", "auto, cuda, cuda:N, mps or cpu. [dim]default auto[/]",
+                     checks.device),
+    "dtype": Option("--dtype", "DTYPE", f"{', '.join(DTYPES)}. [dim]default auto[/]", choice(*DTYPES)),
+    "offload": Option("--offload", "HOW", f"Keep weights off the GPU: {', '.join(OFFLOADS)}. "
+                      "[dim]default none[/]",
                       choice(*OFFLOADS)),
     "compile": Option("--compile", "", "torch.compile the transformer's blocks."),
 })
 MESH_MACHINE: Options = {
     **MACHINE,
-    "batch_size": replace(MACHINE["batch_size"], help="Meshes denoised together."),
-    "offload": replace(MACHINE["offload"], help=f"Keep weights off the GPU: {', '.join(MESH_OFFLOADS)}.",
+    "batch_size": replace(MACHINE["batch_size"], help=f"Meshes denoised together. {OWN}"),
+    "offload": replace(MACHINE["offload"], help=f"Keep weights off the GPU: {', '.join(MESH_OFFLOADS)}. "
+                       "[dim]default none[/]",
                        check=choice(*MESH_OFFLOADS)),
 }
 
@@ -147,6 +161,9 @@ MESH_OUTPUT: Options = under("Output", {
 DRY_RUN: Options = under("Output", {
     "dry_run": Option("--dry-run", "", "Show plan, FLOPs and memory; load no weights, write nothing."),
 })
+OPEN: Options = under("Output", {
+    "open": Option("--open", "", "Show the first result with the system's viewer."),
+})
 REPORT: Options = under("Output", {
     "json": Option("--json", "", "Print one JSON object as the last line of stdout."),
     "quiet": Option("--quiet -q", "", "No progress, no table."),
@@ -166,7 +183,7 @@ PROFILE: Options = {
         "octree_resolution": replace(MESH["octree_resolution"], help="Grid cells per axis (image-to-mesh "
                                      "models)."),
     }),
-    **only(MODEL, "model"), **only(ROUTERS, "routers"),
+    **PRESET, **only(MODEL, "model"), **only(ROUTERS, "routers"),
     "budget": replace(ROUTERS["budget"], metavar="X...", many=True, help="One or more budgets, shown side "
                       "by side. [dim]default: what the routers recommend[/]"),
     **under("Model and routers", {
@@ -222,7 +239,7 @@ CALIBRATE: Options = {
                       "several).", whole(1, 4096), shown="4, 1 for large models, 32 to train"),
     "tries": Option("--tries", "N", "Candidates that are run for each plan. [dim]default: 1 or 2, of the "
                     "first of many all[/]", whole(1, 6)),
-    **only(MODEL, "model"), **only(PROMPTS, "prompts_file"),
+    **PRESET, **only(MODEL, "model"), **only(PROMPTS, "prompts_file"),
     "steps": replace(SAMPLING["steps"], check=whole(2, checks.MAX_STEPS)),
     **only(SAMPLING, "guidance", "seed"),
     **under("Mesh", {
@@ -253,7 +270,24 @@ EXPORT: Options = {
                          checks.size),
     **REPORT,
 }
+_YES = Option("--yes -y", "", "Do not ask.")
+_JSON = replace(REPORT["json"], help="Print one JSON object instead of the table.", panel=None)
 LISTING: Options = {
+    "models": Option("models", "NAME...", "Models to describe; without any, all are listed.", text, many=True,
+                     complete=names),
+    "installed": Option("--installed", "", "Only what is on this machine."),
+    "remove": Option("--remove", "", "Take the named models out of the local cache, after asking."),
+    "yes": _YES,
     "inspect": Option("--inspect", "FOLDER", "Describe the blocks of a folder's transformers.", text),
-    "json": Option("--json", "", "Print one JSON object instead of the table."),
+    "json": _JSON,
 }
+DOWNLOAD: Options = {
+    "models": Option("models", "MODEL...", "Names of `edit models`, or hub ids.", text, many=True,
+                     instead=(), complete=names),
+    "json": _JSON,
+    "quiet": replace(REPORT["quiet"], help="No progress.", panel=None),
+}
+CONFIG: Options = {"json": _JSON}
+
+for _group in [group for group in globals().values() if isinstance(group, dict)]:
+    allow({name: option for name, option in _group.items() if isinstance(option, Option)})

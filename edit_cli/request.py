@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -22,7 +22,7 @@ class Option:
     values may follow the name. line: whether it may stand in a JSON line of an input list, as a value or a
     list. bare: what it means where no value follows. default: typed where nothing is; shown: the default as
     help tells it. instead: of an argument that has to be given, the options that may take its place. panel:
-    heading in help.
+    heading in help. complete: what a shell may complete a value to; default: the words of its choice.
     """
 
     names: str
@@ -36,6 +36,7 @@ class Option:
     shown: str | bool = False
     instead: tuple[str, ...] | None = None
     panel: str | None = None
+    complete: Callable[[], Iterable[str]] | None = None
 
     @property
     def is_argument(self) -> bool:
@@ -65,17 +66,28 @@ class Option:
         kind: Any = bool if self.check is None else list[str] | None if self.many else str | None
         default: Any = False if self.check is None else self.default
         if self.is_argument:
-            info: Any = typer.Argument(metavar=self.metavar, help=self.help)
+            info: Any = typer.Argument(metavar=self.metavar, help=self.help, autocompletion=self.completion())
             default = default if self.many else inspect.Parameter.empty
         else:
             text = f"{self.help} *" if self.line and lines else self.help
             shown = self.shown or self.default is not None
             info = typer.Option(
                 *self.spellings, metavar=self.metavar, help=text, rich_help_panel=self.panel,
-                show_default=shown,
+                show_default=shown, autocompletion=self.completion(),
             )  # fmt: skip
         keyword = inspect.Parameter.KEYWORD_ONLY
         return inspect.Parameter(name, keyword, default=default, annotation=Annotated[kind, info])
+
+    def completion(self) -> Callable[[str], list[str]] | None:
+        """What Typer asks for the words that a value may begin."""
+        words = self.complete or (lambda: getattr(self.check, "allowed", ()))
+        if self.complete is None and not words():
+            return None
+
+        def complete(incomplete: str) -> list[str]:
+            return [word for word in words() if word.startswith(incomplete)]
+
+        return complete
 
 
 Options = Mapping[str, Option]
@@ -104,6 +116,15 @@ class Command:
 
     def __call__(self, **values: Any) -> None:
         """Check what was typed and run. Raises EditError for the first value that is not allowed."""
+        request, preset = self.request(values)
+        if preset and "quiet" not in request:
+            from edit_cli.console import print_note
+
+            print_note(f"from edit.toml: {', '.join(f'{key} {_shown(preset[key])}' for key in preset)}")
+        self.run(request)
+
+    def request(self, values: Mapping[str, Any]) -> tuple[Request, dict[str, Any]]:
+        """What was given, checked, and what of it came from presets. Raises EditError."""
         given = {name: value for name, value in values.items() if value not in (None, False, [], ())}
         labels = {name: self.options[name].label for name in given}
         request = Request()
@@ -113,7 +134,21 @@ class Command:
                 request[name] = list(map(check, [labels[name]] * len(value), value))
             else:
                 request[name] = True if check is None else check(labels[name], value)
-        self.run(request)
+        preset = self._preset(request.pop("preset", None), "replay" in request)
+        typed = {name for name in request if values[name] != self.options[name].default}
+        held = {name: value for name, value in preset.items() if name not in typed}
+        return Request({**request, **held}), held
+
+    def _preset(self, name: str | None, replayed: bool) -> dict[str, Any]:
+        if "preset" not in self.options:
+            return {}
+        from edit_cli.presets import settings  # reads TOML, which `edit --help` does without
+
+        return settings(self.options, name, replayed)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def command(*groups: Options) -> Callable[[Callable[[Request], None]], Command]:

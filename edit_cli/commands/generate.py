@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
-from edit_cli.console import print_result, print_warnings
+from edit_cli.console import print_result, print_warnings, show_file
 from edit_cli.generate.medium import Medium
 from edit_cli.generate.picture import PICTURE
 from edit_cli.generate.plan import make_plan
-from edit_cli.options import DRY_RUN, LORA, MACHINE, MODEL, OUTPUT, PROMPTS, REPORT, ROUTERS, SAMPLING
+from edit_cli.options import (
+    DRY_RUN,
+    LORA,
+    MACHINE,
+    MODEL,
+    OPEN,
+    OUTPUT,
+    PRESET,
+    PROMPTS,
+    REPORT,
+    ROUTERS,
+    SAMPLING,
+)
 from edit_cli.options import PICTURE as PICTURE_OPTIONS
 from edit_cli.request import Request, command
 
 
-@command(PROMPTS, SAMPLING, PICTURE_OPTIONS, MODEL, ROUTERS, LORA, MACHINE, OUTPUT, DRY_RUN, REPORT)
+@command(
+    PROMPTS,
+    SAMPLING,
+    PICTURE_OPTIONS,
+    PRESET,
+    MODEL,
+    ROUTERS,
+    LORA,
+    MACHINE,
+    OUTPUT,
+    DRY_RUN,
+    OPEN,
+    REPORT,
+)
 def generate(request: Request) -> None:
     """Generate pictures, spending only a share of the model's compute.
 
@@ -41,3 +66,5 @@ def carry_out(request: Request, medium: Medium) -> None:
     result = run_plan(plan, show_progress="quiet" not in request)
     print_warnings(result.notes, request)
     print_result(report.as_json(result), report.as_table(result), request)
+    if "open" in request and result.written:
+        show_file(result.written[0])

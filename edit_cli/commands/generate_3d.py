@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from edit_cli.commands.generate import carry_out
 from edit_cli.generate.mesh import MESH
-from edit_cli.options import DRY_RUN, IMAGES, MESH_MACHINE, MESH_MODEL, MESH_OUTPUT, REPORT, ROUTERS, SAMPLING
+from edit_cli.options import (
+    DRY_RUN,
+    IMAGES,
+    MESH_MACHINE,
+    MESH_MODEL,
+    MESH_OUTPUT,
+    OPEN,
+    PRESET,
+    REPORT,
+    ROUTERS,
+    SAMPLING,
+)
 from edit_cli.options import MESH as MESH_OPTIONS
 from edit_cli.request import Request, command, under
 
 
 @command(
     IMAGES,
+    PRESET,
     MESH_MODEL,
     ROUTERS,
     under("Mesh", SAMPLING),
     MESH_OPTIONS,
     MESH_OUTPUT,
     DRY_RUN,
+    OPEN,
     REPORT,
     MESH_MACHINE,
 )

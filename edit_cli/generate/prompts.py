@@ -17,7 +17,8 @@ from edit_cli.generate.picture import PICTURE
 def read_lines(source: str, medium: Medium, option: str = "--prompts") -> list[Fields]:
     """Checked fields of each line of a .txt or .jsonl file, or of stdin for "-" (JSON if it starts with "{").
 
-    Blank lines are skipped. option: what messages call the file. Raises EditError naming the file and line.
+    Blank lines are skipped, and those that begin with "#". option: what messages call the file. Raises
+    EditError naming the file and line.
     """
     name, subject = "stdin" if source == "-" else source, medium.subject
     suffix = Path(source).suffix.lower()
@@ -27,7 +28,8 @@ def read_lines(source: str, medium: Medium, option: str = "--prompts") -> list[F
             f"or one JSON object a line (.jsonl): {medium.example}"
         )
     # not splitlines: JSON strings may hold the other characters that it takes for line ends
-    lines = [(i, line) for i, line in enumerate(_read_text(source, option).split("\n"), 1) if line.strip()]
+    lines = [(i, line) for i, line in enumerate(_read_text(source, option).split("\n"), 1)]
+    lines = [(i, line) for i, line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
         raise EditError(f"{option} {name!r} is empty; write one {subject} a line")
     is_json = lines[0][1].lstrip().startswith("{") if source == "-" else suffix == ".jsonl"
