@@ -17,6 +17,7 @@ from .identity import fingerprint as fingerprint
 from .identity import is_same_model
 from .patching import check_run
 from .planned.grid import OnGrid
+from .planned.narrow import NarrowPlans
 from .planned.sampled import PlannerFor, Sampled
 from .planned.scheduler import takes_plans
 from .planned.serving import check_free
@@ -64,16 +65,18 @@ def attach(
     if loaded.trained is not None:
         return _routed(pipe, transformer, loaded, loaded.trained, budget, num_steps, force)
     check_fits(loaded, transformer, force)
-    return _planned(pipe, transformer, loaded.planner, budget, target, num_steps or loaded.num_steps)
+    steps = num_steps or loaded.num_steps
+    return _planned(pipe, transformer, loaded.planner, budget, target, steps, loaded.narrow_plans())
 
 
 def _planned(
-    pipe: Any, transformer: nn.Module, planner_for: PlannerFor, budget: float, target: str, num_steps: int
-) -> Sampled | OnGrid:
+    pipe: Any, transformer: nn.Module, planner_for: PlannerFor, budget: float, target: str, num_steps: int,
+    narrow: NarrowPlans | None = None,
+) -> Sampled | OnGrid:  # fmt: skip
     """The sampler on a plan in time where it can be, else on its own steps."""
     check_wishes(budget, target)
     if pipe is not None and takes_plans(pipe.scheduler):
-        return Sampled(pipe, planner_for, budget, target)
+        return Sampled(pipe, planner_for, budget, target, narrow)
     if target != "dense":
         raise ValueError(
             f"target {target!r} needs a sampler that can be given other times; leave the target out"

@@ -1,7 +1,8 @@
 """A bundle: what `calibrate` learned about one model, as a folder or as one file for a hub or an attachment.
 
-    routers.safetensors    "plans.<target>.<evaluations>.<array>" of plans in time; of a trained one instead
-                           "routers.<i>.<key>" and "profile.<name>"
+    routers.safetensors    "plans.<target>.<evaluations>.<array>" of plans in time,
+                           "narrow.<target>.<i>.<array>" of those with narrow evaluations; of a trained
+                           one instead "routers.<i>.<key>" and "profile.<name>"
     bundle.json            block map, base model and its fingerprint, what it was fitted for, measured quality
     backbone.safetensors   only where the backbone was trained with the routers: its LoRA or all its weights
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from .files import write_whole
 from .planned.follow import Planner
+from .planned.narrow import SAME_TIMES, NarrowPlan, NarrowPlans
 from .planned.timeplan import Array, TimePlan
 from .planned.universal import Warp, universal_planner
 from .spec import TARGETS, TransformerSpec
@@ -38,8 +41,6 @@ ENTRY = "edit_bundle"
 """Metadata entry of the description where a bundle is one file."""
 FORMAT, TRAINED_FORMAT = 5, 3
 """Written and read: for plans in time, and for trained routers."""
-SAME_TIMES = 2e-3
-"""Times of a run may be so far from those that plans were fitted for."""
 PLAIN_FIELDS = (
     "base_model",
     "architecture",
@@ -59,7 +60,8 @@ class Bundle:
     """Plans or trained routers, and where they belong.
 
     times [N + 1]: of the run that plans were fitted for. plans: by target and number of evaluations. warps:
-    by target, of the times where there is no plan.
+    by target, of the times where there is no plan. narrow: plans with narrow evaluations by target, cheapest
+    first.
     metadata: JSON data for people and reports.
     """
 
@@ -78,6 +80,13 @@ class Bundle:
     trained: Trained | None = None
     plans: dict[str, dict[int, TimePlan]] = field(default_factory=dict, repr=False)
     warps: dict[str, Warp] = field(default_factory=dict)
+    narrow: dict[str, list[NarrowPlan]] = field(default_factory=dict, repr=False)
+
+    def narrow_plans(self) -> NarrowPlans | None:
+        """What serves budgets where narrow evaluations are best; None where none were measured."""
+        if not self.narrow:
+            return None
+        return NarrowPlans(self.spec, np.array(self.times), self.narrow)
 
     def policy(self, *, batch_mean: bool = False) -> TrainedPolicy:
         """Of trained routers. batch_mean: they decide for the batch's mean, not for each sample."""
@@ -113,6 +122,10 @@ class Bundle:
             for evaluations, plan in plans.items()
             for name, array in plan.to_arrays().items()
         }
+        for target, narrow in self.narrow.items():
+            for i, found in enumerate(narrow):
+                for name, array in found.to_arrays().items():
+                    tensors[f"narrow.{target}.{i}.{name}"] = torch.from_numpy(array.copy())
         description = {
             "format": FORMAT if trained is None else TRAINED_FORMAT,
             "spec": self.spec.to_dict(),
@@ -154,6 +167,7 @@ def load_bundle(path: str | Path) -> Bundle:
         return Bundle(
             spec=TransformerSpec.from_dict(data["spec"]),
             plans=_plans(stored.tensors, _times(data["times"])),
+            narrow=_narrow(stored.tensors, _times(data["times"])),
             warps={target: _warp(target, warp) for target, warp in data.get("warps", {}).items()},
             trained=Trained.read(path, data, stored.tensors) if data["format"] == TRAINED_FORMAT else None,
             digest=stored.digest,
@@ -178,24 +192,46 @@ def _warp(target: str, warp: Any) -> Warp:
     return shift, bend
 
 
-def _plans(tensors: dict[str, Tensor], times: Array) -> dict[str, dict[int, TimePlan]]:
+def _arrays(tensors: dict[str, Tensor], kind: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Arrays "<kind>.<target>.<number>.<name>" by target and number."""
     arrays: dict[tuple[str, str], dict[str, Any]] = {}
     for key, value in tensors.items():
-        if key.startswith("plans."):
-            target, evaluations, name = (*key.split(".")[1:], "", "")[:3]
-            arrays.setdefault((target, evaluations), {})[name] = value.double().numpy()
+        if key.startswith(f"{kind}."):
+            target, number, name = (*key.split(".")[1:], "", "")[:3]
+            arrays.setdefault((target, number), {})[name] = value.double().numpy()
+    return arrays
+
+
+def _checked(target: str, number: str, read: Callable[[], TimePlan | NarrowPlan], times: Array) -> Any:
+    """A plan of a file. Raises ValueError, which names it, where it does not fit the run."""
+    try:
+        found = read()
+        plan = found.plan if isinstance(found, NarrowPlan) else found
+        if target not in TARGETS:
+            raise ValueError(f"targets are {TARGETS}")
+        if isinstance(found, TimePlan) and str(plan.evaluations) != number:
+            raise ValueError(f"it makes {plan.evaluations} evaluations")
+        if len(times) < 2 or not np.allclose(plan.times[[0, -1]], times[[0, -1]], atol=SAME_TIMES):
+            raise ValueError("it begins or ends at other times than the run it was fitted for")
+    except ValueError as error:
+        raise ValueError(f"the plan {target}.{number}: {error}") from error
+    return found
+
+
+def _plans(tensors: dict[str, Tensor], times: Array) -> dict[str, dict[int, TimePlan]]:
     plans: dict[str, dict[int, TimePlan]] = {}
-    for (target, evaluations), each in arrays.items():
-        try:
-            plan = TimePlan.from_arrays(each)
-            if target not in TARGETS or str(plan.evaluations) != evaluations:
-                raise ValueError(f"it makes {plan.evaluations} evaluations; targets are {TARGETS}")
-            if len(times) < 2 or not np.allclose(plan.times[[0, -1]], times[[0, -1]], atol=SAME_TIMES):
-                raise ValueError("it begins or ends at other times than the run it was fitted for")
-        except ValueError as error:
-            raise ValueError(f"the plan {target}.{evaluations}: {error}") from error
+    for (target, number), arrays in _arrays(tensors, "plans").items():
+        plan = _checked(target, number, partial(TimePlan.from_arrays, arrays), times)
         plans.setdefault(target, {})[plan.evaluations] = plan
     return plans
+
+
+def _narrow(tensors: dict[str, Tensor], times: Array) -> dict[str, list[NarrowPlan]]:
+    narrow: dict[str, list[NarrowPlan]] = {}
+    for (target, number), arrays in _arrays(tensors, "narrow").items():
+        found = _checked(target, number, partial(NarrowPlan.from_arrays, arrays), times)
+        narrow.setdefault(target, []).append(found)
+    return {target: sorted(plans, key=lambda found: found.share) for target, plans in narrow.items()}
 
 
 class Stored(NamedTuple):

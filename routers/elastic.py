@@ -163,6 +163,11 @@ class Elastic(Watch):
 
     # -- patches -------------------------------------------------------------------------------
 
+    def attach(self) -> None:
+        """Put the transformer under control again after `detach`, with what is known of its costs."""
+        for half in self._halves:
+            half._attach()
+
     def _attach(self) -> None:
         self._patches = patches = Patches()
         # not to be traced where the transformer is compiled from outside: it then says that this cannot be

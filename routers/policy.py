@@ -9,6 +9,7 @@ Shapes: R rows, N blocks, U units of blocks, P cached passes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cost import BlockCost
+from .spec import WIDTHS
 from .trace import FULL, SKIP, Actions
 
 Units = tuple[tuple[int, int], ...]
@@ -113,6 +115,18 @@ class OpenPolicy:
     def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Decision:
         """Compute every block at full width."""
         return Decision(np.full((call.rows, len(call.costs)), FULL, np.int8), depth=self.cache_depth)
+
+
+class WidthPolicy(OpenPolicy):
+    """All blocks at one width in each call. widths [T]: by step, each one of `WIDTHS`; whole beyond them."""
+
+    def __init__(self, widths: Sequence[float] = ()) -> None:
+        self.widths = widths
+
+    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Decision:
+        """The width of this step, for every block and row."""
+        code = WIDTHS.index(self.widths[call.step]) if call.step < len(self.widths) else FULL
+        return Decision(np.full((call.rows, len(call.costs)), code, np.int8))
 
 
 class FixedPolicy(OpenPolicy):

@@ -13,12 +13,10 @@ from backbones import registry
 from backbones.spec import GIB
 from edit_cli.console import readable_count, two_columns
 from edit_cli.errors import bad_input
-from edit_cli.generate.medium import Job
 from edit_cli.generate.plan import Plan
 from edit_cli.generate.report import flops, one_or_all
 from edit_cli.generate.result import job_flops
 from edit_cli.generate.routers import RouterSource, settle
-from routers.planned.spent import evaluations_for
 from routers.planned.timeplan import PASSES
 from routers.spec import TARGETS
 
@@ -47,13 +45,9 @@ def dry_run(plan: Plan) -> DryRun:
         dense = [job_flops(plan, job) for job in plan.jobs]
         memory = _memory(plan, source)
     calls = sum(
-        _evaluations(jobs[0], source) * len(plan.medium.calls(jobs[0], plan.backbone))
-        for jobs, _ in plan.batches()
+        source.buys(jobs[0])[0] * len(plan.medium.calls(jobs[0], plan.backbone)) for jobs, _ in plan.batches()
     )
-    spent = [
-        count * (_evaluations(job, source) / job.denoising_steps if source.plans else budget)
-        for count, job, budget in zip(dense, plan.jobs, budgets, strict=True)
-    ]
+    spent = [count * source.buys(job)[1] for count, job in zip(dense, plan.jobs, strict=True)]
     report = {
         "dry_run": True,
         "outputs": [str(job.path) for job in plan.jobs],
@@ -65,12 +59,6 @@ def dry_run(plan: Plan) -> DryRun:
         "memory_gib": memory,
     }
     return DryRun(plan, report)
-
-
-def _evaluations(job: Job, source: RouterSource) -> int:
-    """Steps of a job that call the transformer: routers leave none out."""
-    steps = job.denoising_steps
-    return evaluations_for(job.budget or 1.0, steps) if source.plans else steps
 
 
 def as_json(dry: DryRun) -> dict[str, Any]:

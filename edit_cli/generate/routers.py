@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from backbones.spec import Backbone
 from edit_cli.errors import EditError, bad_input
 from edit_cli.generate.medium import Job
+from routers.planned.spent import evaluations_for
+from routers.spec import TARGETS
 
 if TYPE_CHECKING:
     from edit_cli.generate.plan import Plan
@@ -68,6 +70,20 @@ class RouterSource:
     def plans(self) -> bool:
         """Whether a budget is met by a plan in time, and not by routers that decide."""
         return self.release is None and (self.bundle is None or self.bundle.trained is None)
+
+    def buys(self, job: Job) -> tuple[int, float]:
+        """Steps of a job's run that call the transformer, and the share of the dense FLOPs that they take.
+
+        Routers leave no step out, and spend what is asked.
+        """
+        steps, budget = job.denoising_steps, 1.0 if job.budget is None else job.budget
+        if not self.plans:
+            return steps, budget
+        narrow = None if self.bundle is None else self.bundle.narrow_plans()
+        found = None if narrow is None else narrow.at(budget, job.target or TARGETS[0], steps)
+        if found is not None:
+            return found.plan.evaluations, found.share
+        return evaluations_for(budget, steps), evaluations_for(budget, steps) / steps
 
     @classmethod
     def read(cls, path: Path | None) -> RouterSource:

@@ -129,7 +129,9 @@ class Session:
 
                 plans = self.elastic
                 plans.detach()
-                self.elastic = WatchedPlan(self.pipe, plans.planner_for, plans.budget, plans.target, spec)
+                self.elastic = WatchedPlan(
+                    self.pipe, plans.planner_for, plans.budget, plans.target, spec, plans.narrow
+                )
 
     def detach(self) -> None:
         """Leave a clean model. Safe to call twice."""
@@ -168,7 +170,9 @@ class Session:
     def evaluations(self, job: Job) -> int:
         """How often a job's run calls its `on_step`."""
         steps = job.denoising_steps
-        return self.elastic.evaluations(steps, job.budget) if isinstance(self.elastic, Sampled) else steps
+        if not isinstance(self.elastic, Sampled):
+            return steps
+        return self.elastic.evaluations(steps, job.budget, job.target)
 
     def run_exact(self, jobs: Sequence[Job], on_step: OnStep = lambda: None) -> Batch:
         """The solution that ever more steps tend to. Raises EditError for a sampler that takes no others."""

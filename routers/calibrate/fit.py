@@ -1,14 +1,16 @@
 """Fit a bundle: plans in time for one model, from a dense run and a run or two of each plan.
 
 1. record: the samples' dense run (and, for plans that aim at it, the exact solution: many steps of AB2);
-2. plans: for every number of evaluations a few candidates, fitted in closed loop (`planned/choose_times.py`).
+2. plans: for every number of evaluations a few candidates, fitted in closed loop (`planned/choose_times.py`);
+3. narrow: few evaluations with narrow MLPs, for budgets where whole ones fall apart (`narrow.py`).
 
 One batch of samples is enough: a handful of weights are fitted to thousands of latent values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,14 +19,16 @@ from torch import Tensor, nn
 
 from ..attachment import architecture, fingerprint
 from ..bundle import Bundle
-from ..planned.choose_times import CANDIDATES, choose
-from ..planned.closed_loop import Recording, Trajectory
+from ..planned.choose_times import CANDIDATES, FREE, choose
+from ..planned.closed_loop import Recording, StageFit, Trajectory
 from ..planned.follow import Steps
+from ..planned.narrow import Narrowing, NarrowPlan
 from ..planned.scheduler import check_scheduler, elastic_scheduler
 from ..planned.spent import EXACT_SHARE
 from ..planned.timeplan import Array, TimePlan, euler, moving
 from ..planned.universal import Warp, universal_plan
 from ..spec import TransformerSpec
+from .narrow import Measured, candidates, overshooting_error, worth_it
 from .settings import FitSettings
 from .state import State
 from .workload import Workload, require_finite
@@ -37,8 +41,10 @@ class Fit:
     """A fit under way. state: keeps what is finished, and gives back what an earlier attempt kept."""
 
     def __init__(
-        self, workload: Workload, settings: FitSettings, state: State | None, report: Report
-    ) -> None:
+        self, workload: Workload, spec: TransformerSpec, settings: FitSettings, state: State | None,
+        report: Report,
+    ) -> None:  # fmt: skip
+        self.narrowing = Narrowing(workload.pipe, spec)
         self.workload, self.settings, self.state, self.report = workload, settings, state, report
         self.grid: Array = np.zeros(0)
         self.warps: dict[str, Warp] = {}
@@ -107,6 +113,50 @@ class Fit:
                     warps = (*ranked, *(w for w in warps if w not in ranked))
         return chosen
 
+    def narrow(self, plans: Mapping[str, Mapping[int, TimePlan]]) -> dict[str, list[NarrowPlan]]:
+        """By target, the narrow plans that are worth their compute. plans: the whole ones."""
+        numbers, chosen = self.settings.narrow(len(self.grid) - 1), {}
+        for target in self.settings.targets if numbers else ():
+            self.report(f"narrow, {target}", 0, 1)
+            name = f"narrow-{target}"
+            stored = None if self.state is None else self.state.get(name)
+            if stored is None:
+                found = self._narrow(plans.get(target, {}), numbers, self.record(target))
+                arrays = {
+                    f"{i}.{key}": a for i, one in enumerate(found) for key, a in one.to_arrays().items()
+                }
+                stored = {key: torch.from_numpy(array.copy()) for key, array in arrays.items()}
+                if self.state is not None:
+                    self.state.keep(name, stored)
+            kept: dict[int, dict[str, Any]] = {}
+            for key, value in stored.items():
+                number, _, array = key.partition(".")
+                kept.setdefault(int(number), {})[array] = value.numpy()
+            if kept:
+                chosen[target] = [NarrowPlan.from_arrays(kept[number]) for number in sorted(kept)]
+        return chosen
+
+    def _narrow(
+        self, whole: Mapping[int, TimePlan], numbers: Sequence[int], target: Trajectory
+    ) -> list[NarrowPlan]:
+        grid, steps = moving(self.grid), len(self.grid) - 1
+        end, measured = target.states[-1].cpu(), list[Measured]()
+        for number in whole.keys() & {*numbers}:
+            plan = whole[number]
+            error = overshooting_error(self.run(lambda _, plan=plan: plan), end)
+            measured.append(Measured(plan, number / steps, error))
+        for near in candidates(grid, numbers, self.workload.pipe.scheduler):
+            stages = StageFit(near.times, target, FREE, near)
+            trace = self.narrowing.begin(near, self.workload.rows)
+            try:
+                latents = self.run(lambda _, stages=stages: stages)
+            finally:
+                self.narrowing.end()
+            share = near.evaluations / steps * trace.flops["spent"] / trace.flops["dense"]
+            plan = replace(stages.plan, widths=near.widths)
+            measured.append(Measured(plan, share, overshooting_error(latents, end)))
+        return worth_it(measured)
+
     def _plan(
         self, recorded: Trajectory, evaluations: int, target: str, warps: Sequence[Warp]
     ) -> tuple[TimePlan, list[Warp]]:
@@ -143,8 +193,9 @@ def fit(
     cannot stand in for.
     """
     settings = settings or FitSettings()
-    work = Fit(workload, settings, state, report)
+    work = Fit(workload, spec, settings, state, report)
     plans = work.plans()
+    narrow = work.narrow(plans)
     metadata: dict[str, Any] = {"method": "fit", "rows": workload.rows, "seed": settings.seed}
     metadata["generations"] = round(settings.cost(workload.num_steps), 2)
     return Bundle(
@@ -157,5 +208,6 @@ def fit(
         times=work.grid.tolist(),
         plans=plans,
         warps=work.warps,
+        narrow=narrow,
         metadata=metadata,
     )

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..planned.spent import EXACT_SHARE, evaluations_for
+from ..spec import WIDTHS
 
+NARROW_BELOW = 0.15
+"""Budgets from which on down narrow evaluations are tried, unless one budget alone is calibrated."""
+NARROW = 4
+"""Evaluations of a plan with narrow ones, at most: from there on fewer whole ones were always better."""
 BUDGETS = 19
 """Plans at most: from 0.05 to 0.95."""
 MANY, ALL = 6, 6
@@ -39,9 +44,19 @@ class FitSettings:
             return max(1, min(ALL, steps // evaluations))
         return ALL if first else 3 if evaluations <= steps / 2 else 1
 
+    def narrow(self, steps: int) -> list[int]:
+        """Numbers of evaluations that are tried narrow, at each width below the whole one."""
+        asked = self.budgets is None or (len(self.budgets) > 1 and self.budgets[0] < NARROW_BELOW)
+        return list(range(1, min(NARROW, steps) + 1)) if asked else []
+
     def cost(self, steps: int) -> float:
         """What a fit costs at most, in dense generations of its samples."""
         numbers = self.evaluations(steps)
         middle = numbers[len(numbers) // 2]
-        plans = sum(n * self.tries_for(n, steps, first=n == middle) for n in numbers) / steps
-        return 1 + len(self.targets) * plans + EXACT_SHARE * ("exact" in self.targets)
+        plans = sum(n * self.tries_for(n, steps, first=n == middle) for n in numbers)
+        narrow = self.narrow(steps)
+        few = [
+            n for n in numbers if n <= max(narrow, default=0)
+        ]  # whole ones, measured beside the narrow ones
+        plans += sum(few) + (len(WIDTHS) - 1) * sum(narrow)
+        return 1 + len(self.targets) * plans / steps + EXACT_SHARE * ("exact" in self.targets)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..trace import Trace
 
 GRAIN = 0.005
 """A budget may be missed by so much before a run says so."""
@@ -26,7 +30,8 @@ def evaluations_for(budget: float, steps: int) -> int:
 class PlanTrace:
     """requested: share of the dense run's FLOPs. target: see `universal.py`. samples: results of the run.
     steps: what the dense run takes; planned: how many of them the plan evaluates. made, of: evaluations made
-    so far, and how many the dense run would have made.
+    so far, and how many the dense run would have made. widths: of narrow evaluations, in turn; blocks: what
+    the engine counted of them, None where all are whole. remarks: see `notes`.
     """
 
     requested: float
@@ -37,11 +42,17 @@ class PlanTrace:
     made: int = 0
     of: int = 0
     host_syncs: int = 0
+    widths: tuple[float, ...] = ()
+    blocks: Trace | None = None
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def share(self) -> float:
         """Share of the dense run's FLOPs that was spent."""
-        return self.made / self.of if self.of else 1.0
+        if not self.of:
+            return 1.0
+        counted = {} if self.blocks is None else self.blocks.flops
+        return self.made / self.of * (counted["spent"] / counted["dense"] if counted.get("dense") else 1.0)
 
     @property
     def spent(self) -> list[float]:
@@ -52,12 +63,20 @@ class PlanTrace:
     def notes(self) -> list[str]:
         """What a user should know of this run, in plain words."""
         share = self.planned / self.steps if self.steps else self.requested
-        if abs(share - self.requested) <= GRAIN:
-            return []
+        share = self.share if self.blocks is not None else share
+        if abs(share - self.requested) <= GRAIN and not self.widths:
+            return self.remarks
         return [
-            f"a budget of {self.requested:g} buys {self.planned} of {self.steps} evaluations, which is "
-            f"{share:.2f} of the dense FLOPs"
+            *self.remarks,
+            f"a budget of {self.requested:g} buys {self.planned} of {self.steps} evaluations{self.narrow}, "
+            f"which is {share:.2f} of the dense FLOPs",
         ]
+
+    @property
+    def narrow(self) -> str:
+        """How narrow evaluations are, in words."""
+        names = list(dict.fromkeys(f"{width:g}" for width in self.widths))
+        return f" with MLPs at width {' and '.join(names)}" if names else ""
 
     def summary(self) -> str:
         """One paragraph: budget asked and spent, evaluations, notes."""

@@ -11,6 +11,8 @@ form. A step that a grid of times leaves out is nothing but a longer step: betwe
 combination of what has been computed adds up to one combination. Weights that sum to 1, with
 u = 0, are exact for a constant v (order one); Adams-Bashforth's are exact for polynomials of v in time.
 
+An evaluation may be narrow: all of the blocks' MLPs at a width of `spec.WIDTHS` (`narrow.py`).
+
 Shapes: n evaluations, N steps of a grid, P passes a step is made from.
 """
 
@@ -23,6 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..spec import WIDTHS
+
 Array = NDArray[np.float64]
 PASSES = 4
 """Outputs that a step is made from; a fifth gained nothing (docs/notes/solver-plan.md)."""
@@ -33,7 +37,8 @@ STILL = 1e-9
 @dataclass(frozen=True)
 class TimePlan:
     """times [n + 1]: strictly decreasing, the last is where the run ends. weights [n, P]: of the outputs,
-    newest first, 0 where there is none yet. state [n]: weight u of x itself.
+    newest first, 0 where there is none yet. state [n]: weight u of x itself. widths [n]: of the MLPs at each
+    evaluation, one of `WIDTHS`; none given: all whole.
 
     Raises ValueError for arrays that make no plan.
     """
@@ -41,17 +46,25 @@ class TimePlan:
     times: Array
     weights: Array
     state: Array = field(default_factory=lambda: np.zeros(0))
+    widths: Array = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
         times, weights = np.asarray(self.times, float), np.asarray(self.weights, float)
         state = np.asarray(self.state, float)
         state = state if state.size else np.zeros(len(weights))
-        for name, array in (("times", times), ("weights", weights), ("state", state)):
+        widths = np.asarray(self.widths, float)
+        widths = widths if widths.size else np.ones(len(weights))
+        arrays = (("times", times), ("weights", weights), ("state", state), ("widths", widths))
+        for name, array in arrays:
             object.__setattr__(self, name, array)
         if times.ndim != 1 or weights.ndim != 2 or len(times) != len(weights) + 1 or len(times) < 2:
             raise ValueError(f"{times.shape} times and {weights.shape} weights: n + 1 and [n, P] make a plan")
         if state.shape != (len(weights),):
             raise ValueError(f"{state.shape} weights of the state for {len(weights)} steps")
+        if widths.shape != (len(weights),) or not np.isin(widths, WIDTHS).all():
+            raise ValueError(
+                f"widths {widths.tolist()}: one of {WIDTHS} for each of {len(weights)} evaluations"
+            )
         if not (np.diff(times) < 0).all():
             raise ValueError(f"times {times.round(4).tolist()} do not decrease")
         if not all(np.isfinite(array).all() for array in (times, weights, state)):
@@ -68,6 +81,11 @@ class TimePlan:
     def passes(self) -> int:
         """Outputs that a step is made from: P."""
         return int(self.weights.shape[1])
+
+    @property
+    def narrows(self) -> bool:
+        """Whether any evaluation is narrow."""
+        return bool((self.widths < 1).any())
 
     def row(self, step: int, x: object = None, outputs: object = ()) -> tuple[Array, float]:
         """Weights of the outputs [P], newest first, and of x, for the step from times[step]."""
@@ -87,11 +105,12 @@ class TimePlan:
             oldest = step - first
             weights[step, oldest] = weights[step, oldest:].sum()
             weights[step, oldest + 1 :] = 0
-        return TimePlan(self.times, weights, self.state)
+        return TimePlan(self.times, weights, self.state, self.widths)
 
     def to_arrays(self) -> dict[str, Array]:
         """Plain arrays for a file; `from_arrays` reads them."""
-        return {"times": self.times, "weights": self.weights, "state": self.state}
+        arrays = {"times": self.times, "weights": self.weights, "state": self.state}
+        return {**arrays, **({"widths": self.widths} if self.narrows else {})}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> TimePlan:
@@ -99,7 +118,8 @@ class TimePlan:
         missing = sorted({"times", "weights", "state"} - set(arrays))
         if missing:
             raise ValueError(f"a plan in time without {missing[0]!r}")
-        return cls(*(np.asarray(arrays[name], float) for name in ("times", "weights", "state")))
+        names = ("times", "weights", "state", *(["widths"] if "widths" in arrays else []))
+        return cls(*(np.asarray(arrays[name], float) for name in names))
 
 
 def euler(times: Sequence[float] | Array) -> TimePlan:

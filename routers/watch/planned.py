@@ -13,22 +13,28 @@ from typing import Any
 import numpy as np
 
 from ..elastic import Elastic
+from ..planned.narrow import NarrowPlans
 from ..planned.sampled import PlannerFor, Sampled
-from ..planned.timeplan import Array
-from ..policy import OpenPolicy
+from ..planned.spent import PlanTrace
+from ..planned.timeplan import Array, TimePlan
+from ..policy import WidthPolicy
 from ..spec import TransformerSpec
 from ..trace import REUSE, CallRecord, Trace
 
 
 class WatchedPlan(Sampled):
-    """`Sampled` with all blocks open under an `Elastic`, whose trace and observers see the run."""
+    """`Sampled` with all blocks under an `Elastic`, whose trace and observers see the run: open, or at
+    a plan's widths.
+    """
 
     def __init__(
-        self, pipe: Any, planner_for: PlannerFor, budget: float, target: str, spec: TransformerSpec
-    ) -> None:
-        super().__init__(pipe, planner_for, budget, target)
+        self, pipe: Any, planner_for: PlannerFor, budget: float, target: str, spec: TransformerSpec,
+        narrow: NarrowPlans | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(pipe, planner_for, budget, target, narrow)
         self._steps: list[int] = []
-        self.elastic = Elastic(pipe.transformer, spec, OpenPolicy, pipe=pipe)
+        self._policy = WidthPolicy()
+        self.elastic = Elastic(pipe.transformer, spec, lambda: self._policy, pipe=pipe)
         self.elastic.step_of = lambda call: self._steps[call] if call < len(self._steps) else call
 
     @contextmanager
@@ -47,7 +53,16 @@ class WatchedPlan(Sampled):
         plan = super()._plan(grid)
         times = grid[:-1] if plan is None else plan.times[:-1]
         self._steps = _nearest_steps(grid[:-1], times)
+        widths = [1.0] * (len(grid) - 1)
+        if isinstance(plan, TimePlan):
+            for step, width in zip(self._steps, plan.widths.tolist(), strict=True):
+                widths[step] = width
+        self._policy.widths = widths
         return plan
+
+    def _begin(self, plan: TimePlan, trace: PlanTrace) -> Trace:
+        """Its blocks are in sight already, and their trace is the one that a scope yields."""
+        return Trace()
 
 
 def _nearest_steps(grid: Array, times: Array) -> list[int]:
