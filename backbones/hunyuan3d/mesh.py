@@ -75,40 +75,83 @@ def _reaches_border(logits: np.ndarray, level: float) -> bool:
 
 
 def clean(mesh: trimesh.Trimesh, floater_ratio: float = FLOATER_RATIO) -> trimesh.Trimesh:
-    """A tidied copy: vertices merged, degenerate, double and floating faces removed, normals outward."""
-    mesh = mesh.copy()
-    mesh.merge_vertices(merge_tex=True, merge_norm=True)
-    mesh.update_faces(mesh.nondegenerate_faces() & mesh.unique_faces())
-    mesh = remove_floaters(mesh, floater_ratio)
-    mesh.remove_unreferenced_vertices()
-    return orient(mesh)
+    """A tidied copy: vertices merged, degenerate, double and floating faces removed, normals outward.
+
+    On plain arrays with one table of edges: a trimesh hashes and sorts its arrays anew for every question.
+    """
+    import trimesh
+    from trimesh import grouping, triangles, util
+
+    if not 0 <= floater_ratio <= 1:
+        raise ValueError(f"floater ratio {floater_ratio} must be in [0, 1]")
+    vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
+    digits = util.decimal_to_digits(trimesh.constants.tol.merge)
+    first, merged = grouping.unique_rows(vertices, digits=digits, keep_order=True)
+    vertices, faces = vertices[first], merged[faces]
+    good = triangles.nondegenerate(vertices[faces])
+    good[good] = _first_of_each(np.sort(faces[good], axis=1))
+    faces = faces[good]
+    edges = shared_edges(faces)
+    keep = _of_large_parts(edges, len(faces), floater_ratio)
+    consistent = bool(edges.opposite[keep[edges.faces[:, 0]]].all())
+    tidy = trimesh.Trimesh(vertices, faces[keep], process=False)
+    tidy.remove_unreferenced_vertices()
+    return orient(tidy, consistent)
 
 
-def remove_floaters(mesh: trimesh.Trimesh, ratio: float = FLOATER_RATIO) -> trimesh.Trimesh:
-    """Keep the connected components with at least `ratio` of the largest one's faces; ratio in [0, 1]."""
-    from trimesh.graph import connected_component_labels
+@dataclass(frozen=True)
+class SharedEdges:
+    """Edges of two faces. faces `[E, 2]`; opposite `[E]`: whether the two run along it in opposite ways."""
 
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"floater ratio {ratio} must be in [0, 1]")
-    if not len(mesh.faces):
-        return mesh
-    labels = connected_component_labels(mesh.face_adjacency, node_count=len(mesh.faces))
+    faces: np.ndarray
+    opposite: np.ndarray
+
+
+def shared_edges(faces_F3: np.ndarray) -> SharedEdges:
+    """Pairs of faces that share an edge which no third face has."""
+    start, end = faces_F3.reshape(-1), np.roll(faces_F3, -1, axis=1).reshape(-1)
+    keys = np.minimum(start, end) * (faces_F3.max(initial=0) + 1) + np.maximum(start, end)
+    order = np.argsort(keys)
+    change = np.flatnonzero(np.diff(keys[order], prepend=-1, append=-1))
+    pairs = order[change[:-1][np.diff(change) == 2][:, None] + [0, 1]]
+    upward = (start < end)[pairs]
+    return SharedEdges(pairs // 3, upward[:, 0] != upward[:, 1])
+
+
+def _first_of_each(rows: np.ndarray) -> np.ndarray:
+    """Mask of the first of equal rows."""
+    from trimesh import grouping
+
+    mask = np.zeros(len(rows), bool)
+    mask[grouping.unique_rows(rows)[0]] = True
+    return mask
+
+
+def _of_large_parts(edges: SharedEdges, faces: int, ratio: float) -> np.ndarray:
+    """Mask of the faces in connected components with at least `ratio` of the largest one's faces."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not faces:
+        return np.zeros(0, bool)
+    joined = coo_array((np.ones(len(edges.faces), bool), edges.faces.T), shape=(faces, faces))
+    labels = connected_components(joined, directed=False)[1]
     counts = np.bincount(labels)
-    keep = counts >= ratio * counts.max()
-    if not keep.all():
-        mesh = mesh.copy()
-        mesh.update_faces(keep[labels])
-        mesh.remove_unreferenced_vertices()
-    return mesh
+    mask: np.ndarray = (counts >= ratio * counts.max())[labels]
+    return mask
 
 
-def orient(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
-    """Make the winding consistent and the volume positive, in place; cavities keep their inward shells."""
+def orient(mesh: trimesh.Trimesh, consistent: bool | None = None) -> trimesh.Trimesh:
+    """Make the winding consistent and the volume positive, in place; cavities keep their inward shells.
+
+    consistent: whether the winding is known to be.
+    """
     from trimesh import repair
 
-    if not mesh.is_winding_consistent:
+    if not (mesh.is_winding_consistent if consistent is None else consistent):
         repair.fix_winding(mesh)
-    if mesh.volume < 0:
+    corner_F3, second_F3, third_F3 = np.asarray(mesh.vertices)[np.asarray(mesh.faces).T]
+    if np.einsum("fi,fi->", corner_F3, np.cross(second_F3, third_F3)) < 0:  # six times the volume
         mesh.invert()
     return mesh
 

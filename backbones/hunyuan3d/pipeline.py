@@ -32,6 +32,8 @@ StepCallback = Callable[[int, int, Tensor], None]
 Picture = Image.Image
 Pictures: TypeAlias = Picture | Mapping[str, Picture] | Sequence[Picture | Mapping[str, Picture]]
 """One request or several: a picture each, or views by name for multi-view models."""
+CHUNK, MAX_CHUNK = 8000, 262144
+"""Points of a decoder call: the published pipeline's, and from where on a GPU gains nothing more."""
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -206,23 +208,28 @@ class Hunyuan3DPipeline:
         bounds: float | Sequence[float] = 1.01,
         level: float = 0.0,
         method: str = "hierarchical",
-        chunk: int = 8000,
+        chunk: int | None = None,
         progress: surface.Progress | None = None,
     ) -> list[surface.Volume]:
-        """One sampled field per row. method: "hierarchical" or "dense"."""
+        """One sampled field per row. method: "hierarchical" or "dense". chunk: points evaluated at a time,
+        None for what the device has room for. The grid stays on the device until it is finished.
+        """
         if method not in ("hierarchical", "dense"):
             raise ValueError(f"decode method {method!r} must be 'hierarchical' or 'dense'")
         volumes = []
         with self._resident(self.vae):
             weights_dtype = next(self.vae.parameters()).dtype
             decoded = self.vae(self.vae.unscale(latents.to(self.device, weights_dtype)))
+            chunk = chunk or points_at_once(self.vae, self.device)
             for row in decoded:
                 values = self.vae.field(row)
                 if method == "dense":
-                    volume = surface.decode_dense(values, bounds, octree_resolution, chunk, progress)
+                    volume = surface.decode_dense(
+                        values, bounds, octree_resolution, chunk, progress, self.device
+                    )
                 else:
                     volume = surface.decode_hierarchical(
-                        values, bounds, octree_resolution, chunk, level, progress=progress
+                        values, bounds, octree_resolution, chunk, level, progress=progress, device=self.device
                     )
                 volumes.append(volume)
         return volumes
@@ -249,7 +256,7 @@ class Hunyuan3DPipeline:
         bounds: float | Sequence[float] = 1.01,
         level: float = 0.0,
         method: str = "hierarchical",
-        chunk: int = 8000,
+        chunk: int | None = None,
         faces: int | None = None,
         on_step: StepCallback | None = None,
         on_decode: surface.Progress | None = None,
@@ -266,6 +273,18 @@ class Hunyuan3DPipeline:
             return self.clean(self.extract(volume, level), faces)
         except meshes.NoSurfaceError:
             return None
+
+
+def points_at_once(vae: ShapeVAE, device: torch.device) -> int:
+    """Points of a decoder call: on a GPU as many as a quarter of its free memory holds, within limits.
+
+    A point takes a query, its attention and an MLP: less than 16 values for each of the decoder's width.
+    """
+    if device.type != "cuda":
+        return CHUNK
+    weight = vae.geo_decoder.query_proj.weight
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(min(max(free // 4 // (16 * weight.shape[0] * weight.element_size()), CHUNK), MAX_CHUNK))
 
 
 def _randn(shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:

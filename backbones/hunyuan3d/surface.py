@@ -5,18 +5,20 @@ the surface may be. Three rules make its mesh equal to the dense one:
 
 - a cell is refined if its corners differ in sign, or if a corner is so close to the level that the
   variation seen around the cell could carry the field across it (thin parts between grid nodes);
-- after each refinement the surface is followed: a cell not yet refined that touches evaluated nodes of
-  both signs is refined too, until no such cell is left, so no part of a surface is left open;
+- after each refinement the surface is followed: a cell not yet refined whose corners turned out to differ in
+  sign is refined too, until no such cell is left, so no part of a surface is left open;
 - random cells that nobody wanted are checked; if they hold surface, the field is too rough for a coarse
   grid to tell anything, and it is evaluated everywhere.
 
 What it can miss is a separate piece smaller than a coarse cell that the variation around does not betray.
 
 Points not evaluated take the value of a neighbouring coarse point: right in sign, not in magnitude.
+The grid stays on the decoder's device: index arithmetic, masks and all, and comes to the host once, whole.
 Grids follow the published convention: `resolution` cells and one sample more per axis, in the order x, y, z.
+
+Shapes: S nodes per axis of a level, C = S - 1 cells, Q points, X cells.
 """
 
-# mypy: no-warn-return-any
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -24,7 +26,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 Field = Callable[[Tensor], Tensor]
@@ -43,8 +44,7 @@ PROBES, ROUGH_PROBES, ROUGH_SHARE = 500, 0.005, 0.4
 followed. If more than ROUGH_PROBES of them hold one, or more than ROUGH_SHARE of all cells were wanted, the
 field is rough on the scale of the cells (an untrained decoder, say), and everything is evaluated."""
 
-_CORNERS = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
-_NEIGHBOURS = np.concatenate([np.eye(3, dtype=int), -np.eye(3, dtype=int)])
+_CORNERS = [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Volume:
     @property
     def resolution(self) -> int:
         """Cells per axis."""
-        return self.logits.shape[0] - 1
+        return len(self.logits) - 1
 
     @property
     def evaluated_share(self) -> float:
@@ -86,13 +86,14 @@ def decode_dense(
     resolution: int = 256,
     chunk: int = 8000,
     progress: Progress | None = None,
+    device: torch.device | str = "cpu",
 ) -> Volume:
-    """Evaluate every grid point, `chunk` points at a time."""
+    """Evaluate every grid point, `chunk` points at a time. device: where points are given and logits come."""
     box = box_array(bounds)
-    sampler = _Sampler(field, box, resolution, chunk, progress)
+    sampler = _Sampler(field, box, resolution, chunk, progress, torch.device(device))
     side = resolution + 1
-    logits = sampler.evaluate(np.arange(side**3), side, stride=1)
-    return Volume(logits.reshape(side, side, side), box, sampler.evaluations)
+    logits = sampler.evaluate(torch.arange(side**3, device=device), side, stride=1)
+    return Volume(logits.reshape(side, side, side).cpu().numpy(), box, sampler.evaluations)
 
 
 def decode_hierarchical(
@@ -103,33 +104,36 @@ def decode_hierarchical(
     level: float = 0.0,
     coarse: int | None = None,
     progress: Progress | None = None,
+    device: torch.device | str = "cpu",
 ) -> Volume:
     """Evaluate a coarse grid everywhere and finer ones only where the surface may be.
 
     level: logit of the surface. coarse: least number of coarse cells per axis; by default a quarter of the
-    resolution, within 32 and 64.
+    resolution, within 32 and 64. device: where points are given and logits come, and where the grid lies.
     """
     box = box_array(bounds)
-    sampler = _Sampler(field, box, resolution, chunk, progress)
+    sampler = _Sampler(field, box, resolution, chunk, progress, torch.device(device))
     stride = _coarse_stride(resolution, coarse)
     side = _side(resolution, stride)
-    values = sampler.evaluate(np.arange(side**3), side, stride).reshape(side, side, side)
-    grid = _Grid(values, np.ones((side,) * 3, bool), np.ones((side - 1,) * 3, bool), level)
-    chance = np.random.default_rng(0)
+    values = sampler.evaluate(torch.arange(side**3, device=device), side, stride).reshape(side, side, side)
+    everywhere = torch.ones_like(values, dtype=torch.bool)
+    grid = _Grid(values, everywhere, everywhere[1:, 1:, 1:], level)
+    chance = torch.Generator().manual_seed(0)
     rough = False
     while stride > 1:
-        wanted = np.ones_like(grid.cells) if rough else grid.cells_to_refine()
+        wanted = torch.ones_like(grid.cells) if rough else grid.cells_to_refine()
         stride //= 2
-        grid = grid.refined(wanted, _side(resolution, stride))
-        if not rough and wanted.mean() <= ROUGH_SHARE:
+        grid, missing = grid.refined(wanted, _side(resolution, stride))
+        turned = grid.evaluate(missing, sampler, stride)
+        if not rough and int(wanted.sum()) <= ROUGH_SHARE * wanted.numel():
             probes = grid.want_probes(chance)
-            grid.evaluate_and_follow(sampler, stride)
+            grid.follow(probes, turned, sampler, stride)
             rough = grid.crossing_share(probes) > ROUGH_PROBES
         else:
             rough = True
         if rough:
             grid.evaluate_all(sampler, stride)
-    return Volume(grid.values, box, sampler.evaluations)
+    return Volume(grid.values.cpu().numpy(), box, sampler.evaluations)
 
 
 def _coarse_stride(resolution: int, coarse: int | None) -> int:
@@ -151,124 +155,186 @@ class _Sampler:
     """Evaluates the field at grid nodes and counts."""
 
     def __init__(
-        self, field: Field, box: np.ndarray, resolution: int, chunk: int, progress: Progress | None
-    ) -> None:
+        self, field: Field, box: np.ndarray, resolution: int, chunk: int, progress: Progress | None,
+        device: torch.device,
+    ) -> None:  # fmt: skip
         if resolution < 1 or chunk < 1:
             raise ValueError(f"resolution {resolution} and chunk {chunk} must be at least 1")
-        self.field, self.resolution, self.chunk, self.progress = field, resolution, chunk, progress
+        self.field, self.chunk, self.progress = field, chunk, progress
         self.axes = [
-            torch.linspace(float(low), float(high), resolution + 1) for low, high in zip(*box, strict=True)
+            torch.linspace(float(low), float(high), resolution + 1).to(device)
+            for low, high in zip(*box, strict=True)
         ]
         self.evaluations = 0
 
-    def evaluate(self, nodes: np.ndarray, side: int, stride: int) -> np.ndarray:
+    def evaluate(self, nodes: Tensor, side: int, stride: int) -> Tensor:
         """Logits float32 of flat node numbers of the grid with `side` nodes per axis."""
-        out = np.empty(len(nodes), np.float32)
+        last = len(self.axes[0]) - 1
+        places = (torch.arange(side, device=nodes.device) * stride).clamp(max=last)
+        x, y, z = (axis[places] for axis in self.axes)
+        out = torch.empty(len(nodes), device=nodes.device)
         needed = self.evaluations + len(nodes)
-        for start in range(0, len(nodes), self.chunk):
-            part = torch.from_numpy(nodes[start : start + self.chunk])
-            index = (part // (side * side), part // side % side, part % side)
-            points = torch.stack(
-                [
-                    axis[(i * stride).clamp(max=self.resolution)]
-                    for axis, i in zip(self.axes, index, strict=True)
-                ],
-                dim=-1,
-            )
-            logits = self.field(points).float().cpu().numpy()
-            if not np.isfinite(logits).all():
-                raise ValueError("the decoder returned NaN or infinite logits; try --dtype fp32")
-            out[start : start + len(part)] = logits
+        for part, logits in zip(nodes.split(self.chunk), out.split(self.chunk), strict=True):
+            line = part // side
+            layer = line // side
+            points = torch.stack([x[layer], y[line - layer * side], z[part - line * side]], dim=-1)
+            logits.copy_(self.field(points))
             self.evaluations += len(part)
             if self.progress is not None:
                 self.progress(self.evaluations, needed)
+        if not bool(out.isfinite().all()):
+            raise ValueError("the decoder returned NaN or infinite logits; try --dtype fp32")
         return out
 
 
 class _Grid:
     """One level: values at all nodes (where `exact`, else right only in sign) and cells evaluated so far."""
 
-    def __init__(self, values: np.ndarray, exact: np.ndarray, cells: np.ndarray, level: float) -> None:
+    def __init__(self, values: Tensor, exact: Tensor, cells: Tensor, level: float) -> None:
         self.values, self.exact, self.cells, self.level = values, exact, cells, level
-        self.side = values.shape[0]
+        self.side = len(values)
 
-    def corners(self, cells_X3: np.ndarray) -> np.ndarray:
-        """Flat node numbers `[X, 8]` of the corners of cells."""
-        nodes = cells_X3[:, None, :] + _CORNERS
-        return (nodes[..., 0] * self.side + nodes[..., 1]) * self.side + nodes[..., 2]
+    def cells_to_refine(self) -> Tensor:
+        """Mask `[C, C, C]` of evaluated cells that the surface crosses, or may cross between nodes."""
+        low, high = _over_corners(self.values, torch.minimum), _over_corners(self.values, torch.maximum)
+        low, high = low.sub_(self.level), high.sub_(self.level)
+        variation = (high - low).mul_(self.cells)
+        for dim in range(3):
+            variation = _around(variation, dim)
+        # the corner nearest to the level: below 0 where the corners differ in sign
+        nearest = torch.maximum(low, high.neg_())
+        mask: Tensor = (nearest <= variation.mul_(NEAR_FACTOR)).logical_and_(self.cells)
+        return mask
 
-    def cells_to_refine(self) -> np.ndarray:
-        """Mask of evaluated cells that the surface crosses, or may cross between nodes."""
-        cells = np.argwhere(self.cells)
-        offsets = self.values.reshape(-1)[self.corners(cells)] - np.float32(self.level)
-        low, high = offsets.min(axis=1), offsets.max(axis=1)
-        variation = np.zeros(self.cells.shape, np.float32)
-        at = tuple(cells.T)
-        variation[at] = high - low
-        variation = ndimage.maximum_filter(variation, size=3, mode="constant")
-        nearest = np.abs(offsets).min(axis=1)
-        crossing = (low <= 0) & (high > 0)
-        wanted = np.zeros_like(self.cells)
-        wanted[at] = crossing | (nearest <= NEAR_FACTOR * variation[at])
-        return wanted
+    def refined(self, wanted: Tensor, side: int) -> tuple[_Grid, Tensor]:
+        """The next level: nodes carried over, the others filled with a coarse neighbour's value. And the flat
+        numbers of the nodes of wanted cells that are not known yet, which are to be evaluated first.
+        """
+        values, touched, cells = _doubled(self.values), wanted, wanted
+        for dim in (2, 1, 0):
+            touched = _nodes_of(touched, dim)
+            cells = cells.repeat_interleave(2, dim)
+        carried = touched[::2, ::2, ::2]
+        carried.logical_and_(~self.exact)
+        if side < len(values):  # the last cell is smaller: it has no middle
+            keep = torch.arange(side, device=values.device)
+            keep[-1] = side
+            values, touched = values[keep][:, keep][..., keep], touched[keep][:, keep][..., keep]
+            cells = cells[: side - 1, : side - 1, : side - 1].contiguous()
+            missing = _flat(touched)
+            at = (2 * torch.arange(self.side, device=values.device)).clamp(max=side - 1)
+            touched[at[:, None, None], at[:, None], at] |= self.exact
+        else:
+            missing = _flat(touched)
+            carried.logical_or_(self.exact)
+        return _Grid(values, touched, cells, self.level), missing
 
-    def refined(self, wanted: np.ndarray, side: int) -> _Grid:
-        """The next level: nodes carried over, the others filled with a coarse neighbour's value."""
-        source = np.arange(side) // 2
-        source[-1] = self.side - 1
-        carried = np.zeros(side, bool)
-        carried[np.minimum(2 * np.arange(self.side), side - 1)] = True
-        values = self.values[np.ix_(source, source, source)]
-        on_coarse = carried[:, None, None] & carried[None, :, None] & carried[None, None, :]
-        exact = self.exact[np.ix_(source, source, source)] & on_coarse
-        parent = np.arange(side - 1) // 2
-        return _Grid(values, exact, wanted[np.ix_(parent, parent, parent)], self.level)
+    def want_probes(self, chance: torch.Generator) -> Tensor:
+        """Add random cells to the wanted ones; returns their flat numbers `[X]`."""
+        drawn = torch.randint(self.cells.numel(), (2 * PROBES,), generator=chance).to(self.cells.device)
+        probes: Tensor = drawn[~self.cells.view(-1)[drawn]][:PROBES].unique()  # type: ignore[no-untyped-call]
+        self.cells.view(-1)[probes] = True
+        return probes
 
-    def want_probes(self, chance: np.random.Generator) -> np.ndarray:
-        """Add random cells to the wanted ones; returns them `[X, 3]`."""
-        unwanted = np.flatnonzero(~self.cells)
-        if not len(unwanted):
-            return np.empty((0, 3), np.int64)
-        chosen = np.unique(chance.choice(unwanted, PROBES))
-        self.cells.reshape(-1)[chosen] = True
-        return np.stack(np.unravel_index(chosen, self.cells.shape), axis=1)
-
-    def crossing_share(self, cells_X3: np.ndarray) -> float:
+    def crossing_share(self, cells: Tensor) -> float:
         """Share of cells with corners of both signs, in [0, 1]."""
-        return float(self._crossing(self.corners(cells_X3)).mean()) if len(cells_X3) else 0.0
+        return float(self._crossing(cells).float().mean()) if len(cells) else 0.0
 
     def evaluate_all(self, sampler: _Sampler, stride: int) -> None:
         """Evaluate every node that is not known yet."""
-        self._evaluate(np.flatnonzero(~self.exact.reshape(-1)), sampler, stride)
-        self.cells[...] = True
+        self.evaluate(_flat(~self.exact), sampler, stride)
+        self.cells.fill_(True)
 
-    def evaluate_and_follow(self, sampler: _Sampler, stride: int) -> None:
-        """Evaluate the corners of all wanted cells, then follow the surface into cells not wanted before."""
-        fresh = np.argwhere(self.cells)
+    def follow(self, probes: Tensor, turned: Tensor, sampler: _Sampler, stride: int) -> None:
+        """Evaluate the corners of probes, and follow the surface into cells that nobody wanted: only nodes
+        whose sign turned, from what it was filled with, can have opened one.
+        """
+        fresh = torch.cat([probes, self._opened(turned)])
         while len(fresh):
-            nodes = self.corners(fresh)
-            missing = np.zeros(self.values.size, bool)
-            missing[nodes.reshape(-1)] = True
-            missing &= ~self.exact.reshape(-1)
-            self._evaluate(np.flatnonzero(missing), sampler, stride)
-            fresh = self._cells_left_open(fresh[self._crossing(nodes)])
+            nodes = self._corners(fresh).unique()
+            fresh = self._opened(self.evaluate(nodes[~self.exact.view(-1)[nodes]], sampler, stride))
 
-    def _evaluate(self, nodes: np.ndarray, sampler: _Sampler, stride: int) -> None:
-        self.values.reshape(-1)[nodes] = sampler.evaluate(nodes, self.side, stride)
-        self.exact.reshape(-1)[nodes] = True
+    def evaluate(self, nodes: Tensor, sampler: _Sampler, stride: int) -> Tensor:
+        """Evaluate nodes. Returns those whose sign was another."""
+        logits, values = sampler.evaluate(nodes, self.side, stride), self.values.view(-1)
+        turned = (values[nodes] > self.level) != (logits > self.level)
+        values[nodes] = logits
+        self.exact.view(-1)[nodes] = True
+        return nodes[turned]
 
-    def _crossing(self, nodes_X8: np.ndarray) -> np.ndarray:
-        inside = self.values.reshape(-1)[nodes_X8] > self.level
-        return inside.any(axis=1) & ~inside.all(axis=1)
+    def _opened(self, nodes: Tensor) -> Tensor:
+        """Flat numbers of cells around nodes, not evaluated yet, with corners of both signs; marks them."""
+        side, line = self.side, nodes // self.side
+        layer = line // side
+        at, found = (layer, line - layer * side, nodes - line * side), []
+        for corner in _CORNERS:
+            cell = [i - back for i, back in zip(at, corner, strict=True)]
+            inside = torch.stack([(i >= 0) & (i < side - 1) for i in cell]).all(dim=0)
+            i, j, k = (axis[inside] for axis in cell)
+            number = (i * (side - 1) + j) * (side - 1) + k
+            found.append(number[~self.cells.view(-1)[number]])
+        near: Tensor = torch.cat(found).unique()  # type: ignore[no-untyped-call]
+        opened: Tensor = near[self._crossing(near)]
+        self.cells.view(-1)[opened] = True
+        return opened
 
-    def _cells_left_open(self, crossing_X3: np.ndarray) -> np.ndarray:
-        """Neighbours of crossing cells, not evaluated yet, with corners of both signs; marks them wanted."""
-        near = (crossing_X3[:, None, :] + _NEIGHBOURS).reshape(-1, 3)
-        near = near[((near >= 0) & (near < self.side - 1)).all(axis=1)]
-        near = near[~self.cells[tuple(near.T)]]
-        if not len(near):
-            return near
-        near = np.unique(near, axis=0)
-        open_ = near[self._crossing(self.corners(near))]
-        self.cells[tuple(open_.T)] = True
-        return open_
+    def _corners(self, cells: Tensor) -> Tensor:
+        """Flat node numbers `[8, X]` of the corners of cells."""
+        side, line = self.side, cells // (self.side - 1)
+        layer = line // (side - 1)
+        first = (layer * side + line - layer * (side - 1)) * side + cells - line * (side - 1)
+        return torch.stack([first + (i * side + j) * side + k for i, j, k in _CORNERS])
+
+    def _crossing(self, cells: Tensor) -> Tensor:
+        inside = self.values.view(-1)[self._corners(cells)] > self.level
+        return inside.any(dim=0) & ~inside.all(dim=0)
+
+
+def _over_corners(values: Tensor, better: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """From nodes `[S, S, S]` to cells `[C, C, C]`."""
+    for dim in range(3):
+        cells = values.shape[dim] - 1
+        values = better(values.narrow(dim, 0, cells), values.narrow(dim, 1, cells))
+    return values
+
+
+def _around(values: Tensor, dim: int) -> Tensor:
+    """The largest of each cell and its two neighbours on an axis (several times as fast as max_pool3d)."""
+    out, many = values.clone(), values.shape[dim] - 1
+    for ours, theirs in ((0, 1), (1, 0)):
+        part = out.narrow(dim, ours, many)
+        torch.maximum(part, values.narrow(dim, theirs, many), out=part)
+    return out
+
+
+def _every_other(dim: int, first: int, last: int | None = None) -> tuple[slice, ...]:
+    return (*[slice(None)] * dim, slice(first, last, 2))
+
+
+def _doubled(values: Tensor) -> Tensor:
+    """Nodes of half the spacing: between two on an axis, the value of the first."""
+    side = 2 * len(values) - 1
+    rows = values.repeat_interleave(2, dim=2)[..., :side]
+    out = values.new_empty(side, side, side)
+    for i in (0, 1):
+        for j in (0, 1):
+            out[i::2, j::2] = rows[: len(values) - i, : len(values) - j]
+    return out
+
+
+def _nodes_of(cells: Tensor, dim: int) -> Tensor:
+    """From cells to the nodes of half the spacing on an axis that belong to them."""
+    size = list(cells.shape)
+    size[dim] = 2 * size[dim] + 1
+    out = cells.new_zeros(size)
+    out[_every_other(dim, 1)] = cells
+    out[_every_other(dim, 0, -1)] = cells
+    out[_every_other(dim, 2)] |= cells
+    return out
+
+
+def _flat(mask: Tensor) -> Tensor:
+    """Flat numbers of what a mask holds. numpy finds them thrice as fast on a CPU."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.view(-1).nonzero()[:, 0]

@@ -186,6 +186,41 @@ def test_a_cavity_keeps_its_inward_shell():
     assert cleaned.volume == pytest.approx(expected, rel=0.02)
 
 
+def test_cleaning_is_what_trimesh_does_step_by_step():
+    crumbs = lambda p: torch.maximum(FIELDS["two spheres"](p), sphere(0.05, (0, 0.8, 0.8))(p))  # noqa: E731
+    mesh = marched(crumbs)
+    mesh.vertices[mesh.faces[7]] = mesh.vertices[mesh.faces[7, 0]]  # a face of one point
+    mesh.faces = np.vstack([mesh.faces, mesh.faces[:5]])
+    slow = mesh.copy()
+    slow.merge_vertices(merge_tex=True, merge_norm=True)
+    slow.update_faces(slow.nondegenerate_faces() & slow.unique_faces())
+    labels = trimesh.graph.connected_component_labels(slow.face_adjacency, node_count=len(slow.faces))
+    counts = np.bincount(labels)
+    slow.update_faces((counts >= 0.05 * counts.max())[labels])
+    slow.remove_unreferenced_vertices()
+    cleaned = meshes.clean(mesh, floater_ratio=0.05)
+    assert np.array_equal(cleaned.vertices, slow.vertices)
+    assert np.array_equal(cleaned.faces, slow.faces)
+
+
+def test_the_grid_stays_where_the_decoder_is():
+    """No point or logit passes through the host: the only values read there are sizes and yes or no."""
+    seen = []
+
+    class OnlyTensors(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._local_scalar_dense.default:
+                seen.append(args[0].numel())
+            return out
+
+    with OnlyTensors():
+        volume = decode_hierarchical(FIELDS["truncated torus"], 1.01, 128, chunk=1000)
+    rounds = volume.evaluations / 1000
+    assert rounds > 100
+    assert len(seen) < 40  # not one for every chunk
+
+
 @pytest.mark.parametrize("field", [torus, FIELDS["two spheres"]], ids=["torus", "two spheres"])
 @pytest.mark.parametrize("faces", [300, 1000])
 def test_simplified_meshes_are_small_closed_and_alike(field, faces):
