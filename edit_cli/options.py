@@ -23,6 +23,7 @@ BACKGROUNDS = ("auto", "yes", "no")
 DECODES = ("auto", "dense", "hierarchical")
 VIEWS = ("front", "left", "back", "right")
 METHODS = ("fit", "train")
+ENGINES = ("local", "ray")
 MESH_OFFLOADS = tuple(o for o in OFFLOADS if any(f.makes == "mesh" and o in f.offloads for f in FAMILIES))
 MESH_FORMATS = tuple(suffix[1:] for suffix in MESH_SUFFIXES)
 ELASTIC_METRICS = ("skip", "reuse", "width", "error", "time")
@@ -130,6 +131,10 @@ MACHINE: Options = under("Machine", {
                       "[dim]default none[/]",
                       choice(*OFFLOADS)),
     "compile": Option("--compile", "", "torch.compile the transformer's blocks."),
+    "engine": Option("--engine", "NAME", "local, or ray: on the cluster that Ray knows (docs/scale.md).",
+                     choice(*ENGINES), default="local"),
+    "workers": Option("--workers", "N", "Actors of --engine ray. [dim]default: one per card or two cores[/]",
+                      checks.count),
 })
 MESH_MACHINE: Options = {
     **MACHINE,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from edit_cli.console import print_result, print_warnings, show_file
+from edit_cli.errors import EditError
 from edit_cli.generate.medium import Medium
 from edit_cli.generate.picture import PICTURE
-from edit_cli.generate.plan import make_plan
+from edit_cli.generate.plan import Plan, make_plan
 from edit_cli.options import (
     DRY_RUN,
     LORA,
@@ -21,6 +24,9 @@ from edit_cli.options import (
 )
 from edit_cli.options import PICTURE as PICTURE_OPTIONS
 from edit_cli.request import Request, command
+
+if TYPE_CHECKING:
+    from edit_cli.generate.result import Result
 
 
 @command(
@@ -61,10 +67,25 @@ def carry_out(request: Request, medium: Medium) -> None:
         print_result(dryrun.as_json(planned), dryrun.as_table(planned), request)
         return
     from edit_cli.generate import report
-    from edit_cli.generate.loop import run_plan
 
-    result = run_plan(plan, show_progress="quiet" not in request)
+    result = run(plan, request)
     print_warnings(result.notes, request)
     print_result(report.as_json(result), report.as_table(result), request)
     if "open" in request and result.written:
         show_file(result.written[0])
+
+
+def run(plan: Plan, request: Request) -> Result:
+    """Make and save what is planned: here, or on Ray's cluster. Raises EditError, RunError, Interrupted."""
+    show_progress = "quiet" not in request
+    if request.get("engine") != "ray":
+        from edit_cli.generate.loop import run_plan
+
+        return run_plan(plan, show_progress)
+    if plan.compare or plan.peers:
+        raise EditError("--engine ray neither compares nor replays; leave it out")
+    from edit_cli.scale.places import check_shared
+    from edit_cli.scale.ray import run_on_ray
+
+    check_shared(request)
+    return run_on_ray(plan, request, show_progress)

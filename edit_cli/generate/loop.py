@@ -30,17 +30,9 @@ def run_plan(plan: Plan, show_progress: bool) -> Result:
     result, session = Result(plan), None
     try:
         with clock.stage("load"), working(f"loading {plan.backbone.name}", show_progress):
-            with bad_input():
-                loading.pick_device(plan.placement.device)
-            plan, source = settle(plan)
-            result.plan = plan
-            session = Session.open(plan, source, clock)
-        result.note(*session.notes, *source.notes(plan.jobs))
-        if plan.replayed is not None and plan.replayed.get("threads"):
-            torch.set_num_threads(int(plan.replayed["threads"]))  # sums depend on the number of threads
-        session.attach()  # routers that do not fit are refused before a dense run is waited for
+            session = open_session(result, clock)
         with progress(show_progress) as bars:
-            dense = _run_batches(session, list(plan.batches()), result, bars)
+            dense = _run_batches(session, list(session.plan.batches()), result, bars)
         result.note(*session.notes)
         result.finish(clock.report(), dense.seconds)
     except KeyboardInterrupt:
@@ -52,6 +44,36 @@ def run_plan(plan: Plan, show_progress: bool) -> Result:
         if session is not None:
             session.detach()
     return result
+
+
+def open_session(result: Result, clock: StageClock) -> Session:
+    """Load the model of a result's plan, with its routers settled and attached: `result.plan` is then whole.
+
+    Raises EditError, ModelError, RunError.
+    """
+    with bad_input():
+        loading.pick_device(result.plan.placement.device)
+    plan, source = settle(result.plan)
+    result.plan = plan
+    session = Session.open(plan, source, clock)
+    result.note(*session.notes, *source.notes(plan.jobs))
+    if plan.replayed is not None and plan.replayed.get("threads"):
+        torch.set_num_threads(int(plan.replayed["threads"]))  # sums depend on the number of threads
+    session.attach()  # routers that do not fit are refused before a dense run is waited for
+    return session
+
+
+def make_batch(
+    session: Session,
+    jobs: Sequence[Job],
+    rows: Sequence[int],
+    result: Result,
+    on_step: OnStep = lambda: None,
+) -> Batch:
+    """Run a batch and save its results. rows: those that were asked for. Raises RunError."""
+    batch = session.run(jobs, on_step)
+    _save(batch, rows, session, result)
+    return batch
 
 
 def _run_batches(session: Session, batches: Batches, result: Result, bars: Any) -> StageClock:
@@ -74,8 +96,7 @@ def _run_batches(session: Session, batches: Batches, result: Result, bars: Any) 
                     references["exact"] = session.run_exact(jobs)
             if number == 0:
                 session.warm_up(jobs)
-        batch = session.run(jobs, on_step)
-        _save(batch, rows, session, result)
+        batch = make_batch(session, jobs, rows, result, on_step)
         if references:
             _compare(result, batch, rows, references)
     return taken

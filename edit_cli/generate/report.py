@@ -36,7 +36,7 @@ def as_json(result: Result) -> dict[str, Any]:
     if result.decisions is not None:
         report["decisions"] = result.decisions
     else:
-        report["evaluations"] = dict(zip(("made", "dense"), result.evaluations, strict=True))
+        report["evaluations"] = result.evaluations
     for name in result.facts[0]:
         report[name] = [facts[name] for facts in result.facts]
     for job in jobs:
@@ -110,7 +110,7 @@ def _flops_line(result: Result) -> str:
 def _made(result: Result) -> str:
     if result.decisions is not None:
         return f"in {result.calls} transformer calls"
-    made, dense = result.evaluations
+    made, dense = result.evaluations["made"], result.evaluations["dense"]
     return f"{made} evaluations in the place of {dense} steps" if made < dense else f"in {dense} steps"
 
 

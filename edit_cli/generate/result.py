@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +59,10 @@ def job_flops(plan: Plan, job: Job) -> float:
     return job.denoising_steps * sum(call_flops(plan.backbone, size) for size in calls)
 
 
+PARTS = ("spent", "facts", "flops", "decisions", "evaluations", "calls", "comparison")
+"""Of a result, what adds up over processes."""
+
+
 @dataclass
 class Result:
     """Finished jobs in order, with what was spent on each and facts about each; sums over all of them.
@@ -74,7 +78,7 @@ class Result:
     written: list[Path] = field(default_factory=list)
     flops: dict[str, float] = field(default_factory=lambda: {"dense": 0.0, "spent": 0.0})
     decisions: dict[str, Any] | None = None
-    evaluations: list[int] = field(default_factory=lambda: [0, 0])
+    evaluations: dict[str, int] = field(default_factory=lambda: {"made": 0, "dense": 0})
     seconds: dict[str, float] = field(default_factory=dict)
     calls: int = 0
     comparison: dict[str, Any] | None = None
@@ -89,7 +93,7 @@ class Result:
         for name, value in batch.flops.items():
             self.flops[name] += value
         if isinstance(trace, PlanTrace):
-            self.evaluations = [trace.made + self.evaluations[0], trace.of + self.evaluations[1]]
+            self.evaluations = _together(self.evaluations, {"made": trace.made, "dense": trace.of})
         else:
             self._add_decisions(trace)
         self.note(*trace.notes)
@@ -110,6 +114,20 @@ class Result:
         """Say something once."""
         self.notes += [note for note in notes if note not in self.notes]
 
+    def part(self) -> dict[str, Any]:
+        """What was made so far as plain data: for the process that reports (`join`)."""
+        jobs, written = [job.index for job in self.jobs], [str(path) for path in self.written]
+        return {**{name: getattr(self, name) for name in (*PARTS, "notes")}, "jobs": jobs, "written": written}
+
+    def join(self, part: Mapping[str, Any]) -> None:
+        """Take in the part of a process that made some of the plan's jobs."""
+        jobs = {job.index: job for job in self.plan.jobs}
+        self.jobs += [jobs[index] for index in part["jobs"]]
+        self.written += [Path(path) for path in part["written"]]
+        for name in PARTS:
+            setattr(self, name, _together(getattr(self, name), part[name]))
+        self.note(*part["notes"])
+
     def finish(self, seconds: dict[str, float], dense: dict[str, float]) -> None:
         """Put in the seconds of the run and of the dense runs beside it; sort by the plan's order."""
         self.seconds, comparison = seconds, self.comparison
@@ -122,6 +140,8 @@ class Result:
             return
         show = self.plan.medium.compared_seconds
         comparison |= {"dense_seconds": show(dense), "elastic_seconds": show(seconds)}
+        if not dense["denoise"]:  # another process made them all
+            return
         comparison["time_ratio"] = round(seconds["denoise"] / dense["denoise"], 4)
         if seconds["denoise"] > dense["denoise"] and self.flops["spent"] < 0.999 * self.flops["dense"]:
             self.note(
@@ -129,3 +149,12 @@ class Result:
                 f"{dense['denoise']:.2f} s of denoising): the model is too small or the run too short for "
                 "the saved FLOPs to show"
             )
+
+
+def _together(ours: Any, theirs: Any) -> Any:
+    """Sums, of all that is in them for objects; one list after the other. None is nothing."""
+    if ours is None or theirs is None:
+        return theirs if ours is None else ours
+    if isinstance(ours, dict):
+        return {name: _together(ours.get(name), theirs.get(name)) for name in {**ours, **theirs}}
+    return ours + theirs

@@ -1,0 +1,97 @@
+"""Processes that a launcher started side by side and that share one plan, batch by batch.
+
+    torchrun --nproc-per-node 2 -m edit_cli generate --prompts many.jsonl -o out/
+    accelerate launch -m edit_cli generate --prompts many.jsonl -o out/
+
+Both tell every process its rank, how many there are and where the first one listens. The first one settles
+names and tells the others; then each takes the next batch that nobody has, and makes it as a single process
+would, in the batches of a single process, so that files are the same bit for bit. At the end the first one
+reports for all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from edit_cli.generate.plan import Plan
+from edit_cli.generate.result import Result
+from edit_cli.scale.places import placed, places
+
+TOLD_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PATIENCE = timedelta(days=7)
+"""How long a process waits for another one: as long as a run may take. A launcher ends all when one dies."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Crew:
+    """store: torch's key-value store that all processes see. rank: from 0."""
+
+    store: Any
+    rank: int
+    size: int
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process settles names and reports."""
+        return self.rank == 0
+
+    def share(self, plan: Plan | None) -> Plan | None:
+        """The leader's plan, told to the others. plan: the leader's after names were settled, None where
+        nothing is left to do; the others' as they made it. Raises RunError for processes whose plans differ.
+        """
+        if self.leads:
+            self.store.set("plan", json.dumps([] if plan is None else places(plan)))
+            return plan
+        settled = json.loads(self.store.get("plan"))
+        return placed(plan, settled) if plan is not None and settled else None
+
+    def taken(self, batches: Sequence[T]) -> Iterator[T]:
+        """Batches that this process makes: each time the next one that nobody has."""
+        while (number := int(self.store.add("batches", 1)) - 1) < len(batches):
+            yield batches[number]
+
+    def step(self) -> int:
+        """Count a step; returns the steps of all processes so far."""
+        return int(self.store.add("steps", 1))
+
+    def gather(self, result: Result | None) -> None:
+        """Hand over what this process made; the leader's result becomes that of all."""
+        if not self.leads:
+            self.store.set(f"part {self.rank}", json.dumps(None if result is None else result.part()))
+            self.store.get("the end")  # the store goes with the leader
+            return
+        for rank in range(1, self.size):
+            part = json.loads(self.store.get(f"part {rank}"))
+            if result is not None and part is not None:
+                result.join(part)
+        self.store.set("the end", "")
+
+
+@contextmanager
+def crew_of(environment: Any = os.environ) -> Iterator[Crew | None]:
+    """The crew that a launcher's environment tells of; None for a process alone."""
+    if not all(name in environment for name in TOLD_BY_LAUNCHERS) or int(environment["WORLD_SIZE"]) < 2:
+        yield None
+        return
+    import torch.distributed as dist
+
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    yield Crew(dist.PrefixStore("edit", store), int(rank), int(size))
+
+
+def own_device(plan: Plan, environment: Any = os.environ) -> Plan:
+    """A card of its own for every process of a machine, where there are cards and none was named."""
+    import torch
+
+    placement = plan.placement
+    if placement.device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return plan
+    card = int(environment.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    return replace(plan, placement=replace(placement, device=f"cuda:{card}"))
