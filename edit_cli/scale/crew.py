@@ -80,10 +80,9 @@ def crew_of(environment: Any = os.environ) -> Iterator[Crew | None]:
     if not all(name in environment for name in TOLD_BY_LAUNCHERS) or int(environment["WORLD_SIZE"]) < 2:
         yield None
         return
-    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
-    yield Crew(dist.PrefixStore("edit", store), int(rank), int(size))
+    yield Crew(*next(iter(rendezvous("env://", timeout=PATIENCE))))
 
 
 def own_device(plan: Plan, environment: Any = os.environ) -> Plan:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edit_cli.errors import EditError, RunError
+from edit_cli.generate.medium import Job
 from edit_cli.generate.plan import Plan, side_files
 from edit_cli.request import Request
 
@@ -45,9 +46,9 @@ def placed(plan: Plan, settled: Places) -> Plan:
     jobs = [job for job in plan.jobs if job.index in files]
     if len(jobs) != len(files):
         raise RunError("the processes of this run were not given the same command and files")
-    return replace(
-        plan,
-        jobs=tuple(
-            replace(job, **{name: Path(path) for name, path in files[job.index].items()}) for job in jobs
-        ),
-    )
+    return replace(plan, jobs=tuple(_moved(job, files[job.index]) for job in jobs))
+
+
+def _moved(job: Job, files: dict[str, str]) -> Job:
+    changes: dict[str, Any] = {name: Path(path) for name, path in files.items()}
+    return replace(job, **changes)

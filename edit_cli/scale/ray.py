@@ -43,7 +43,8 @@ class Artist:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Make a batch and write its files. Returns what it came to, with the seconds since the last one."""
         result = Result(self._session.plan, notes=[*self._notes])
-        make_batch(self._session, *self._batches[row["batch"]], result)
+        jobs, rows = self._batches[row["batch"]]
+        make_batch(self._session, jobs, rows, result)
         seconds, self._clock.seconds = self._clock.seconds, dict.fromkeys(self._clock.seconds, 0.0)
         return {"part": json.dumps({**result.part(), "seconds": seconds})}
 

@@ -58,7 +58,6 @@ def check_same(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds actors by /proc")
 def test_an_actor_that_is_killed_loses_nothing(folder: Path) -> None:
-    pytest.importorskip("ray")
     (folder / "ray").mkdir()
     run = start(folder, *ON_RAY)
     while run.poll() is None and not list((folder / "ray").glob("*.png")):
