@@ -125,7 +125,7 @@ class Command:
 
     def request(self, values: Mapping[str, Any]) -> tuple[Request, dict[str, Any]]:
         """What was given, checked, and what of it came from presets. Raises EditError."""
-        given = {name: value for name, value in values.items() if value not in (None, False, [], ())}
+        given = {name: value for name, value in values.items() if not _absent(value)}
         labels = {name: self.options[name].label for name in given}
         request = Request()
         for name, value in given.items():
@@ -145,6 +145,10 @@ class Command:
         from edit_cli.presets import settings  # reads TOML, which `edit --help` does without
 
         return settings(self.options, name, replayed)
+
+
+def _absent(value: Any) -> bool:
+    return value is None or value is False or value in ([], ())
 
 
 def _shown(value: Any) -> str:

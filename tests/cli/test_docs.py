@@ -49,6 +49,7 @@ def test_command_reference_is_current():
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == make_cli.page(), (
         "run: python docs/make_cli.py"
     )
+    assert make_cli.TYPED.read_text(encoding="utf-8") == make_cli.typed_options()
 
 
 def test_ci_runs_what_the_readme_tells():
