@@ -48,6 +48,8 @@ class GenerateOptions(TypedDict, total=False):
     dtype: Literal["auto", "fp32", "bf16", "fp16"]
     offload: Literal["none", "model", "sequential", "group"]
     compile: bool
+    engine: Literal["local", "ray"]
+    workers: int
 
 
 class Generate3dOptions(TypedDict, total=False):
@@ -81,3 +83,5 @@ class Generate3dOptions(TypedDict, total=False):
     dtype: Literal["auto", "fp32", "bf16", "fp16"]
     offload: Literal["none", "model"]
     compile: bool
+    engine: Literal["local", "ray"]
+    workers: int
