@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,4 @@ def __getattr__(name: str) -> Any:
     """From `edit_cli.api`, when it is asked for: `import edit_cli` alone imports nothing."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from edit_cli import api
-
-    return getattr(api, name)
+    return getattr(import_module("edit_cli.api"), name)
