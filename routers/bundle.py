@@ -91,7 +91,7 @@ class Bundle:
     def policy(self, *, batch_mean: bool = False) -> TrainedPolicy:
         """Of trained routers. batch_mean: they decide for the batch's mean, not for each sample."""
         assert self.trained is not None, "a bundle of plans has no policy"
-        return TrainedPolicy(self.trained.profile, batch_mean=batch_mean)
+        return TrainedPolicy(self.trained.profile, self.trained.trend, batch_mean=batch_mean)
 
     def planner(self, budget: float, target: str) -> Planner:
         """From the times of a run to the plan that was fitted for them, else to the universal one."""

@@ -1,7 +1,8 @@
 """`calibrate --method train`: the paper's own training (arXiv 2602.13993), for all budgets at once.
 
 1. record: the dense model's calls, their arguments and answers;
-2. train: routers, told a random budget per sample, alone or with the backbone;
+2. train: routers, told a random budget per sample, alone or with the backbone, along the student's own runs
+   of plans with more and fewer evaluations (`rollout.py`);
 3. profile: what the routers spend at each step of a run, by which a run lands on its budget.
 
 Shapes: R rows, L tokens, C channels, K budgets, S steps.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,12 @@ from ..spec import TransformerSpec
 from ..trained.bundle import Trained
 from ..trained.policy import Profile
 from . import progress
-from .objective import Draw, Draws, Routers, decide, expected_spend, relative_error
+from .objective import Draw, Draws, Routers, all_open_at_full, decide, expected_spend, relative_error
+from .rollout import Rollout, guided, paces
 from .settings import TrainSettings
 from .student import Student
 from .trajectory import RecordedCall, Trajectories, batch_name, record_batch
-from .tuned import tuned, tuned_weights
+from .tuned import Tuned, tuned, tuned_weights
 
 Report = Callable[[str, int, int, str], None]
 """(phase, done, of, what to say beside it)."""
@@ -64,6 +66,7 @@ class Training:
     data: Tensor | None = None
     report: Report = lambda phase, done, total, beside: None
     log: progress.Log = lambda step, terms: None
+    _paces: dict[int, Tensor] = field(default_factory=dict)
 
     def run(self, base_model: str, guidance: float) -> Bundle:
         """Train and return the bundle, the same in every process; the transformer is left as it was.
@@ -72,7 +75,7 @@ class Training:
         """
         prints = architecture(self.transformer), fingerprint(self.transformer)
         recorded = self._record()
-        student = Student(self.transformer, self.spec, self.settings.save_memory)
+        student, self._paces = Student(self.transformer, self.spec, self.settings.save_memory), {}
         pooled, modulation = recorded.features(0, 0, self.device)
         time_dim = 0 if modulation is None else modulation.shape[-1]
         with tuned(self.transformer, self.spec, self.settings) as backbone:
@@ -80,7 +83,7 @@ class Training:
             routers = Routers(len(pooled), pooled.shape[-1], time_dim, self.settings.hidden).to(self.device)
             with student.attached():
                 last = self._optimise(student, routers, backbone, recorded, guidance)
-            weights = {name: p.detach().cpu().clone() for name, p in backbone.items()}
+            weights = {name: p.detach().cpu().clone() for name, p in backbone.parameters.items()}
         return Bundle(
             spec=self.spec,
             base_model=base_model,
@@ -93,6 +96,7 @@ class Training:
             trained=Trained(
                 [{k: v.cpu() for k, v in router.state_dict().items()} for router in routers.blocks],
                 self._profile(routers, recorded),
+                routers.trend.detach().cpu().double().numpy(),
                 tuned_weights(self.transformer, self.spec, self.settings, weights),
             ),
             metadata={
@@ -144,19 +148,19 @@ class Training:
         self,
         student: Student,
         routers: Routers,
-        backbone: dict[str, nn.Parameter],
+        backbone: Tuned,
         recorded: Trajectories,
         guidance: float,
     ) -> dict[str, float]:
         """Train; the last step's loss terms."""
         settings = self.settings
         named = {f"router.{n}": p for n, p in routers.named_parameters()}
-        named |= {f"backbone.{n}": p for n, p in backbone.items()}
+        named |= {f"backbone.{n}": p for n, p in backbone.parameters.items()}
         rates = settings.rate, settings.backbone_rate
-        groups = [p for p in (list(routers.parameters()), list(backbone.values())) if p]
+        groups = [p for p in (list(routers.parameters()), list(backbone.parameters.values())) if p]
         optimiser = torch.optim.AdamW([{"params": p} for p in groups], weight_decay=0.0)
         start = 0 if self.state is None else progress.restore(self.state.folder, named, optimiser)
-        draws = Draws(recorded, self.workload, settings.low, settings.seed)
+        draws = Draws(recorded, self.workload, settings)
         # classifier-free guidance gives uncond + g (cond - uncond)
         two = len(self.workload.branches) == 2
         mixing = torch.tensor([guidance, 1 - guidance] if two else [1.0], device=self.device)
@@ -167,7 +171,7 @@ class Training:
                 group["lr"] = rate * rate_at(step, settings.steps)
             optimiser.zero_grad(set_to_none=True)
             drawn = draws.draw(step, self.processes.process_index, self.processes.num_processes)
-            terms = self._backward(student, routers, recorded, mixing, *drawn, step)
+            terms = self._backward(student, routers, backbone, recorded, mixing, *drawn, step)
             terms["gradient"] = self._average(list(named.values()))
             for term, value in terms.items():
                 if not math.isfinite(value):
@@ -188,6 +192,7 @@ class Training:
         self,
         student: Student,
         routers: Routers,
+        backbone: Tuned,
         recorded: Trajectories,
         mixing: Tensor,
         draw: Draw,
@@ -195,37 +200,42 @@ class Training:
         step: int,
     ) -> dict[str, float]:
         """Gradients of one draw; its loss terms, averaged over the processes."""
-        device, settings = self.device, self.settings
-        names, samples = recorded.calls(draw.batch), self.workload.rows
-        calls = [recorded.call(draw.batch, name, draw.step, device) for name in names]
-        budget = draw.budget.to(device)
-        if settings.train == "routers":
-            seen = recorded.features(draw.batch, draw.step - 1, device)
-        else:  # the backbone has moved on from what was recorded
-            seen = student.features(recorded.call(draw.batch, names[0], draw.step - 1, device), samples)
-        gate, width = routers(*seen, budget)
-        decision = decide(gate, width, noise_at(step, settings), generator)
-        with student.deciding(decision):
-            with self.processes.autocast():
-                answered = torch.cat([student(call).float() for call in calls])
-            target = torch.cat([call.output.float() for call in calls])
-            error = relative_error(guided(answered, mixing), guided(target, mixing))
-            parts = {"distillation": error}
-            if self.data is not None and settings.denoise:
-                parts["denoising"] = settings.denoise * self._denoise(student, calls[0], draw, generator)
-            spend = expected_spend(routers, recorded, draw.batch, budget).mean(dim=0)
-            parts["cost"] = settings.cost * (spend - budget).square().mean()
-            total = torch.stack(list(parts.values())).sum()
-            self.processes.backward(total)
-        parts["total"] = total  # last: what broke is named before the sum that it broke
-        means = self.processes.reduce(torch.stack([x.detach() for x in parts.values()]), "mean")
+        settings, budget, own = self.settings, draw.budget.to(self.device), draw.steps[1:]
+        if draw.batch not in self._paces:
+            self._paces[draw.batch] = paces(recorded, draw.batch, mixing)
+        rollout = Rollout(student, recorded, draw.batch, draw.steps[0], mixing, self._paces[draw.batch])
+        errors = []
+        for later in own:
+            rollout.go_to(later)
+            calls = rollout.calls()
+            with torch.no_grad(), backbone.undone(), student.deciding(None), self.processes.autocast():
+                target = torch.cat([student(call).float() for call in calls])
+            decided = decide(*routers(*rollout.seen, budget), noise_at(step, settings), generator)
+            decision = all_open_at_full(replace(decided, trend=routers.trend), budget)
+            with student.deciding(decision):
+                with self.processes.autocast():
+                    answers = rollout.answers(calls)
+                error = relative_error(guided(answers, mixing), guided(target, mixing))
+                error = (error + relative_error(answers, target)) / 2
+                self.processes.backward(error / len(own))
+            rollout.move_on(answers)
+            errors.append(error.detach())
+        parts = {"distillation": torch.stack(errors).mean()}
+        spend = expected_spend(routers, recorded, draw.batch, budget).mean(dim=0)
+        rest = {"cost": settings.cost * (spend - budget).square().mean()}
+        if self.data is not None and settings.denoise and backbone.parameters:
+            rest["denoising"] = settings.denoise * self._denoise(student, calls[0], draw, generator)
+        self.processes.backward(torch.stack(list(rest.values())).sum())
+        parts |= {name: value.detach() for name, value in rest.items()}
+        parts["total"] = torch.stack(list(parts.values())).sum()  # last: what broke is named before the sum
+        means = self.processes.reduce(torch.stack(list(parts.values())), "mean")
         return dict(zip(parts, means.tolist(), strict=True))
 
     def _denoise(
         self, student: Student, call: RecordedCall, draw: Draw, generator: torch.Generator
     ) -> Tensor:
-        """Rectified flow on data: at time t the latents are (1 - t) data + t noise, the velocity
-        is noise - data.
+        """Rectified flow on data, all blocks open: at time t the latents are (1 - t) data + t noise, the
+        velocity is noise - data.
         """
         assert self.data is not None
         first, name = draw.batch * self.workload.rows, self.spec.sample
@@ -263,11 +273,6 @@ class Training:
             steps = [expected_spend(routers, recorded, batch, rows).mean(1) for batch in batches]
             spend.append(torch.stack(steps).mean(0).cpu().double().numpy())
         return Profile(budgets, np.stack(spend))
-
-
-def guided(answers: Tensor, mixing: Tensor) -> Tensor:
-    """Answers [G * R, L, C] of all CFG branches, one after the other -> [R, L, C], mixed as guidance does."""
-    return torch.einsum("g,gr...->r...", mixing, answers.unflatten(0, (len(mixing), -1)))
 
 
 def rate_at(step: int, steps: int) -> float:

@@ -6,6 +6,9 @@ again and learn of the others from a soft gradient alone; with noise each row tr
 to their probability, which is also what the cost term counts. The noise fades out, because decisions are
 taken without it later.
 
+Where the backbone trains too, the first row of every batch is the full model and the second the least one
+(the sandwich of slimmable networks, Yu and Huang, arXiv 1903.05134), so that neither end is lost in between.
+
 Decisions are taken for a sample, from its first (conditional) branch, and hold for all its CFG branches:
 guidance takes the difference of two branches many times, so errors that they share cancel, and those of
 different sub-networks do not. What is compared with the dense model is therefore the guided prediction.
@@ -21,17 +24,23 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate.workload import Workload
+from ..planned.universal import WARPS, grid_steps
 from ..spec import WIDTHS
 from ..trained.router import BudgetRouter
+from .settings import TrainSettings
 from .student import Decision
 from .trajectory import Trajectories
 
+SPARSEST = 4
+"""A plan in training evaluates at least every so many steps of the dense run."""
+
 
 class Routers(nn.Module):
-    """The routers of all blocks, read together."""
+    """The routers of all blocks, read together. trend [N]: see `student.Decision`."""
 
     def __init__(self, blocks: int, dim: int, time_dim: int, hidden: int) -> None:
         super().__init__()
+        self.trend = nn.Parameter(torch.zeros(blocks))
         self.blocks = nn.ModuleList(BudgetRouter(dim, time_dim, hidden) for _ in range(blocks))
 
     def forward(self, pooled: Tensor, modulation: Tensor | None, budget: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,6 +50,17 @@ class Routers(nn.Module):
             for router, x in zip(self.blocks, pooled, strict=True)
         ]
         return torch.stack([gate for gate, _ in logits], 1), torch.stack([width for _, width in logits], 1)
+
+
+def all_open_at_full(decision: Decision, budget: Tensor) -> Decision:
+    """The same for samples with a budget [S] below 1; every block whole for the others."""
+    full = (budget >= 1).to(decision.gate.dtype)[:, None]
+    whole = nn.functional.one_hot(torch.tensor(len(WIDTHS) - 1), len(WIDTHS)).to(decision.width)
+    return Decision(
+        decision.gate * (1 - full) + full,
+        decision.width * (1 - full[..., None]) + full[..., None] * whole,
+        decision.trend,
+    )
 
 
 def decide(gate: Tensor, width: Tensor, noise: float, generator: torch.Generator) -> Decision:
@@ -78,10 +98,12 @@ def expected_spend(routers: Routers, recorded: Trajectories, batch: int, budget:
 
 @dataclass(frozen=True)
 class Draw:
-    """What one optimiser step is made of: a recorded step of a batch, budgets [R] of its samples."""
+    """What one optimiser step is made of: steps of a batch's dense run at which a plan evaluates, the first
+    in full; budgets [R] of its samples.
+    """
 
     batch: int
-    step: int
+    steps: tuple[int, ...]
     budget: Tensor
 
 
@@ -91,16 +113,25 @@ class Draws:
     So a training that is continued sees what it would have seen.
     """
 
-    def __init__(self, recorded: Trajectories, workload: Workload, low: float, seed: int) -> None:
-        self.recorded, self.samples, self.low, self.seed = recorded, workload.rows, low, seed
+    def __init__(self, recorded: Trajectories, workload: Workload, settings: TrainSettings) -> None:
+        self.recorded, self.samples, self.settings = recorded, workload.rows, settings
 
     def draw(self, step: int, process: int, processes: int) -> tuple[Draw, torch.Generator]:
         """The draw of an optimiser step in one of several processes, and the generator for its noise."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step * processes + process)
-        batch = int(torch.randint(self.recorded.num_batches, (1,), generator=generator))
-        chosen = 1 + int(torch.randint(self.recorded.num_steps - 1, (1,), generator=generator))
-        budget = self.low + (1 - self.low) * torch.rand(self.samples, generator=generator)
-        return Draw(batch, chosen, budget), generator
+        settings, steps = self.settings, self.recorded.num_steps
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step * processes + process)
+
+        def one_of(count: int) -> int:
+            return int(torch.randint(count, (1,), generator=generator))
+
+        batch = one_of(self.recorded.num_batches)
+        evaluations = max(2, steps // (1 + one_of(SPARSEST)))  # plans from all steps down to few of them
+        plan = grid_steps(steps, min(evaluations, steps), *WARPS["dense"])
+        first = one_of(max(1, len(plan) - settings.window))
+        budget = settings.low + (1 - settings.low) * torch.rand(self.samples, generator=generator)
+        if settings.train != "routers" and self.samples > 1:
+            budget[:2] = torch.tensor([1.0, settings.low])
+        return Draw(batch, tuple(plan[first : first + settings.window + 1]), budget), generator
 
 
 def relative_error(answered: Tensor, target: Tensor) -> Tensor:

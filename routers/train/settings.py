@@ -16,7 +16,8 @@ class TrainSettings:
     steps, then a cosine down to a tenth. hidden: router width. low: the lowest budget that is trained.
     rank: of the LoRA. denoise, cost: weights of these loss terms beside the distillation's 1. clip: largest
     gradient norm. settle: share of the steps, at the end, in which the noise on the decisions fades away.
-    every: steps between two kept states.
+    every: steps between two kept states. window: evaluations of the student in one optimiser step, one after
+    the other along its own way.
     """
 
     train: str = "routers"
@@ -31,6 +32,7 @@ class TrainSettings:
     clip: float = 1.0
     settle: float = 0.3
     every: int = 50
+    window: int = 2
     precision: str = "no"
     save_memory: bool = False
     seed: int = 0
@@ -40,7 +42,7 @@ class TrainSettings:
             raise ValueError(f"train {self.train!r} is unknown; allowed are {', '.join(KINDS)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r} is unknown; allowed are {', '.join(PRECISIONS)}")
-        if not (0 < self.low < 1 and 0 <= self.settle <= 1 and self.steps > 0 and self.rank > 0):
+        if not (0 < self.low < 1 and 0 <= self.settle <= 1 and min(self.steps, self.rank, self.window) > 0):
             raise ValueError(
-                f"{self} has a value out of range: 0 < low < 1, 0 <= settle <= 1, steps, rank > 0"
+                f"{self} has a value out of range: 0 < low < 1, 0 <= settle <= 1, steps, rank, window > 0"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,29 @@ from ..trained.backbone import BackboneWeights, add_lora, lora_targets
 from .settings import TrainSettings
 
 
+@dataclass
+class Tuned:
+    """Parameters that train, by name, in float32. before: their values in the dense model, which teaches."""
+
+    parameters: dict[str, nn.Parameter]
+    before: dict[str, Tensor]
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Inside, the transformer is what it was before the training."""
+        now = {name: parameter.data for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.data = self.before[name]
+        try:
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = now[name]
+
+
 @contextmanager
-def tuned(
-    transformer: nn.Module, spec: TransformerSpec, settings: TrainSettings
-) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters that train, by name, in float32; the transformer is left as it was."""
+def tuned(transformer: nn.Module, spec: TransformerSpec, settings: TrainSettings) -> Iterator[Tuned]:
+    """What trains; the transformer is left as it was."""
     with ExitStack() as undo:
         for parameter in transformer.parameters():
             undo.callback(parameter.requires_grad_, parameter.requires_grad)
@@ -29,11 +48,13 @@ def tuned(
             parameters = {n: p for n, p in transformer.named_parameters() if ".lora_" in n}
         elif settings.train == "full":
             parameters = dict(transformer.named_parameters())
-        for parameter in parameters.values():
+        before = {}
+        for name, parameter in parameters.items():
             undo.callback(setattr, parameter, "data", parameter.data)
-            parameter.data = parameter.data.float().clone()
+            before[name] = parameter.data.float()
+            parameter.data = before[name].clone()
             parameter.requires_grad_(True)
-        yield parameters
+        yield Tuned(parameters, before)
 
 
 def tuned_weights(

@@ -13,17 +13,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .backbone import FILE, BackboneWeights
-from .policy import Profile
+from .policy import Array, Profile
 
 
 @dataclass
 class Trained:
-    """routers: the tensors of each block's. profile: what they spend at each step. backbone: weights trained
-    with them, or None.
+    """routers: the tensors of each block's. profile: what they spend at each step. trend [N]: how far closed
+    blocks continue what they added before; None: they add nothing. backbone: weights trained with them, or
+    None.
     """
 
     routers: list[dict[str, Tensor]]
     profile: Profile
+    trend: Array | None = None
     backbone: BackboneWeights | None = None
 
     @classmethod
@@ -39,6 +41,7 @@ class Trained:
         return cls(
             [routers[i] for i in range(len(routers))],
             Profile(budgets, spend),
+            tensors["profile.trend"].double().numpy() if "profile.trend" in tensors else None,
             None if backbone is None else BackboneWeights.read(Path(path), backbone),
         )
 
@@ -48,6 +51,7 @@ class Trained:
             **{f"routers.{i}.{k}": v.contiguous() for i, r in enumerate(self.routers) for k, v in r.items()},
             "profile.budgets": torch.from_numpy(self.profile.budgets),
             "profile.spend": torch.from_numpy(self.profile.spend),
+            **({} if self.trend is None else {"profile.trend": torch.from_numpy(self.trend)}),
         }
 
     def description(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@ The routers were trained to be told the budget and to spend it over a whole run.
 time is small: in every call each row is given its share of what is left, as the routers want to spread it
 over the steps, and opens the blocks in the order of their gate logits until the share is spent; widths take
 up the rest. What the first CFG branch of a step decides holds for the others. The first call of a run has no
-logits yet and computes everything, as in training.
+logits yet and computes everything, as in training. A closed block adds what its last passes say that it would
+add: d_0 + trend r (d_0 - d_1), where r is how far the run has gone on, in distances between the two passes.
 
 Shapes: R rows, N blocks, S steps, K known budgets, W widths.
 """
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..policy import CallInfo, Decision, RunInfo
 from ..spec import WIDTHS
-from ..trace import FULL, SKIP, Actions
+from ..trace import FULL, REUSE, SKIP, Actions
 
 Array = NDArray[np.float64]
 
@@ -41,26 +42,43 @@ class Profile:
 
 
 class TrainedPolicy:
-    """A budget policy on trained routers. batch_mean: all rows follow the batch's mean logits.
+    """A budget policy on trained routers. trend [N]: of closed blocks, None where they add nothing.
+    batch_mean: all rows follow the batch's mean logits.
 
     Raises ValueError in `decide` where a budget cannot be reached in so few steps.
     """
 
     reads_routers = True
 
-    def __init__(self, profile: Profile, *, batch_mean: bool = False) -> None:
-        self.profile, self.batch_mean = profile, batch_mean
+    def __init__(self, profile: Profile, trend: Array | None = None, *, batch_mean: bool = False) -> None:
+        self.profile, self.trend, self.batch_mean = profile, trend, batch_mean
+        self._passes: dict[str, NDArray[np.int64]] = {}
         self._run = RunInfo(1, 1.0)
         self._decided: tuple[str, int, Actions] | None = None
 
     def start(self, run: RunInfo) -> None:
         """A new run begins."""
-        self._run, self._decided = run, None
+        self._run, self._decided, self._passes = run, None, {}
         self.reads_routers = run.budget < 1.0
 
     def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Decision:
         """Blocks and widths for every row; see `Policy.decide`."""
-        return Decision(self._actions(call, logits))
+        actions = self._actions(call, logits)
+        if self.trend is None or self._run.budget >= 1.0:
+            return Decision(actions)
+        return self._with_fallback(call, actions, self.trend)
+
+    def _with_fallback(self, call: CallInfo, actions: Actions, trend: Array) -> Decision:
+        """Closed blocks reuse what they remember."""
+        last, before = self._passes.setdefault(call.branch, np.zeros((2, *actions.shape), np.int64))
+        share = trend * (call.step - last) / np.maximum(last - before, 1)
+        share = np.where(call.available > 1, share, 0.0)
+        weights = np.stack([1 + share, -share], axis=-1).astype(np.float32)
+        computed = actions >= 0
+        self._passes[call.branch] = np.stack(
+            [np.where(computed, call.step, last), np.where(computed, last, before)]
+        )
+        return Decision(np.where(computed, actions, REUSE).astype(np.int8), depth=2, weights=weights)
 
     def _actions(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Actions:
         codes = np.full((call.rows, len(call.costs)), FULL, np.int8)
