@@ -79,6 +79,8 @@ def load(backbone: Backbone, placement: Placement, transformer: Any = None) -> A
     Raises ModelError for anything the user can mend.
     """
     device = pick_device(placement.device)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, events and memory are asked of the current device
     dtype = pick_dtype(placement.dtype, backbone, device)
     if placement.offload != "none" and device.type == "cpu":
         raise ModelError(

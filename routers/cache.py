@@ -96,12 +96,15 @@ class ResidualCache:
         time: Tensor,
         before: Streams,
         after: Streams,
+        graphed: bool = False,
     ) -> None:
         """Remember a computed pass. rows: which rows the tensors hold, None for all; index: the same on the
-        device; time: `[R']`.
+        device; time: `[R']`. graphed: what the block gives may be overwritten by its next call.
         """
         if self.depth == 0:
             return
+        if graphed:  # a CUDA graph's outputs lie in its own memory, and the next replay writes over them
+            before, after = tuple(x.clone() for x in before), tuple(x.clone() for x in after)
         table = self._table(unit, before) if rows is not None else self._tables[unit]
         if rows is None:
             self._passes[unit] = [Pass(time, before, after), *self._passes[unit]][: self.depth]

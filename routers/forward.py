@@ -237,7 +237,7 @@ def _do(
     if watch.observer is not None:
         watch.observer(Computed(block, call, original, inputs, before, after))
     with watch.timed("cache", block.index):
-        call.remember(block.index, group, time, before, after)
+        call.remember(block.index, group, time, before, after, block.compiled is not None)
     return after
 
 

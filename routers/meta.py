@@ -34,6 +34,9 @@ _HOOK_ATTRIBUTES = (
     "_compiled_call_impl",
 )
 
+_PER_DEVICE = ("_attention_backend", "_parallel_config")
+"""How diffusers' processors attend, and over which devices: not on meta, and not counted."""
+
 
 def transformer_flops(transformer: nn.Module, inputs: Mapping[str, Any]) -> float:
     """FLOPs of one dense call of a transformer, counted on the meta device.
@@ -47,9 +50,22 @@ def count_flops(function: Any, *args: Any, **kwargs: Any) -> float:
     """FLOPs of one call by torch.utils.flop_counter, fused attention included on every device."""
     formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with torch.no_grad(), flex_as_dense(), counter:
+    with torch.no_grad(), flex_as_dense(), _plain_attention(), counter:
         function(*args, **kwargs)
     return float(counter.get_total_flops())
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """PyTorch's own attention inside the context, whatever backend diffusers was told to use: kernels of
+    other packages have no formula, and some ask which card they are on.
+    """
+    dispatch: Any = sys.modules.get("diffusers.models.attention_dispatch")
+    if dispatch is None:
+        yield
+        return
+    with dispatch.attention_backend("native"):
+        yield
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> int:
@@ -78,6 +94,10 @@ def meta_twin(module: nn.Module) -> nn.Module:
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         state[name] = type(state[name])()
     twin.__dict__ = state
+    for owner in (twin, getattr(twin, "processor", None)):
+        for name in _PER_DEVICE:
+            if getattr(owner, name, None) is not None:
+                setattr(owner, name, None)
     return twin
 
 

@@ -22,11 +22,17 @@ COMPILED_WHOLE = (
     "the transformer is compiled as a whole, and nothing can be decided inside of a graph; "
     "compile its blocks: transformer.compile_repeated_blocks()"
 )
+PARALLEL = (
+    "this transformer is split over several devices, whose processes would decide apart over its blocks; "
+    "a plan in time leaves the blocks alone: attach the pipeline without routers"
+)
 HARMLESS_HOOKS = (
     "group_offloading", "lazy_prefetch_group_offloading", "layer_execution_tracker", "layerwise_casting",
     "peft_autocast_disable",
 )  # fmt: skip
 """diffusers' hooks that only move weights or change their dtype."""
+SPLIT_HOOKS = ("cp_input---", "cp_output---")
+"""Beginnings of the names of those that share tokens out over devices and put them together again."""
 
 
 class Patch:
@@ -101,6 +107,8 @@ def check_call(transformer: Any, blocks: Iterable[nn.Module] = ()) -> None:
     if hasattr(transformer, "_orig_mod") or transformer._compiled_call_impl is not None:
         raise ValueError(COMPILED_WHOLE)
     check_cache(transformer)
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise ValueError(PARALLEL)
     for module in (transformer, *blocks):
         if "_diffusers_hook" in module.__dict__:
             _check_hooks(module)
@@ -136,7 +144,7 @@ def check_run(transformer: Any) -> None:
 def _check_hooks(module: nn.Module) -> None:
     registry: Any = module.__dict__["_diffusers_hook"]
     for name in registry.hooks:
-        if name not in HARMLESS_HOOKS:
+        if name not in HARMLESS_HOOKS and not name.startswith(SPLIT_HOOKS):
             where = f"the hook {name!r} on a {type(module).__name__}"
             raise ValueError(_refusal(where, "disable_cache() or remove_hook()"))
 

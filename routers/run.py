@@ -121,10 +121,12 @@ class Call:
             moved = zip(self.entry, before, self.left, strict=True)
             self.entry = tuple(entry + (now - then) for entry, now, then in moved)
 
-    def remember(self, block: int, group: Group, time: Tensor, before: Streams, after: Streams) -> None:
+    def remember(
+        self, block: int, group: Group, time: Tensor, before: Streams, after: Streams, graphed: bool = False
+    ) -> None:
         """A block ends that `group` computed, given its rows' streams: keep the unit's pass if it ends here.
 
-        Only for rows that computed every block of the unit.
+        Only for rows that computed every block of the unit. graphed: see `ResidualCache.store`.
         """
         first, last = self.branch.units[group.unit]
         if block != last:
@@ -142,7 +144,7 @@ class Call:
                 after = tuple(x.index_select(0, some) for x in after)
                 time, rows = time.index_select(0, some), numbers[whole].tolist()
                 index = some if index is None else index.index_select(0, some)
-        group.cache.store(group.unit, rows, index, time, before, after)
+        group.cache.store(group.unit, rows, index, time, before, after, graphed)
 
 
 class Run:

@@ -48,7 +48,8 @@ class Follower:
         """The next state, at least in float32: a step of a (negative) size from x, where v is the output."""
         exact = torch.promote_types(x.dtype, torch.float32)
         x = x.to(exact)
-        self._outputs = [v.to(exact), *self._outputs][: self.plan.passes]
+        # a copy: what a CUDA graph gives lies in its own memory, and the next replay writes over it
+        self._outputs = [v.to(exact, copy=True), *self._outputs][: self.plan.passes]
         row, state = self.plan.row(index, x, self._outputs)
         return advance(x, self._outputs, row, state, size)
 

@@ -33,8 +33,9 @@ class Past:
     outputs: list[tuple[float, Any]] = field(default_factory=list)
 
     def keep(self, time: float, output: Any) -> None:
-        """Remember an output."""
-        self.outputs = [(time, output), *self.outputs][:2]
+        """Remember a copy of an output: a CUDA graph writes the next one over it."""
+        copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, output)
+        self.outputs = [(time, copied), *self.outputs][:2]
 
     def at(self, time: float) -> Any:
         """The outputs continued to a time."""

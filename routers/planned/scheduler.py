@@ -67,6 +67,7 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
             self.set_begin_index(0)
         times = grid if self.plan is None else self.plan.times
         self.sigmas = torch.tensor(times.tolist(), dtype=torch.float32, device=self.sigmas.device)
+        self._sizes = np.diff(times.astype(np.float32).astype(np.float64)).tolist()
         scale = self.config.num_train_timesteps
         self.timesteps = (self.sigmas[:-1] * scale).to(self.timesteps.device)
         self.num_inference_steps = len(self.timesteps)
@@ -94,8 +95,8 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
         if kwargs.get("per_token_timesteps") is not None:
             way = self._run.step(step, sample, model_output, 1.0) - sample.float()
             return super().step(way, timestep, sample, return_dict=return_dict, **kwargs)
-        size = float(self.sigmas[step + 1].double() - self.sigmas[step].double())
-        after = self._run.step(step, sample, model_output, size).to(model_output.dtype)
+        # the step's size from the host: asked of the device, it would wait for all that is queued there
+        after = self._run.step(step, sample, model_output, self._sizes[step]).to(model_output.dtype)
         self._step_index += 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=after) if return_dict else (after,)
 

@@ -73,10 +73,10 @@ class CallRecorder:
         rows = slice(self.workload.rows)
         if info.branch in ("main", self.workload.branches[0]):  # decides for all
             pooled = seen.before[0].mean(dim=1)[rows]
-            self.tensors[f"pooled.{info.step}.{block.index}"] = pooled.half().cpu()
+            self.tensors[f"pooled.{info.step}.{block.index}"] = pooled.float().cpu()
             if block.index == 0 and block.spec.modulation:
                 modulation = seen.inputs[block.spec.modulation][: info.rows][rows]
-                self.tensors[f"modulation.{info.step}"] = modulation.half().cpu()
+                self.tensors[f"modulation.{info.step}"] = modulation.float().cpu()
 
     def forward(self, names: Sequence[str], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Replaces the transformer's forward."""
