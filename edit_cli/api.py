@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from edit_cli.api_options import Generate3dOptions, GenerateOptions
-    from edit_cli.generate.medium import Job, Medium
+    from edit_cli.generate.medium import Fields, Job, Medium
     from edit_cli.generate.plan import Plan
     from edit_cli.generate.session import Session
     from edit_cli.request import Command
 
 Texts = str | os.PathLike[str]
+Subject = Texts | Mapping[str, Any]
+"""A prompt or a picture's file; or with fields of its own, as in a JSON line: {"prompt": ..., "seed": 7}."""
 OF_FILES = "Output"
 """Heading of the options that say what is written and told; here that is `save` and the result itself."""
 
@@ -111,8 +113,11 @@ class Results(Sequence[Made]):
             yield getattr(place, "path", place)
 
 
-def generate(prompt: str | Sequence[str] = (), **options: Unpack[GenerateOptions]) -> Results:
+def generate(prompt: Subject | Sequence[Subject] = (), **options: Unpack[GenerateOptions]) -> Results:
     """Pictures (videos, sounds) of prompts, as `edit generate` makes them.
+
+    prompt: one or several, each a text or {"prompt": ..., "seed": ..., "budget": ...} with the fields that a
+    JSON line of --prompts may have; those that differ in prompt and seed alone share a call.
 
     options: those of the command by their long names, `num_images=4`, `budget=0.6`, `model="flux-tiny"`,
     `preset="fast"`; see docs/cli.md. The model stays loaded for the next call with the same one.
@@ -121,7 +126,7 @@ def generate(prompt: str | Sequence[str] = (), **options: Unpack[GenerateOptions
     return make("generate", prompt, options)
 
 
-def generate_3d(image: Texts | Sequence[Texts] = (), **options: Unpack[Generate3dOptions]) -> Results:
+def generate_3d(image: Subject | Sequence[Subject] = (), **options: Unpack[Generate3dOptions]) -> Results:
     """Meshes of pictures' files, as `edit generate-3d` makes them. options, errors: as of `generate`."""
     return make("generate-3d", image, options)
 
@@ -135,7 +140,7 @@ _kept: dict[Any, Session] = {}
 """The session of the last call, by what it was opened for."""
 
 
-def make(name: str, subjects: Texts | Sequence[Texts], given: Mapping[str, Any]) -> Results:
+def make(name: str, subjects: Subject | Sequence[Subject], given: Mapping[str, Any]) -> Results:
     """What a command of this name makes of its argument and options."""
     from edit_cli.generate.mesh import MESH
     from edit_cli.generate.picture import PICTURE
@@ -144,14 +149,25 @@ def make(name: str, subjects: Texts | Sequence[Texts], given: Mapping[str, Any])
 
     command = COMMANDS[name]
     medium: Medium = MESH if name == "generate-3d" else PICTURE
-    subject = [subjects] if isinstance(subjects, (str, os.PathLike)) else list(subjects)
-    values = {**_values(command, given), medium.subject: [os.fspath(each) for each in subject]}
-    request, _ = command.request(values)
-    plan = make_plan(request, medium, kept=False)
+    items: list[Subject] = [subjects] if isinstance(subjects, (str, os.PathLike, Mapping)) else list(subjects)
+    plain = [os.fspath(item) for item in items if not isinstance(item, Mapping)]
+    listed: list[Fields] = []
+    if len(plain) < len(items):
+        listed, plain = [_fields(item, f"item {i}", medium) for i, item in enumerate(items)], []
+    request, _ = command.request({**_values(command, given), medium.subject: plain})
+    plan = make_plan(request, medium, kept=False, listed=listed)
     results = _run(plan)
     for note in dict.fromkeys((*plan.warnings, *results.notes)):
         warnings.warn(note, stacklevel=3)
     return results
+
+
+def _fields(subject: Subject, where: str, medium: Medium) -> Fields:
+    """Of one result, checked. Raises EditError."""
+    from edit_cli.generate.prompts import checked_fields
+
+    fields = subject if isinstance(subject, Mapping) else {medium.subject: os.fspath(subject)}
+    return checked_fields(fields, where, medium)
 
 
 def spoken(command: Command) -> dict[str, str]:

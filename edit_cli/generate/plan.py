@@ -74,10 +74,11 @@ class Plan:
                 yield batch, range(len(batch))
 
 
-def make_plan(request: Request, medium: Medium, *, kept: bool = True) -> Plan:
+def make_plan(request: Request, medium: Medium, *, kept: bool = True, listed: Sequence[Fields] = ()) -> Plan:
     """Check everything that was asked. Raises EditError, ModelError; reads files but writes none.
 
-    kept: whether results become files; otherwise jobs have no paths.
+    kept: whether results become files; otherwise jobs have no paths. listed: what is made besides, each with
+    fields of its own, as lines of a list have.
     """
     record = medium.read_record(request["replay"]) if "replay" in request else {}
     base = request.get("base") or (None if "model" in request else record.get("model_base"))
@@ -86,7 +87,7 @@ def make_plan(request: Request, medium: Medium, *, kept: bool = True) -> Plan:
     routers = find_routers(request.get("routers") or record.get("routers") or DEFAULT_ROUTERS, backbone)
     placement = _placement(request, record, backbone)
     warnings: list[str] = []
-    fields, names = _fields(_requests(request, record, medium), backbone, medium, warnings)
+    fields, names = _fields(_requests(request, record, medium, listed), backbone, medium, warnings)
     if kept:
         _add_paths(fields, names, request, medium)
     jobs = []
@@ -111,12 +112,15 @@ def make_plan(request: Request, medium: Medium, *, kept: bool = True) -> Plan:
     )
 
 
-def _requests(request: Request, record: Mapping[str, Any], medium: Medium) -> list[Fields]:
+def _requests(
+    request: Request, record: Mapping[str, Any], medium: Medium, listed: Sequence[Fields]
+) -> list[Fields]:
     """Fields of every result: one for each entry and seed, a seed s giving s, s + 1 ... s + count - 1."""
     subjects = request.get(medium.subject, [])
     entries = [{medium.subject: subject} for subject in subjects]
     if subjects and medium.joined_by in request:
         entries = [{medium.subject: subjects}]
+    entries += listed
     if medium.list_option in request:
         from edit_cli.generate.prompts import read_lines
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,11 @@ def _parse_json(line: str, where: str, medium: Medium) -> Fields:
         raise EditError(f"{where} is not JSON ({error}); write {medium.example}") from None
     if not isinstance(data, dict):
         raise EditError(f"{where} is not a JSON object; write {medium.example}")
+    return checked_fields(data, where, medium)
+
+
+def checked_fields(data: Mapping[str, Any], where: str, medium: Medium) -> Fields:
+    """What is said of one result, checked. Raises EditError, which begins with `where`."""
     if data.get(medium.subject) is None:
         lacks = "is null" if medium.subject in data else "is missing"
         raise EditError(f'{where}: "{medium.subject}" {lacks}; write {medium.example}')

@@ -52,6 +52,19 @@ def test_the_model_stays_loaded(qwen_folder, monkeypatch):
     assert len(loaded) == 2
 
 
+@pytest.mark.filterwarnings("ignore:calibrated at 4 steps")
+def test_items_with_fields_of_their_own(qwen_folder):
+    wishes = [{"prompt": "a cat", "seed": 5}, "a dog", {"prompt": "a cat", "seed": 6, "budget": 1}]
+    made = edit_cli.generate(wishes, model=qwen_folder, steps=2, budget=0.5, batch_size=1)
+    assert [(each.record["prompt"], each.seed, each.spent) for each in made] == [
+        ("a cat", 5, 0.5), ("a dog", 0, 0.5), ("a cat", 6, 1.0),
+    ]  # fmt: skip
+    alone = edit_cli.generate("a cat", model=qwen_folder, steps=2, budget=0.5, seed=5)
+    assert alone.value.tobytes() == made[0].value.tobytes()
+    with pytest.raises(EditError, match="item 0: sead is unknown"):
+        edit_cli.generate({"prompt": "a cat", "sead": 1}, model=qwen_folder)
+
+
 def test_meshes_and_presets(mesh_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture = Image.new("RGBA", (64, 64), (200, 30, 30, 0))
