@@ -18,6 +18,7 @@ from backbones.hunyuan3d.folders import cached_folder
 from backbones.model_files import ModelError, cached_file, hub_message, read_json, require_hub
 from backbones.pipeline_call import known_call
 from backbones.processors import without_video
+from backbones.quantise import check_quantise, quantisation
 from backbones.registry import FAMILIES, component_configs
 from backbones.spec import DIFFUSERS, HUNYUAN3D, Backbone, CallSize, Lora, Placement
 from backbones.weights import build_transformer, load_transformer
@@ -86,6 +87,8 @@ def load(backbone: Backbone, placement: Placement, transformer: Any = None) -> A
         raise ModelError(
             f"--offload {placement.offload} needs a GPU to offload from, this run uses the CPU; leave it out"
         )
+    if placement.quantize:
+        check_quantise(placement.quantize, backbone, device.type)
     with quiet_libraries():
         if backbone.family.layout == HUNYUAN3D:
             pipe = _load_hunyuan3d(backbone, placement, device, dtype)
@@ -199,7 +202,8 @@ def _load_diffusers(
     # a single file is read last: what else is missing shows at once, not after 24 GB
     components = _special(backbone)
     components |= {"transformer": transformer} if from_file or transformer is not None else {}
-    pipe = _from_pretrained(backbone, dtype, components)
+    quantize = placement.quantize and transformer is None
+    pipe = _from_pretrained(backbone, dtype, components, placement if quantize else None)
     if from_file:
         pipe.register_modules(transformer=load_transformer(backbone, dtype))
     for i, lora in enumerate(placement.loras):
@@ -207,17 +211,29 @@ def _load_diffusers(
     if placement.loras:
         names = [f"lora_{i}" for i in range(len(placement.loras))]
         pipe.set_adapters(names, [lora.scale for lora in placement.loras])
+    if placement.vae_tiling:
+        if not hasattr(getattr(pipe, "vae", None), "enable_tiling"):
+            raise ModelError(f"--vae-tiling: {backbone.name} has no VAE that decodes in tiles; leave it out")
+        pipe.vae.enable_tiling()
     _place(pipe, device, placement.offload)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _from_pretrained(backbone: Backbone, dtype: torch.dtype, components: dict[str, Any]) -> Any:
+def _from_pretrained(
+    backbone: Backbone, dtype: torch.dtype, components: dict[str, Any], packed: Placement | None = None
+) -> Any:
+    """packed: how weights are quantised, None: not at all."""
     import diffusers
 
     pipeline_class = getattr(diffusers, backbone.family.pipeline_class)
     local = backbone.folder is not None
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, **components}
+    if packed is not None:
+        file = backbone.folder / DIFFUSERS if backbone.folder else cached_file(backbone.source, DIFFUSERS)
+        if file is None:
+            raise ModelError(f"--quantize needs {backbone.source!r} on this machine: edit download it first")
+        options["quantization_config"] = quantisation(packed, read_json(file), dtype)
     try:
         return pipeline_class.from_pretrained(backbone.source, local_files_only=True, **options)
     except Exception as error:

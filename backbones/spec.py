@@ -24,6 +24,8 @@ DIFFUSERS, HUNYUAN3D = "model_index.json", "config.yaml"
 """The file that a model folder of a layout has."""
 
 OFFLOADS = ("none", "model", "sequential", "group")
+QUANTISED = ("fp8", "int8", "nf4")
+"""What `--quantize` knows (quantise.py)."""
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 SOLVERS = ("euler", "ab2", "dpm++2m")
 """How a sampler steps from one time to the next (solvers.py); "euler" is what the families come with."""
@@ -265,6 +267,7 @@ class Placement:
 
     device: "auto", "cuda", "cuda:1", "mps" or "cpu". dtype: one of DTYPES.
     offload: one of OFFLOADS; anything but "none" needs an accelerator. compile: torch.compile of the blocks.
+    quantize: one of QUANTISED, or "". vae_tiling: decode pictures tile by tile.
     """
 
     device: str = "auto"
@@ -272,3 +275,5 @@ class Placement:
     offload: str = "none"
     compile: bool = False
     loras: tuple[Lora, ...] = ()
+    quantize: str = ""
+    vae_tiling: bool = False

@@ -50,6 +50,8 @@ class GenerateOptions(TypedDict, total=False):
     compile: bool
     engine: Literal["local", "ray"]
     workers: int
+    quantize: Literal["fp8", "int8", "nf4"]
+    vae_tiling: bool
 
 
 class Generate3dOptions(TypedDict, total=False):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from backbones.registry import DEFAULT_MODELS, FAMILIES, names
-from backbones.spec import DTYPES, OFFLOADS, SOLVERS
+from backbones.spec import DTYPES, OFFLOADS, QUANTISED, SOLVERS
 from edit_cli import checks
 from edit_cli.checks import choice, text, whole
 from edit_cli.export.settings import APPLIES, FORMATS
@@ -136,6 +136,11 @@ MACHINE: Options = under("Machine", {
     "workers": Option("--workers", "N", "Actors of --engine ray. [dim]default: one per card or two cores[/]",
                       checks.count),
 })
+MEMORY: Options = under("Machine", {
+    "quantize": Option("--quantize", "HOW", f"{', '.join(QUANTISED)}: transformer and text encoders in fewer "
+                       "bits (extra quantised).", choice(*QUANTISED)),
+    "vae_tiling": Option("--vae-tiling", "", "Decode in tiles: less memory, faint seams."),
+})
 MESH_MACHINE: Options = {
     **MACHINE,
     "batch_size": replace(MACHINE["batch_size"], help=f"Meshes denoised together. {OWN}"),
@@ -213,7 +218,7 @@ PROFILE: Options = {
         "replay": Option("--from", "TRACE", "Show a trace.json written earlier again, with another --metric "
                          "or as a new report.", text),
     }),
-    **REPORT, **only(MACHINE, "batch_size", "device", "dtype", "offload"),
+    **REPORT, **only(MACHINE, "batch_size", "device", "dtype", "offload"), **only(MEMORY, "quantize"),
 }
 
 TRAIN: Options = under("Training (--method train)", {
@@ -246,12 +251,14 @@ CALIBRATE: Options = {
                     "first of many all[/]", whole(1, 6)),
     **PRESET, **only(MODEL, "model"), **only(PROMPTS, "prompts_file"),
     "steps": replace(SAMPLING["steps"], check=whole(2, checks.MAX_STEPS)),
-    **only(SAMPLING, "guidance", "seed"),
+    **only(SAMPLING, "guidance", "seed"), **only(PICTURE, "width", "height"),
     **under("Mesh", {
         "images": Option("--images", "DIR", "Pictures of one object each, for models that make meshes.",
                          text),
     }),
-    **only(MESH, "remove_background"), **only(MACHINE, "batch_size", "device", "dtype"), **TRAIN, **REPORT,
+    **only(MESH, "remove_background"), **LORA,
+    **only(MACHINE, "batch_size", "device", "dtype", "offload", "compile"), **only(MEMORY, "quantize"),
+    **TRAIN, **REPORT,
 }
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from backbones import registry
+from backbones.quantise import check_quantise
 from backbones.spec import Backbone, Placement
 from edit_cli import checks
-from edit_cli.errors import EditError
+from edit_cli.errors import EditError, bad_input
 from edit_cli.generate.media import medium_for
 from edit_cli.generate.medium import Fields, Job, Medium
 from edit_cli.generate.outputs import plan_outputs
@@ -231,10 +232,16 @@ def _placement(request: Request, record: Mapping[str, Any], backbone: Backbone) 
     if loras is None:
         where = f"--from {request.get('replay')}: lora"
         loras = [checks.lora(where, text) for text in record.get("loras") or ()]
+    quantize = request.get("quantize") or record.get("quantize") or ""
+    if quantize:
+        with bad_input():
+            check_quantise(quantize, backbone)
     return Placement(
         device=request.get("device") or record.get("device") or "auto",
         dtype=request.get("dtype") or record.get("dtype") or "auto",
         offload=offload,
         compile="compile" in request or bool(record.get("compile")),
+        quantize=quantize,
+        vae_tiling="vae_tiling" in request or bool(record.get("vae_tiling")),
         loras=tuple(lora for lora in loras if lora is not None),
     )

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 MUST_MATCH = (
     "model_hash", "routers_hash", "lora_hashes", "image_hash", "image_hashes", "mask_hash",
-    "control_image_hash", "device", "dtype", "compile",
-    "versions",
+    "control_image_hash", "device", "dtype", "compile", "quantize", "vae_tiling", "versions",
 )  # fmt: skip
 """Record entries that decide whether a replayed result can be identical."""
 
@@ -75,6 +74,8 @@ def make_record(batch: Batch, row: int, session: Session) -> dict[str, Any]:
         "device": session.device,
         "dtype": loading.dtype_name(session.pipe.dtype),
         "compile": plan.placement.compile,
+        "quantize": plan.placement.quantize,
+        "vae_tiling": plan.placement.vae_tiling,
         "threads": torch.get_num_threads(),
         "versions": _versions(medium.libraries),
     }

@@ -26,7 +26,7 @@ OBJECTS = "a folder of pictures of one object each"
 PROMPTS = {"prompt": "PROMPT", "prompts_file": "--prompts", "data": "--data"}
 SHARED = (
     "prompt", "prompts_file", "model", "base", "routers", "budget", "force", "lora", "steps", "guidance",
-    "solver", "batch_size", "device", "dtype", "offload",
+    "solver", "batch_size", "device", "dtype", "offload", "compile", "quantize",
 )  # fmt: skip
 """Options that mean the same as for a generation, whatever it makes."""
 APART = 10_000

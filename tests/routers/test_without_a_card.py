@@ -1,5 +1,5 @@
-"""What a GPU does differently, shown on a CPU by stand-ins: memory that is written over, times in bf16, values
-that must not be asked for, attention kernels of other packages, tokens shared out over two processes.
+"""What a GPU does differently, shown on a CPU by stand-ins: memory that is written over, times in bf16,
+values that must not be asked for, attention kernels of other packages, tokens shared out over two processes.
 """
 
 from __future__ import annotations
@@ -163,7 +163,9 @@ def test_flops_do_not_depend_on_the_attention_backend() -> None:
             model(**inputs)  # the stand-in is in use
         block = model.transformer_blocks[0]
         seen: dict[str, Any] = {}
-        hook = block.register_forward_pre_hook(lambda _m, a, k: seen.update(args=a, kwargs=k), with_kwargs=True)
+        hook = block.register_forward_pre_hook(
+            lambda _m, a, k: seen.update(args=a, kwargs=k), with_kwargs=True
+        )
         with pytest.raises(TypeError):
             model(**inputs)
         hook.remove()
@@ -178,7 +180,7 @@ def test_blocks_of_a_model_over_several_devices_are_refused() -> None:
     pipe = load(FLUX)
     pipe.transformer._parallel_config = object()
     try:
-        with pytest.raises(ValueError, match="split over several devices.*without routers"):
+        with pytest.raises(ValueError, match=r"split over several devices.*without routers"):
             Elastic(pipe.transformer, CASE.spec)
         routers.attach(pipe, budget=0.5).detach()  # a plan leaves the blocks alone
     finally:
