@@ -155,6 +155,8 @@ OUTPUT: Options = under("Output", {
     "compare": Option("--compare", "[dense|exact]", "Also run dense with the same seeds: side-by-side "
                       "picture, PSNR, SSIM, measured time ratio; exact: both beside the exact solution.",
                       choice(*TARGETS), bare="dense"),
+    "gallery": Option("--gallery", "", "Also write index.html: all pictures of edit in the "
+                      "folder on one page."),
 })
 MESH_OUTPUT: Options = under("Output", {
     "format": Option("--format", "NAME", f"{', '.join(MESH_FORMATS)}, where --output names none. "

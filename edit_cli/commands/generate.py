@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edit_cli.console import print_result, print_warnings, show_file
+from edit_cli.console import print_note, print_result, print_warnings, show_file
 from edit_cli.errors import EditError
 from edit_cli.generate.medium import Medium
 from edit_cli.generate.picture import PICTURE
@@ -68,13 +68,20 @@ def carry_out(request: Request, medium: Medium) -> None:
         planned = dryrun.dry_run(plan)
         print_result(dryrun.as_json(planned), dryrun.as_table(planned), request)
         return
+    if "gallery" in request:
+        from edit_cli.generate.gallery import check_gallery, write_galleries
+
+        check_gallery(plan)
     from edit_cli.generate import report
 
     result = run(plan, request)
     print_warnings(result.notes, request)
     print_result(report.as_json(result), report.as_table(result), request)
+    pages = write_galleries(result) if "gallery" in request else []
+    if pages and "quiet" not in request:
+        print_note(f"gallery: {', '.join(map(str, pages))}")
     if "open" in request and result.written:
-        show_file(result.written[0])
+        show_file((pages or result.written)[0])
 
 
 def run(plan: Plan, request: Request) -> Result:
