@@ -173,6 +173,7 @@ class Mesh:
             return RunError(f"{job.images[0]}: {reason}; try another --seed, more --steps or another picture")
         with session.clock.stage("clean"):
             mesh = pipe.clean(mesh, job.faces)
+            _colour(mesh, job)
         return Made(mesh, volume, read_object(job.images[0], job.remove_background)[1])
 
     def _decode(self, session: Session, pipe: Any, job: Any, latents: Any) -> Any:
@@ -332,6 +333,14 @@ def read_object(path: str, how: str) -> tuple[Image.Image, str]:
     from edit_cli.generate import cutout
 
     return cutout.read_object(path, how)
+
+
+def _colour(mesh: Any, job: MeshJob) -> None:
+    """Vertex colours from the job's pictures."""
+    from edit_cli.generate.colours import colour
+
+    pictures = [read_object(image, job.remove_background)[0] for image in job.images]
+    colour(mesh, dict(zip(job.views or ("front",), pictures, strict=True)))
 
 
 def available_bytes() -> int:

@@ -220,9 +220,13 @@ def encode_mesh(mesh: Any, suffix: str, record: Mapping[str, Any]) -> bytes:
     if suffix == ".glb":
         from trimesh.exchange.gltf import export_glb
 
+        from edit_cli.generate.colours import add_matte, linear
+
         def add_record(tree: dict[str, Any]) -> None:
             tree["asset"]["extras"] = {"edit": dict(record)}
+            add_matte(tree)
 
+        mesh = linear(mesh) if mesh.visual.kind == "vertex" else mesh
         return bytes(export_glb(mesh.scene(), include_normals=True, tree_postprocessor=add_record))
     data = mesh.export(file_type=suffix[1:])
     return data.encode() if isinstance(data, str) else bytes(data)

@@ -32,12 +32,20 @@ def turntable(mesh: Any, side: int = SIDE) -> Image.Image:
     radius = float(np.linalg.norm(vertices - centre, axis=1).max()) or 1.0
     placed = (vertices - centre) / radius * MARGIN
     normals = vertex_normals(placed, np.asarray(mesh.faces))
+    colours = surface_colours(mesh)
     sheet = Image.new("RGB", (COLUMNS * side, ROWS * side), PAPER)
     for i in range(COLUMNS * ROWS):
         turn = view_matrix(360.0 * i / (COLUMNS * ROWS), ELEVATION)
-        view = render(placed @ turn.T, np.asarray(mesh.faces), normals @ turn.T, side)
+        view = render(placed @ turn.T, np.asarray(mesh.faces), normals @ turn.T, side, colours)
         sheet.paste(view, (i % COLUMNS * side, i // COLUMNS * side))
     return sheet
+
+
+def surface_colours(mesh: Any) -> Floats | None:
+    """Of each vertex [V, 3] in 0 to 1, where a trimesh has them."""
+    if mesh.visual.kind != "vertex":
+        return None
+    return np.asarray(mesh.visual.vertex_colors, np.float64)[:, :3] / 255
 
 
 def view_matrix(azimuth: float, elevation: float) -> Floats:
@@ -61,15 +69,21 @@ def vertex_normals(vertices: Floats, faces: NDArray[Any]) -> Floats:
     return np.asarray(normals / np.maximum(length, 1e-12))
 
 
-def render(vertices: Floats, faces: NDArray[Any], normals: Floats, side: int) -> Image.Image:
-    """One orthographic view from +z of vertices inside the unit ball, `side` px after oversampling."""
+def render(
+    vertices: Floats, faces: NDArray[Any], normals: Floats, side: int, colours: Floats | None = None
+) -> Image.Image:
+    """One orthographic view from +z of vertices inside the unit ball, `side` px after oversampling.
+
+    colours: of each vertex [V, 3], 0 to 1; None: clay.
+    """
     n = side * OVERSAMPLING
+    colours = np.broadcast_to(CLAY, vertices.shape) if colours is None else colours
     xy = np.stack([(vertices[:, 0] + 1) / 2 * n, (1 - vertices[:, 1]) / 2 * n], axis=1)
     corners = xy[faces]
     area = _cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     facing = area < -1e-9  # pixel rows run downwards
     faces, corners, area = faces[facing], corners[facing], area[facing]
-    depth, normal = np.full(n * n, -np.inf), np.zeros((n * n, 3))
+    depth, normal, colour = np.full(n * n, -np.inf), np.zeros((n * n, 3)), np.zeros((n * n, 3))
     low = np.floor(corners.min(axis=1)).astype(int)
     size = (np.ceil(corners.max(axis=1)).astype(int) - low).max(axis=1, initial=1)
     size = np.where(size > 8, 1 << np.ceil(np.log2(np.maximum(size, 1))).astype(int), size)
@@ -84,8 +98,10 @@ def render(vertices: Floats, faces: NDArray[Any], normals: Floats, side: int) ->
             height = (weight * vertices[triangle, 2]).sum(axis=1)
             np.maximum.at(depth, index, height)
             front = height >= depth[index]
-            normal[index[front]] = (weight[front, :, None] * normals[triangle[front]]).sum(axis=1)
-    return _shade(depth.reshape(n, n), normal.reshape(n, n, 3)).resize((side, side), Image.Resampling.BOX)
+            for given, seen in ((normals, normal), (colours, colour)):
+                seen[index[front]] = (weight[front, :, None] * given[triangle[front]]).sum(axis=1)
+    shaded = _shade(depth.reshape(n, n), normal.reshape(n, n, 3), colour.reshape(n, n, 3))
+    return shaded.resize((side, side), Image.Resampling.BOX)
 
 
 def _cover(
@@ -114,11 +130,11 @@ def _cross(u: Floats, v: Floats) -> Floats:
     return np.asarray(u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0])
 
 
-def _shade(depth: Floats, normal: Floats) -> Image.Image:
-    """Clay under a key light, a weak fill light and the sky, on paper."""
+def _shade(depth: Floats, normal: Floats, colour: Floats) -> Image.Image:
+    """Matte surfaces under a key light, a weak fill light and the sky, on paper."""
     normal = normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-12)
     light = 0.30 + 0.12 * normal[..., 1]
     light = light + 0.62 * np.maximum(normal @ KEY, 0) + 0.16 * np.maximum(normal @ FILL, 0)
-    colour = (CLAY * light[..., None]).clip(0, 1) * 255
+    lit = (colour * light[..., None]).clip(0, 1) * 255
     seen = np.isfinite(depth)[..., None]
-    return Image.fromarray(np.where(seen, colour, PAPER).round().astype(np.uint8), "RGB")
+    return Image.fromarray(np.where(seen, lit, PAPER).round().astype(np.uint8), "RGB")
