@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -110,7 +111,9 @@ class Results(Sequence[Made]):
             for index, made in enumerate(self._made)
         ]  # fmt: skip
         for place in plan_outputs(output, names, self._made[0]._medium.suffixes, "save"):
-            yield getattr(place, "path", place)
+            place.path.parent.mkdir(parents=True, exist_ok=True)
+            numbered = map(place.numbered, itertools.count(1))
+            yield next(path for path in numbered if not place.free or not path.exists())
 
 
 def generate(prompt: Subject | Sequence[Subject] = (), **options: Unpack[GenerateOptions]) -> Results:

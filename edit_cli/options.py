@@ -170,6 +170,11 @@ MESH_OUTPUT: Options = under("Output", {
                       "distance, F-score, volume IoU, seconds; exact: of both to the exact solution.",
                       choice(*TARGETS), bare="dense"),
 })
+KEEP: Options = under("Output", {
+    "overwrite": Option("--overwrite", "", "Replace files that are there, whatever made them."),
+    "resume": Option("--resume", "", "Go on where the same command was stopped: what it made is not made "
+                     "again."),
+})
 DRY_RUN: Options = under("Output", {
     "dry_run": Option("--dry-run", "", "Show plan, FLOPs and memory; load no weights, write nothing."),
 })
@@ -220,6 +225,7 @@ PROFILE: Options = {
         "replay": Option("--from", "TRACE", "Show a trace.json written earlier again, with another --metric "
                          "or as a new report.", text),
     }),
+    **only(KEEP, "overwrite"),
     **REPORT, **only(MACHINE, "batch_size", "device", "dtype", "offload"), **only(MEMORY, "quantize"),
 }
 
@@ -240,7 +246,7 @@ TRAIN: Options = under("Training (--method train)", {
 CALIBRATE: Options = {
     "output": Option("--output -o", "FOLDER", "Where the bundle goes.", text),
     "evaluate": Option("--evaluate", "BUNDLE", "Only measure this bundle again.", text),
-    "resume": Option("--resume", "", "Go on where an earlier attempt at the same was stopped."),
+    **only(KEEP, "overwrite", "resume"),
     "method": Option("--method", "METHOD", "fit: minutes, the weights stay as they are. train: the paper's "
                      "training of gates and widths.", choice(*METHODS), default="fit"),
     "budgets": Option("--budgets", "X or LOW:HIGH[:COUNT]", "Make plans for these budgets only, and measure "
@@ -272,7 +278,7 @@ EXPORT: Options = {
     "source": Option("source", "SOURCE", "A bundle folder, a model, or a checkpoint of the paper's.", text),
     "format": Option("--format", "F", f"One of: {', '.join(FORMATS)}.", choice(*FORMATS), default="bundle"),
     "output": Option("--output -o", "FOLDER", "Where the export goes.", text),
-    "force": Option("--force", "", "Replace an earlier export at --output."),
+    "overwrite": replace(KEEP["overwrite"], names="--overwrite --force"),
     "budget": Option("--budget", "B", _for("--budget", "share of the dense FLOPs to keep."),
                      checks.budget),
     "prompts_file": Option("--prompts", "FILE", _for("--prompts", "prompts to measure on."), text),

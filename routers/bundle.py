@@ -18,29 +18,36 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
+import msgspec
 import numpy as np
 import torch
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
-from .files import write_whole
+from . import schema
+from .files import new_folder, write_whole
 from .planned.follow import Planner
 from .planned.narrow import SAME_TIMES, NarrowPlan, NarrowPlans
 from .planned.timeplan import Array, TimePlan
 from .planned.universal import Warp, universal_planner
 from .spec import TARGETS, TransformerSpec
 from .trained.backbone import FILE as BACKBONE_FILE
+from .trained.backbone import BackboneFile
 from .trained.bundle import Trained
 from .trained.policy import TrainedPolicy
 
 DESCRIPTION, WEIGHTS = "bundle.json", "routers.safetensors"
+FILES = (DESCRIPTION, WEIGHTS, BACKBONE_FILE)
 ENTRY = "edit_bundle"
 """Metadata entry of the description where a bundle is one file."""
 FORMAT, TRAINED_FORMAT = 5, 3
 """Written and read: for plans in time, and for trained routers."""
+LARGEST_WEIGHT = 1e4
+"""Of a step of a plan: fitted ones are a few units."""
 PLAIN_FIELDS = (
     "base_model",
     "architecture",
@@ -116,7 +123,8 @@ class Bundle:
     def save(self, folder: str | Path) -> None:
         """Write a bundle folder, whole or not at all. Raises OSError."""
         folder, trained = Path(folder), self.trained
-        tensors = {
+        tensors = {} if trained is None else trained.tensors()
+        tensors |= {
             f"plans.{target}.{evaluations}.{name}": torch.from_numpy(array.copy())
             for target, plans in self.plans.items()
             for evaluations, plan in plans.items()
@@ -126,26 +134,40 @@ class Bundle:
             for i, found in enumerate(narrow):
                 for name, array in found.to_arrays().items():
                     tensors[f"narrow.{target}.{i}.{name}"] = torch.from_numpy(array.copy())
+        weights = save(tensors)
         description = {
             "format": FORMAT if trained is None else TRAINED_FORMAT,
             "spec": self.spec.to_dict(),
             **{name: getattr(self, name) for name in PLAIN_FIELDS},
             "warps": self.warps,
             **({} if trained is None else trained.description()),
+            "sha256": hashlib.sha256(weights).hexdigest(),
         }
-        text = json.dumps(description, indent=1) + "\n"
-        if trained is not None:
-            tensors |= trained.tensors()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(
-            {
-                **({} if trained is None else trained.files(folder)),
-                folder / WEIGHTS: partial(save_file, tensors),
-                folder / DESCRIPTION: lambda path: Path(path).write_text(text, encoding="utf-8"),
-            }
-        )
-        if trained is None or trained.backbone is None:  # an earlier bundle's
-            (folder / BACKBONE_FILE).unlink(missing_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(folder, FILES) as building:
+            (building / WEIGHTS).write_bytes(weights)
+            (building / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+            if trained is not None:
+                trained.write_backbone(building)
+
+
+class Described(msgspec.Struct):
+    """bundle.json, with what is allowed in it. sha256: of the weights' file; older bundles have none."""
+
+    format: int
+    spec: dict[str, Any]
+    base_model: schema.Name
+    architecture: schema.Name
+    fingerprint: Annotated[list[float], Meta(min_length=1, max_length=100_000)]
+    num_steps: schema.Steps
+    guidance: schema.Guidance
+    times: Annotated[list[float], Meta(max_length=1002)]
+    min_budget: schema.Share
+    recommended_budget: schema.Budget
+    metadata: dict[str, Any]
+    warps: dict[Literal["dense", "exact"], tuple[schema.Positive, schema.Positive]] = {}
+    sha256: str = ""
+    backbone: BackboneFile | None = None
 
 
 def load_bundle(path: str | Path) -> Bundle:
@@ -155,41 +177,35 @@ def load_bundle(path: str | Path) -> Bundle:
         stored = _read_folder(Path(path)) if file is None else _read_file(file)
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable bundle: {type(error).__name__}: {error}") from error
+    where = f"{path}: {DESCRIPTION}"
+    form = schema.decode(stored.description, dict[str, Any], where).get("format")
+    if form not in (FORMAT, TRAINED_FORMAT):
+        raise ValueError(
+            f"{where}: format {form!r:.20}, this version reads {FORMAT} and {TRAINED_FORMAT}; "
+            "make it again with: edit calibrate"
+        )
+    data = schema.decode(stored.description, Described, where)
+    if data.sha256 not in ("", stored.weights):
+        raise ValueError(
+            f"{where}: sha256: {WEIGHTS} is not the file that it was written with; "
+            "make the bundle again with: edit calibrate"
+        )
+    quality = data.metadata.get("quality", [])
+    schema.convert(quality, list[dict[schema.Name, float | None]], f"{where}: metadata.quality")
+    times = np.asarray(data.times, float)
     try:
-        data = json.loads(stored.description)
-        if not isinstance(data, dict):
-            raise ValueError(f"{DESCRIPTION} is not an object with fields")
-        if data.get("format") not in (FORMAT, TRAINED_FORMAT):
-            raise ValueError(
-                f"format {data.get('format')!r}, this version reads {FORMAT} and {TRAINED_FORMAT}; "
-                "make it again with: edit calibrate"
-            )
         return Bundle(
-            spec=TransformerSpec.from_dict(data["spec"]),
-            plans=_plans(stored.tensors, _times(data["times"])),
-            narrow=_narrow(stored.tensors, _times(data["times"])),
-            warps={target: _warp(target, warp) for target, warp in data.get("warps", {}).items()},
-            trained=Trained.read(path, data, stored.tensors) if data["format"] == TRAINED_FORMAT else None,
+            spec=TransformerSpec.from_dict(data.spec),
+            plans=_plans(stored.tensors, times),
+            narrow=_narrow(stored.tensors, times),
+            warps=cast(dict[str, Warp], data.warps),
+            trained=Trained.read(path, data.backbone, stored.tensors) if form == TRAINED_FORMAT else None,
             digest=stored.digest,
             path=str(file or path),
-            **{name: data[name] for name in PLAIN_FIELDS},
+            **{name: getattr(data, name) for name in PLAIN_FIELDS},
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a readable bundle: {type(error).__name__}: {error}") from error
-
-
-def _times(values: Any) -> Array:
-    times = np.asarray(values, float)
-    if times.ndim != 1 or not np.isfinite(times).all():
-        raise ValueError("its times are not a list of numbers")
-    return times
-
-
-def _warp(target: str, warp: Any) -> Warp:
-    shift, bend = (float(value) for value in warp)
-    if target not in TARGETS or not (0 < shift < np.inf and 0 < bend < np.inf):
-        raise ValueError(f"the warp {warp} for {target!r}: a shift and a bend above 0, for {TARGETS}")
-    return shift, bend
+    except ValueError as error:
+        raise ValueError(f"{path} is not a readable bundle: {error}") from error
 
 
 def _arrays(tensors: dict[str, Tensor], kind: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -213,6 +229,10 @@ def _checked(target: str, number: str, read: Callable[[], TimePlan | NarrowPlan]
             raise ValueError(f"it makes {plan.evaluations} evaluations")
         if len(times) < 2 or not np.allclose(plan.times[[0, -1]], times[[0, -1]], atol=SAME_TIMES):
             raise ValueError("it begins or ends at other times than the run it was fitted for")
+        if plan.evaluations > len(times) - 1:
+            raise ValueError("it makes more evaluations than the run it was fitted for")
+        if max(np.abs(plan.weights).max(), np.abs(plan.state).max()) > LARGEST_WEIGHT:
+            raise ValueError(f"it has a weight above {LARGEST_WEIGHT:g}")
     except ValueError as error:
         raise ValueError(f"the plan {target}.{number}: {error}") from error
     return found
@@ -235,11 +255,21 @@ def _narrow(tensors: dict[str, Tensor], times: Array) -> dict[str, list[NarrowPl
 
 
 class Stored(NamedTuple):
-    """description: text of the JSON. digest: sha256 over the folder's two files, the same for one file."""
+    """description: text of the JSON. digest: sha256 over the folder's two files, the same for one file.
+
+    weights: sha256 of the file of tensors alone.
+    """
 
     description: str
     tensors: dict[str, Tensor]
     digest: str
+    weights: str
+
+    @classmethod
+    def of(cls, description: bytes, weights: bytes, tensors: dict[str, Tensor]) -> Stored:
+        """Of the two files' contents."""
+        digests = (hashlib.sha256(data).hexdigest() for data in (description + weights, weights))
+        return cls(description.decode(), tensors, *digests)
 
 
 def _read_folder(folder: Path) -> Stored:
@@ -247,7 +277,7 @@ def _read_folder(folder: Path) -> Stored:
         if not file.is_file():
             raise ValueError(f"{folder} is not a bundle folder: {file.name} is missing")
     description, weights = (folder / DESCRIPTION).read_bytes(), (folder / WEIGHTS).read_bytes()
-    return Stored(description.decode(), load(weights), hashlib.sha256(description + weights).hexdigest())
+    return Stored.of(description, weights, load(weights))
 
 
 def _read_file(file: Path) -> Stored:
@@ -260,8 +290,7 @@ def _read_file(file: Path) -> Stored:
             )
         # cloned: the file may go away before the tensors do
         tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118 - no mapping
-    digest = hashlib.sha256(description.encode() + save(tensors)).hexdigest()
-    return Stored(description, tensors, digest)
+    return Stored.of(description.encode(), save(tensors), tensors)
 
 
 def find_file(path: str | Path) -> Path | None:

@@ -8,7 +8,7 @@ it, so a new block class is a new row of data. A bundle stores the spec beside i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 WIDTHS: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
@@ -119,33 +119,10 @@ class TransformerSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TransformerSpec:
-        """Rebuild from JSON data. Raises ValueError on unknown or missing keys."""
-        blocks = tuple(
-            _build(
-                BlockSpec,
-                {
-                    **block,
-                    "streams": tuple(block["streams"]),
-                    "returns": tuple(block["returns"]),
-                    "batched": tuple(block.get("batched", ())),
-                    "mlps": tuple(_build(MlpSpec, mlp) for mlp in block.get("mlps", ())),
-                    "rows": tuple(_build(RowsAt, place) for place in block.get("rows", ())),
-                    "ends": tuple(block.get("ends", ())),
-                    "absent": tuple(block.get("absent", ())),
-                    "objects": tuple(block.get("objects", ())),
-                },
-            )
-            for block in data["blocks"]
-        )
-        spec: TransformerSpec = _build(cls, {**data, "blocks": blocks})
+        """Rebuild from JSON data. Raises ValueError on unknown or missing keys and wrong types."""
+        from . import schema  # registries import this file without reading anything
+
+        spec: TransformerSpec = schema.convert(data, cls, "spec")
+        if unknown := schema.unknown_keys(data, spec.to_dict()):
+            raise ValueError(f"spec: unknown keys {unknown}")
         return spec
-
-
-def _build(cls: Any, data: Mapping[str, Any]) -> Any:
-    unknown = set(data) - {f.name for f in fields(cls)}
-    if unknown:
-        raise ValueError(f"unknown {cls.__name__} keys {sorted(unknown)}")
-    try:
-        return cls(**data)
-    except TypeError as error:
-        raise ValueError(f"incomplete {cls.__name__}: {error}") from error

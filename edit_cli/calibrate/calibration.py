@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,14 +15,16 @@ import torch
 
 import routers
 from edit_cli import __version__
-from edit_cli.calibrate import training
+from edit_cli.calibrate import report, training
 from edit_cli.calibrate.plan import CalibrationPlan
 from edit_cli.console import phases, print_warning, progress
 from edit_cli.errors import INTERRUPTED, EditError, RunError, bad_input
+from edit_cli.files import ANY, claimed_folder, reason, whole_folder
 from edit_cli.generate.result import StageClock
 from edit_cli.generate.routers import RouterSource
 from edit_cli.generate.session import Session
 from routers.attachment import architecture, attach, fingerprint
+from routers.bundle import DESCRIPTION, FILES
 from routers.calibrate.evaluate import Quality, as_metadata, evaluate, recommend
 from routers.calibrate.fit import fit
 from routers.calibrate.state import State
@@ -83,17 +83,17 @@ class Calibration:
             self.processes.wait_for_everyone()
             self.state.begin(self._identity(), True)
             return
-        unfinished = self.state.folder.is_dir()
+        if self.state.folder.is_dir() and not resume and not self.plan.overwrite:
+            raise EditError(
+                f"an unfinished calibration lies beside {str(output)!r}; continue it with --resume, "
+                "or discard it with --overwrite"
+            )
         try:
-            if output.exists() and not os.access(output, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             resumed = self.state.begin(self._identity(), resume)  # fails before the work, not after it
         except OSError as error:
             raise EditError(_unwritable(output, error)) from error
         if resume and not resumed:
             print_warning(f"nothing to resume beside {str(output)!r}: starting from the beginning")
-        elif unfinished and not resumed:
-            print_warning("an unfinished calibration was discarded; --resume would have continued it")
         if self.processes is not None:
             self.processes.wait_for_everyone()
 
@@ -130,13 +130,14 @@ class Calibration:
         with self._timed("measure"):
             return evaluate(bundle, self.judge, sorted(served), lambda d, t: report("measure", d, t))
 
-    def save(self, bundle: routers.Bundle, rows: Sequence[Quality], folder: Path) -> None:
-        """Record how the bundle was made, write it and forget the state. Raises RunError."""
+    def save(self, bundle: routers.Bundle, rows: Sequence[Quality], output: Path, quiet: bool) -> None:
+        """Record how the bundle was made, write it with its plot and forget the state. Raises RunError."""
         inputs, things = self._inputs()
         bundle.recommended_budget = recommend(rows)
         bundle.metadata |= {
             "quality": as_metadata(rows),
             **({} if self.plan.training else {"settings": asdict(self.plan.fitted)}),
+            "request_hash": self.plan.asked,
             things: len(set(inputs)),
             "inputs_sha256": _digest(inputs),
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
@@ -144,9 +145,13 @@ class Calibration:
             "versions": {"edit": __version__, "torch": torch.__version__, "diffusers": version("diffusers")},
         }
         try:
-            bundle.save(folder)
-        except OSError as error:
-            raise RunError(f"{_unwritable(folder, error)}; make room and continue with --resume") from error
+            with whole_folder(output, {*FILES, report.PLOT}) as folder:
+                bundle.save(folder)
+                drawn = report.plot(bundle, folder)
+        except RunError as error:
+            raise RunError(f"{error}; make room and continue with --resume") from error
+        if drawn is None and not quiet:
+            print_warning('no plot was drawn: it needs matplotlib; pip install "elastic-dit[bench]"')
         if self.state is not None:
             self.state.discard()
 
@@ -187,9 +192,26 @@ def run_calibration(plan: CalibrationPlan, quiet: bool) -> tuple[routers.Bundle,
 
     Raises EditError for bad input, RunError for a failed run, Stopped on Ctrl-C.
     """
+    with ExitStack() as names:
+        if plan.training is None:
+            _claim(plan, names)
+        with bad_input():
+            calibration = Calibration.open(plan)
+        if plan.training is not None and calibration.is_main:
+            _claim(plan, names)
+        return _run(calibration, quiet)
+
+
+def _claim(plan: CalibrationPlan, names: ExitStack) -> None:
+    """The name of the bundle is this run's alone. Raises EditError."""
+    if plan.output is not None:
+        may_replace = (plan.asked, ANY) if plan.overwrite else (plan.asked,)
+        names.enter_context(claimed_folder(plan.output, "bundle", DESCRIPTION, may_replace))
+
+
+def _run(calibration: Calibration, quiet: bool) -> tuple[routers.Bundle, list[Quality]] | None:
+    plan = calibration.plan
     output = plan.output
-    with bad_input():
-        calibration = Calibration.open(plan)
     try:
         with progress(not quiet and calibration.is_main) as bars, bad_input():
             if output is None:
@@ -206,7 +228,7 @@ def run_calibration(plan: CalibrationPlan, quiet: bool) -> tuple[routers.Bundle,
         kept = "; continue with --resume" if output is not None else ""
         raise Stopped(f"interrupted; no bundle was written{kept}") from None
     if output is not None:
-        calibration.save(bundle, rows, output)
+        calibration.save(bundle, rows, output, quiet)
     return bundle, rows
 
 
@@ -215,4 +237,4 @@ def _digest(inputs: Sequence[str]) -> str:
 
 
 def _unwritable(folder: Path, error: OSError) -> str:
-    return f"bundle folder {str(folder)!r} cannot be written: {error.strerror or error}"
+    return f"bundle folder {str(folder)!r} cannot be written: {reason(error)}"

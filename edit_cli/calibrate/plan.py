@@ -9,6 +9,7 @@ from typing import Any
 
 from edit_cli import checks
 from edit_cli.errors import EditError
+from edit_cli.files import request_hash
 from edit_cli.generate.medium import Job
 from edit_cli.generate.plan import Plan
 from edit_cli.generate.routers import NO_ROUTERS
@@ -35,6 +36,7 @@ class CalibrationPlan:
     generation: its jobs are the calibration samples. held_out: the samples that measure. budgets: to measure,
     ascending. fitted: see `FitSettings`. training: None for --method fit. pictures: to train on, with
     the prompts of the jobs. output: folder of the new bundle; None: only measure the bundle `evaluate`.
+    asked: a hash of the request.
     """
 
     generation: Plan
@@ -44,6 +46,8 @@ class CalibrationPlan:
     output: Path | None
     evaluate: str | None
     resume: bool
+    overwrite: bool = False
+    asked: str = ""
     training: TrainSettings | None = None
     pictures: tuple[str, ...] = ()
 
@@ -79,9 +83,11 @@ def make_calibration_plan(request: Request) -> CalibrationPlan:
         held_out=held_out(plan.jobs, max(HELD_OUT if small else HELD_OUT_LARGE, rows), seed),
         budgets=request.get("budgets", MEASURED),
         fitted=fitted,
-        output=Path(request["output"]) if "output" in request else None,
+        output=Path(request["output"]).expanduser() if "output" in request else None,
         evaluate=request.get("evaluate"),
         resume="resume" in request,
+        overwrite="overwrite" in request,
+        asked=request_hash(request),
         training=training,
         pictures=tuple(file for file, _ in pictures),
     )
@@ -97,8 +103,6 @@ def _check_output(request: Request) -> None:
         raise EditError("--method train makes a bundle and --evaluate makes none; leave one of them out")
     if output is not None and request["method"] == "fit" and request.get("budgets", MEASURED)[0] == 1:
         raise EditError("--budgets 1 is the run of all steps, which needs no plan; give a budget below 1")
-    if output is not None and Path(output).is_file():
-        raise EditError(f"--output {output!r} is a file; give a folder for the bundle")
 
 
 def train_settings(request: Request) -> TrainSettings | None:

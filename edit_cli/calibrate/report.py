@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 import routers
-from edit_cli.files import write_files
+from edit_cli.files import put
 from routers.calibrate.evaluate import Quality, as_metadata, recommend
 
 PLOT = "quality.png"
@@ -49,7 +49,7 @@ def as_table(bundle: routers.Bundle, rows: Sequence[Quality], folder: Path) -> T
 def plot(bundle: routers.Bundle, folder: Path) -> Path | None:
     """Draw what `bundle.json` says of each budget to quality.png; None where matplotlib is missing.
 
-    Raises RunError if it cannot be written.
+    Raises OSError if it cannot be written.
     """
     try:
         figure = _figure(bundle.base_model, bundle.recommended_budget, bundle.metadata["quality"])
@@ -60,7 +60,7 @@ def plot(bundle: routers.Bundle, folder: Path) -> Path | None:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=130)
     target = folder / PLOT
-    write_files({target: data.getvalue()})
+    put(data.getvalue(), str(target))
     return target
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edit_cli.calibrate.plan import make_calibration_plan
-from edit_cli.console import print_result, print_warning, print_warnings
+from edit_cli.console import print_result, print_warnings
 from edit_cli.options import CALIBRATE
 from edit_cli.request import Request, command
 
@@ -30,7 +30,5 @@ def calibrate(request: Request) -> None:
     if measured is None:  # another process of a training reports
         return
     bundle, rows = measured
-    if plan.output is not None and report.plot(bundle, plan.output) is None and "quiet" not in request:
-        print_warning('no plot was drawn: it needs matplotlib; pip install "elastic-dit[bench]"')
     folder = plan.output or Path(bundle.path)
     print_result(report.as_json(bundle, rows, folder), report.as_table(bundle, rows, folder), request)

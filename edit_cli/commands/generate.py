@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 from edit_cli.console import print_note, print_result, print_warnings, show_file
 from edit_cli.errors import EditError
+from edit_cli.generate.claims import claimed
 from edit_cli.generate.medium import Medium
 from edit_cli.generate.picture import PICTURE
 from edit_cli.generate.plan import Plan, make_plan
 from edit_cli.options import (
     DRY_RUN,
+    KEEP,
     LORA,
     MACHINE,
     MEMORY,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     MACHINE,
     MEMORY,
     OUTPUT,
+    KEEP,
     DRY_RUN,
     OPEN,
     REPORT,
@@ -74,7 +77,13 @@ def carry_out(request: Request, medium: Medium) -> None:
         check_gallery(plan)
     from edit_cli.generate import report
 
-    result = run(plan, request)
+    with claimed(plan) as left:
+        done = len(plan.jobs) - len(left.jobs)
+        if done:
+            print_warnings([f"{done} of {len(plan.jobs)} {plan.medium.things} were there already"], request)
+        if not left.jobs:
+            return
+        result = run(left, request)
     print_warnings(result.notes, request)
     print_result(report.as_json(result), report.as_table(result), request)
     pages = write_galleries(result) if "gallery" in request else []

@@ -7,6 +7,7 @@ from edit_cli.generate.mesh import MESH
 from edit_cli.options import (
     DRY_RUN,
     IMAGES,
+    KEEP,
     MESH_MACHINE,
     MESH_MODEL,
     MESH_OUTPUT,
@@ -28,6 +29,7 @@ from edit_cli.request import Request, command, under
     under("Mesh", SAMPLING),
     MESH_OPTIONS,
     MESH_OUTPUT,
+    KEEP,
     DRY_RUN,
     OPEN,
     REPORT,

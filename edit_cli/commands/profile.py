@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
 from edit_cli.console import print_result, print_warnings, progress, stderr, stdout
+from edit_cli.files import ANY, claimed_folder, request_hash, request_in
 from edit_cli.options import PROFILE
-from edit_cli.profile.plan import check_metric, make_profile_plan, refuse_beside_replay, report_folder
+from edit_cli.profile.plan import check_metric, make_profile_plan, refuse_beside_replay
 from edit_cli.request import Request, command
 
 
@@ -20,23 +24,32 @@ def profile(request: Request) -> None:
     edit profile --images cat.png -m hunyuan3d-2mini
     edit profile --from report/trace.json --metric width[/dim]
     """
-    metric = request.get("metric")
-    if "replay" in request:
+    metric, replay = request.get("metric"), request.get("replay")
+    if replay is not None:
         refuse_beside_replay(request)
-        folder = report_folder(request.get("output"))
-        from edit_cli.profile import report
-
-        trace, pictures = report.reopen(request["replay"])
-        check_metric(metric, trace["kind"] == "dense")
+        asked = request_in(Path(replay).expanduser())  # a report may be made anew from its own trace
     else:
         plan = make_profile_plan(request)
+        asked = request_hash(request)
+    with _folder(request, asked) as folder:
         from edit_cli.profile import report
 
-        print_warnings(plan.generation.warnings, request)
-        folder = plan.folder
-        with progress("quiet" not in request) as bars:
-            trace, pictures = report.run(plan, bars)
-    print_warnings(trace["warnings"], request)
-    files = [] if folder is None else report.write(folder, trace, pictures, metric)
+        if replay is not None:
+            trace, pictures = report.reopen(replay)
+            check_metric(metric, trace["kind"] == "dense")
+        else:
+            print_warnings(plan.generation.warnings, request)
+            with progress("quiet" not in request) as bars:
+                trace, pictures = report.run(plan, bars)
+        print_warnings(trace["warnings"], request)
+        files = [] if folder is None else report.write(folder, trace, pictures, metric)
     console = stderr() if "json" in request else stdout()
     print_result(report.as_json(trace, files), report.view(trace, metric, console, files), request)
+
+
+def _folder(request: Request, asked: str) -> AbstractContextManager[Path | None]:
+    """The report's folder, claimed; None if there is to be none."""
+    if "output" not in request:
+        return nullcontext()
+    may_replace = (asked, ANY) if "overwrite" in request else (asked,)
+    return claimed_folder(request["output"], "report", "trace.json", may_replace)

@@ -1,60 +1,23 @@
-"""An export's folder: built beside its target, with a manifest of hashes, and renamed once it is checked."""
+"""What an export's folder says of itself: a manifest of hashes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from edit_cli.errors import EditError, RunError
-from edit_cli.files import reason
-from routers.files import ordinary_mode
 
 MANIFEST = "edit-export.json"
 
 
-@contextmanager
-def new_folder(output: str, force: bool) -> Iterator[Path]:
-    """A folder to fill; it becomes `output` when the context ends well, and is removed otherwise.
-
-    force: replace an earlier export, and nothing else. Raises EditError for a target that is in the way,
-    RunError if it cannot be written.
-    """
-    target = check_target(output, force)
+def written(folder: Path) -> set[str]:
+    """First parts of the paths that an earlier export in this folder wrote."""
     try:
-        building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise EditError(
-            f"--output {output!r} cannot be written: {reason(error)}; choose another place"
-        ) from error
-    try:
-        yield building
-        building.chmod(ordinary_mode(0o777))
-        _swap(building, target)
-    except OSError as error:
-        raise RunError(f"{output!r} cannot be written: {reason(error)}") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def check_target(output: str, force: bool) -> Path:
-    """The target's path. Raises EditError unless it is free, or an earlier export that may be replaced."""
-    target = Path(os.path.abspath(os.path.expanduser(output)))
-    if not target.parent.is_dir():
-        raise EditError(
-            f"--output folder {str(target.parent)!r} does not exist; create it with: mkdir -p {target.parent}"
-        )
-    if os.path.lexists(target) and not (target / MANIFEST).is_file():
-        raise EditError(f"--output {output!r} exists and is not an export of edit; choose another name")
-    if os.path.lexists(target) and not force:
-        raise EditError(f"--output {output!r} exists; choose another name, or replace it with --force")
-    return target
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {MANIFEST, *(Path(name).parts[0] for name in files)}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {MANIFEST}
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -76,19 +39,3 @@ def sha256(file: Path) -> str:
         while chunk := stream.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _swap(building: Path, target: Path) -> None:
-    """Put a finished folder in place; an old one is moved aside first and comes back if that fails."""
-    if not target.exists():
-        building.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-    target.rename(aside / "old")
-    try:
-        building.rename(target)
-    except OSError:
-        (aside / "old").rename(target)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from edit_cli import __version__
 from edit_cli.errors import EditError
-from edit_cli.export.folder import check_target, new_folder, write_manifest
+from edit_cli.export.folder import MANIFEST, write_manifest, written
 from edit_cli.export.settings import APPLIES, FORMATS, FREEZING, MODELS
+from edit_cli.files import ANY, claimed_folder, request_hash, whole_folder
 from edit_cli.options import EXPORT
 from edit_cli.request import Request
 
@@ -48,16 +48,17 @@ def export(request: Request, say: Say = lambda text: None) -> dict[str, Any]:
 
     Raises EditError or ValueError for bad input, RunError if what was written is not what was read.
     """
-    form, output, force = request["format"], request["output"], "force" in request
-    check_target(output, force)
-    module = _module(form)
-    opening = importlib.import_module("edit_cli.export.source") if form in MODELS else module
-    source = opening.open_source(request, say)
-    with new_folder(output, force) as folder:
-        facts = {"format": form, "edit": __version__, **module.fill(source, request, folder, say)}
-        card = module.model_card(facts, source, Path(output).name)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        files = write_manifest(folder, facts)
+    form, output, asked = request["format"], request["output"], request_hash(request)
+    may_replace = (asked, ANY) if "overwrite" in request else (asked,)
+    with claimed_folder(output, "export", MANIFEST, may_replace) as target:
+        module = _module(form)
+        opening = importlib.import_module("edit_cli.export.source") if form in MODELS else module
+        source = opening.open_source(request, say)
+        with whole_folder(target, written(target)) as folder:
+            facts = {"format": form, "edit": __version__, **module.fill(source, request, folder, say)}
+            card = module.model_card(facts, source, target.name)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            files = write_manifest(folder, {"request_hash": asked, **facts})
     size = sum(file["bytes"] for file in files.values())
     return {"output": output, **facts, "files": [*files], "bytes": size}
 

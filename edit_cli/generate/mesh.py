@@ -215,14 +215,17 @@ class Mesh:
         """From a GLB."""
         return read_mesh(path)
 
-    def record(self, job: Any, session: Session) -> dict[str, Any]:
-        """Pictures and sampler."""
+    def inputs(self, job: Any) -> dict[str, Any]:
+        """Of a record: the pictures of the object."""
         return {
             "images": [str(Path(image).resolve()) for image in job.images],
             "image_hashes": [hashlib.sha256(Path(i).read_bytes()).hexdigest()[:16] for i in job.images],
             "views": list(job.views),
-            "solver": job.solver,
         }
+
+    def record(self, job: Any, session: Session) -> dict[str, Any]:
+        """Pictures and sampler."""
+        return {**self.inputs(job), "solver": job.solver}
 
     def facts(self, made: Made) -> dict[str, Any]:
         """Counts and size of the mesh, and where it came from."""

@@ -1,7 +1,11 @@
-"""Where results go: names, templates, and checks before any work. Torch-free."""
+"""Where results go: names, templates, and checks before any work. Torch-free.
+
+Which of the names are free is settled when the run starts (`claims.py`).
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 import string
 import tempfile
@@ -9,7 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edit_cli.errors import EditError
 from edit_cli.files import reason
@@ -31,13 +35,25 @@ def slug(prompt: str) -> str:
     return "-".join(words)[:MAX_NAME].rstrip("-") or "picture"
 
 
+class Output(NamedTuple):
+    """Where a result goes. free: a folder was named, or nothing: the name is ours, and may get a number."""
+
+    path: Path
+    free: bool
+
+    def numbered(self, number: int) -> Path:
+        """cat.png, cat-2.png, cat-3.png..."""
+        path = self.path
+        return path if number == 1 or not self.free else path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
 def plan_outputs(
     output: str | None,
     fields: Sequence[Mapping[str, Any]],
     suffixes: Sequence[str] = PICTURE_SUFFIXES,
     option: str = "--output",
-) -> list[Path]:
-    """One path for each result, checked to be writable and distinct.
+) -> list[Output]:
+    """One place for each result, checked to be writable and distinct; folders are not made yet.
 
     output: a file, a folder, a template with {prompt} {seed} {index} {budget} {model}, or None for a
         name made from the prompt in the current folder. A result's own "output" field wins.
@@ -46,17 +62,20 @@ def plan_outputs(
     Raises EditError.
     """
     output = None if output is None else os.path.expanduser(output)
-    paths: list[Path] = []
+    outputs: list[Output] = []
     taken: set[Path] = set()
     several = Counter(f.get("output") or output for f in fields)
     by_prompt = Counter(slug(f["prompt"]) for f in fields)
     for field in fields:
         target = field.get("output") or output
         names = {**field, "prompt": slug(field["prompt"])}
+        free = False
         if target is None or _is_folder(target):
+            free = True
             alone = by_prompt[names["prompt"]] == 1
             name = names["prompt"] if alone else f"{names['prompt']}-{field['seed']}"
-            path = _free_name(Path(target or "."), name, suffixes[0], taken)
+            ours = Output(Path(target or ".") / f"{name}{suffixes[0]}", free)
+            path = next(path for n in itertools.count(1) if (path := ours.numbered(n)) not in taken)
         else:
             path = _fill(target, names, several[target] > 1, option)
         _check_suffix(path, suffixes, option)
@@ -66,25 +85,17 @@ def plan_outputs(
                 f"{option} {target!r} would write two results to {str(path)!r}; add {{index}} or {{seed}}"
             )
         taken.add(path)
-        paths.append(path)
-    for folder in {path.parent for path in paths}:
-        _check_folder(folder, option)
-    for path in paths:
-        if path.is_dir():
+        outputs.append(Output(path, free))
+    for folder in {path.parent for path in taken}:
+        check_place(folder, option)
+    for path, free in outputs:
+        if path.is_dir() and not free:
             raise EditError(f"{option} {str(path)!r} is a folder; give a file name")
-    return paths
+    return outputs
 
 
 def _is_folder(target: str) -> bool:
     return target.endswith(("/", os.sep)) or os.path.isdir(target)
-
-
-def _free_name(folder: Path, name: str, suffix: str, taken: set[Path]) -> Path:
-    """A name made by us never replaces a file: cat.png, cat-2.png, cat-3.png..."""
-    path, n = folder / f"{name}{suffix}", 2
-    while path in taken or path.exists():
-        path, n = folder / f"{name}-{n}{suffix}", n + 1
-    return path
 
 
 def _fill(target: str, names: Mapping[str, Any], several: bool, option: str) -> Path:
@@ -122,19 +133,15 @@ def _check_length(path: Path, option: str) -> None:
         )
 
 
-def _check_folder(folder: Path, option: str) -> None:
-    if not folder.exists():
-        raise EditError(f"{option} folder {str(folder)!r} does not exist; create it with: mkdir -p {folder}")
-    if not folder.is_dir():
-        raise EditError(f"{option} folder {str(folder)!r} is not a folder; choose another place")
-    check_writable(folder, option)
-
-
-def check_writable(folder: Path, option: str) -> None:
-    """Raise EditError unless files can be made in a folder; option: what the message calls it."""
+def check_place(folder: Path, option: str) -> None:
+    """Raise EditError unless a folder exists, or can be made, and files in it; option: for the message."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+    if not there.is_dir():
+        shown = folder if there == folder.absolute() else there
+        raise EditError(f"{option} folder {str(shown)!r} is not a folder; choose another place")
     try:
         # the only certain test, also on read-only mounts and as root
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise EditError(

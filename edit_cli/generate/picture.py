@@ -195,18 +195,21 @@ class Picture:
         """From the metadata of a file of any kind that `edit generate` writes."""
         return read_record(path)
 
+    def inputs(self, job: Any) -> dict[str, Any]:
+        """Of a record: the pictures it starts from."""
+        files = {name: getattr(job, name) or () for name in PICTURES}
+        return {
+            **{name: _each(lambda file: str(Path(file).resolve()), value) for name, value in files.items()},
+            **{f"{name}_hash": _each(file_hash, value) for name, value in files.items()},
+            "strength": job.strength,
+        }
+
     def record(self, job: Any, session: Session) -> dict[str, Any]:
         """Start picture and sampler."""
         sampler = session.sampler.replace("DiscreteScheduler", "")
-        files = {name: getattr(job, name) or () for name in PICTURES}
-        hashes = {f"{name}_hash": _each(file_hash, value) for name, value in files.items()}
         return {
-            **{name: _each(lambda file: str(Path(file).resolve()), value) for name, value in files.items()},
-            **hashes,
-            "strength": job.strength,
-            "solver": job.solver,
-            "sampler": SAMPLERS.get(job.solver or "", sampler),
-        }
+            **self.inputs(job), "solver": job.solver, "sampler": SAMPLERS.get(job.solver or "", sampler),
+        }  # fmt: skip
 
     def facts(self, _made: Any) -> dict[str, Any]:
         """Nothing is reported of a picture."""

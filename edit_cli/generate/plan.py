@@ -19,13 +19,14 @@ from edit_cli import checks
 from edit_cli.errors import EditError, bad_input
 from edit_cli.generate.media import medium_for
 from edit_cli.generate.medium import Fields, Job, Medium
-from edit_cli.generate.outputs import plan_outputs
+from edit_cli.generate.outputs import Output, plan_outputs
 from edit_cli.generate.routers import DEFAULT_ROUTERS, find_routers
 from edit_cli.request import Request
 
 SAME_RESULT = (
     "replay", "output", "format", "preview", "compare", "dry_run", "json", "quiet", "force", "device",
-    "dtype", "offload", "compile", "batch_size", "gallery", "open",
+    "dtype", "offload", "compile", "batch_size", "gallery", "open", "overwrite",
+    "resume",
 )  # fmt: skip
 """Options beside which a replayed record counts as unchanged; where it runs is noted on its own."""
 
@@ -37,6 +38,8 @@ class Plan:
     force: accept routers that were fitted on other weights of the same architecture. compare: what with, if
     anything: "dense", or with both that and "exact".
     replayed: the record that is replayed unchanged, else None; peers: the batch that it came from.
+    free: paths whose names are ours, so that a number may be added. overwrite: other paths may be replaced.
+    resume: what is there already is not made again.
     """
 
     medium: Medium
@@ -50,6 +53,9 @@ class Plan:
     replayed: Mapping[str, Any] | None = None
     peers: tuple[Job, ...] = ()
     warnings: tuple[str, ...] = ()
+    free: frozenset[Path] = frozenset()
+    overwrite: bool = False
+    resume: bool = False
 
     def group(self, job: Job) -> tuple[Any, ...]:
         """Jobs with equal groups may share a batch: these fields exist once per pipeline call."""
@@ -89,8 +95,7 @@ def make_plan(request: Request, medium: Medium, *, kept: bool = True, listed: Se
     placement = _placement(request, record, backbone)
     warnings: list[str] = []
     fields, names = _fields(_requests(request, record, medium, listed), backbone, medium, warnings)
-    if kept:
-        _add_paths(fields, names, request, medium)
+    free = _add_paths(fields, names, request, medium) if kept else frozenset()
     jobs = []
     for each in fields:
         jobs.append(medium.job(**each))
@@ -110,6 +115,9 @@ def make_plan(request: Request, medium: Medium, *, kept: bool = True, listed: Se
         replayed=replayed,
         peers=tuple(replace(jobs[0], **medium.peer(row)) for row in rows) if len(rows) > 1 else (),
         warnings=tuple(dict.fromkeys(warnings)),
+        free=free,
+        overwrite="overwrite" in request,
+        resume="resume" in request,
     )
 
 
@@ -185,11 +193,12 @@ def _fields(
     return jobs, names
 
 
-def _add_paths(jobs: list[Fields], names: list[Fields], request: Request, medium: Medium) -> None:
-    """Where every result goes, and what is written beside it. Raises EditError."""
+def _add_paths(jobs: list[Fields], names: list[Fields], request: Request, medium: Medium) -> frozenset[Path]:
+    """Where every result goes, and what is written beside it; returns paths named by us. Raises EditError."""
     first = f".{request['format']}" if "format" in request else medium.suffixes[0]
-    paths = plan_outputs(request.get("output"), names, tuple(dict.fromkeys((first, *medium.suffixes))))
-    for job, name, path in zip(jobs, names, paths, strict=True):
+    outputs = plan_outputs(request.get("output"), names, tuple(dict.fromkeys((first, *medium.suffixes))))
+    places: list[Output] = [*outputs]
+    for job, name, (path, _) in zip(jobs, names, outputs, strict=True):
         medium.check_path(path)
         job["path"], name["prompt"], name["output"] = path, path.stem, None
         if "format" in request and path.suffix.lower() != first:
@@ -198,9 +207,11 @@ def _add_paths(jobs: list[Fields], names: list[Fields], request: Request, medium
             )
     for option, suffixes in medium.beside.items():
         if option in request:
-            files = plan_outputs(request[option], names, suffixes, f"--{option}")
-            for job, file in zip(jobs, files, strict=True):
-                job[option] = file
+            beside = plan_outputs(request[option], names, suffixes, f"--{option}")
+            places += beside
+            for job, place in zip(jobs, beside, strict=True):
+                job[option] = place.path
+    return frozenset(place.path for place in places if place.free)
 
 
 def _check_comparisons(jobs: Sequence[Job], medium: Medium, compare: str) -> None:

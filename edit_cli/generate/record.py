@@ -25,6 +25,8 @@ from edit_cli.generate.routers import routers_name
 if TYPE_CHECKING:
     from PIL import Image
 
+    from backbones.spec import Placement
+    from edit_cli.generate.medium import Job
     from edit_cli.generate.plan import Plan
     from edit_cli.generate.session import Batch, Session
 
@@ -68,7 +70,7 @@ def make_record(batch: Batch, row: int, session: Session) -> dict[str, Any]:
         "routers": routers_name(plan.routers, backbone),
         "routers_hash": session.source.digest,
         "force": plan.force,
-        "loras": [f"{lora.path}:{lora.scale:g}" for lora in plan.placement.loras],
+        "loras": _loras(plan.placement),
         "lora_hashes": [loading.fingerprint(lora.path) for lora in plan.placement.loras],
         **medium.record(job, session),
         "device": session.device,
@@ -85,6 +87,27 @@ def make_record(batch: Batch, row: int, session: Session) -> dict[str, Any]:
         ]
         record["row"] = row
     return record
+
+
+def same_request(record: Mapping[str, Any], plan: Plan, job: Job) -> bool:
+    """Whether a record's result was asked for as a settled job is."""
+    medium, placement = plan.medium, plan.placement
+    asked = {
+        **{name: getattr(job, name) for name in medium.recorded_fields},
+        **{name: getattr(job, name) for name in ("budget", "target", "solver")},
+        **medium.inputs(job),
+        "model": plan.backbone.name,
+        "model_source": plan.backbone.address,
+        "routers": routers_name(plan.routers, plan.backbone),
+        "loras": _loras(placement),
+        "compile": placement.compile,
+        **({} if placement.dtype == "auto" else {"dtype": placement.dtype}),
+    }
+    return all(record.get(name) == value for name, value in json.loads(json.dumps(asked)).items())
+
+
+def _loras(placement: Placement) -> list[str]:
+    return [f"{lora.path}:{lora.scale:g}" for lora in placement.loras]
 
 
 def differences(record: Mapping[str, Any], plan: Plan) -> list[str]:

@@ -26,6 +26,7 @@ def build_trace(measured: Measured) -> dict[str, Any]:
     trace: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
+        "request_hash": profile.asked,
         "kind": "dense" if profile.dense else "elastic",
         "made": _made(subject),
         "model": plan.backbone.name,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from edit_cli.errors import EditError
+from edit_cli.files import request_hash
 from edit_cli.generate.medium import Job, Medium
-from edit_cli.generate.outputs import check_writable, slug
+from edit_cli.generate.outputs import slug
 from edit_cli.generate.plan import Plan
 from edit_cli.generate.routers import NO_ROUTERS
 from edit_cli.generate.samples import PROMPTS, medium_of, sample_plan, take
@@ -20,7 +20,7 @@ class ProfilePlan:
     """What to measure and where to write it.
 
     generation: one job per sample. budgets: in the order given; None: what the routers recommend.
-    folder: of the report, None: nothing is written. cache_limit in MiB.
+    cache_limit in MiB. asked: a hash of the request.
     """
 
     generation: Plan
@@ -29,7 +29,7 @@ class ProfilePlan:
     metric: str | None
     repeats: int
     cache_limit: int
-    folder: Path | None
+    asked: str = ""
 
 
 def make_profile_plan(request: Request) -> ProfilePlan:
@@ -57,7 +57,7 @@ def make_profile_plan(request: Request) -> ProfilePlan:
         metric=metric,
         repeats=request.get("repeats", REPEATS),
         cache_limit=request.get("cache_limit", CACHE_LIMIT_MIB),
-        folder=report_folder(request.get("output")),
+        asked=request_hash(request),
     )
 
 
@@ -72,26 +72,11 @@ def check_metric(metric: str | None, dense: bool) -> str | None:
     raise EditError(f"--metric {metric!r} is unknown here; allowed are {', '.join(allowed)}{hint}")
 
 
-def report_folder(output: str | None) -> Path | None:
-    """Where the report goes: a folder that exists or can be made in one that does. Raises EditError."""
-    if output is None:
-        return None
-    folder = Path(output).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise EditError(f"--output {output!r} is a file; give a folder for the report")
-    parent = folder if folder.exists() else folder.resolve().parent
-    if not parent.is_dir():
-        raise EditError(
-            f"--output folder {output!r} cannot be made: its parent does not exist; "
-            f"create it with: mkdir -p {output}"
-        )
-    check_writable(parent, "--output")
-    return folder
-
-
 def refuse_beside_replay(request: Request) -> None:
     """--from shows what was measured: no option that would measure again may stand beside it."""
-    extra = [name for name in request if name not in ("replay", "metric", "output", "json", "quiet")]
+    extra = [
+        name for name in request if name not in ("replay", "metric", "output", "overwrite", "json", "quiet")
+    ]
     if extra:
         label = PROMPTS.get(extra[0], f"--{extra[0].replace('_', '-')}")
         raise EditError(f"--from shows a trace as it was measured; leave {label} out, or leave --from out")

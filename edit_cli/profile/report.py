@@ -1,4 +1,4 @@
-"""Run a profile or reopen one, and write its report: whole files, each beside its target first."""
+"""Run a profile or reopen one, and write its report, a folder that appears whole."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from edit_cli.errors import EditError, Interrupted, RunError
-from edit_cli.files import reason, write_files
+from edit_cli.errors import EditError, Interrupted
+from edit_cli.files import put, whole_folder
 from edit_cli.profile.chrome import chrome_trace
 from edit_cli.profile.heatmap import RAMP, draw_heatmaps
 from edit_cli.profile.plan import ProfilePlan
@@ -105,11 +105,10 @@ def write(folder: Path, trace: Mapping[str, Any], pictures: Pictures, metric: st
     }
     for name, picture in pictures.items():
         files[name] = _png(picture)
-    try:
-        (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"report folder {str(folder)!r} cannot be made: {reason(error)}") from error
-    write_files({folder / name: data for name, data in files.items()})
+    with whole_folder(folder, {*MAIN_FILES, "pictures"}) as building:
+        (building / "pictures").mkdir()
+        for name, data in files.items():
+            put(data, str(building / name))
     return [folder / name for name in MAIN_FILES]
 
 

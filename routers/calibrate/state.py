@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import write_whole
+from ..files import TEMPORARY, write_whole
 
 REQUEST = "request.json"
 
@@ -38,6 +38,8 @@ class State:
         file = self.folder / REQUEST
         if resume and file.is_file():
             self._check(_read_json(file), json.loads(json.dumps(request)))
+            for unfinished in self.folder.glob(f".*{TEMPORARY}"):
+                unfinished.unlink()
             return True
         self.discard()
         self.folder.mkdir(parents=True)

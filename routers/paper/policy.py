@@ -22,9 +22,8 @@ Shapes: R rows of a transformer call.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -63,14 +62,6 @@ class ReleaseSettings:
         for name in ("start_step", "max_uses"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ReleaseSettings:
-        """Rebuild from JSON data. Raises ValueError on unknown keys."""
-        unknown = set(data) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown ReleaseSettings keys {sorted(unknown)}")
-        return cls(**data)
 
 
 @dataclass

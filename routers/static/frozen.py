@@ -13,14 +13,26 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
+from msgspec import Meta
 from torch import nn
 
+from .. import schema
 from ..block import Block, find_blocks
 from ..spec import MlpSpec, TransformerSpec
 from ..width import MlpSlicer
+
+Count = Annotated[int, Meta(ge=0, le=10**6)]
+
+
+class _Part(msgspec.Struct, forbid_unknown_fields=True):
+    """One list of blocks in JSON."""
+
+    kept: tuple[Count, ...]
+    units: tuple[tuple[Count, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -44,26 +56,13 @@ class StaticShape:
     @classmethod
     def from_dict(cls, data: Any) -> StaticShape:
         """Rebuild from JSON data. Raises ValueError, one line, for anything else."""
-        try:
-            kept = {path: tuple(map(_count, part["kept"])) for path, part in data.items()}
-            units = {path: tuple(tuple(map(_count, u)) for u in p["units"]) for path, p in data.items()}
-            extra = {key for part in data.values() for key in part} - {"kept", "units"}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a static shape: {type(error).__name__}: {error}") from error
-        if extra:
-            raise ValueError(f"not a static shape: unknown keys {sorted(extra)}")
-        for path, numbers in kept.items():
-            if len(numbers) != len(units[path]) or list(numbers) != sorted(set(numbers)):
+        parts = schema.convert(data, dict[schema.Name, _Part], "not a static shape")
+        for path, part in parts.items():
+            if len(part.kept) != len(part.units) or list(part.kept) != sorted(set(part.kept)):
                 raise ValueError(
-                    f"not a static shape: {path} keeps {len(numbers)} blocks and describes others"
+                    f"not a static shape: {path} keeps {len(part.kept)} blocks and describes others"
                 )
-        return cls(kept, units)
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is not a count")
-    return value
+        return cls({p: part.kept for p, part in parts.items()}, {p: part.units for p, part in parts.items()})
 
 
 def shape_of(

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
+from msgspec import Meta
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .. import schema
 from ..spec import TransformerSpec
 
 FILE = "backbone.safetensors"
 """Beside `bundle.json`."""
+
+
+class BackboneFile(msgspec.Struct):
+    """What `bundle.json` says of FILE."""
+
+    kind: Literal["lora", "full"]
+    rank: Annotated[int, Meta(ge=0, le=4096)]
+    targets: Annotated[list[schema.Name], Meta(max_length=100_000)]
+    sha256: str
 
 
 @dataclass
@@ -47,7 +59,7 @@ class BackboneWeights:
         return total.hexdigest()
 
     @classmethod
-    def read(cls, folder: Path, description: Mapping[str, Any]) -> BackboneWeights:
+    def read(cls, folder: Path, description: BackboneFile) -> BackboneWeights:
         """Raises ValueError, one line, where the file is missing or damaged."""
         file = folder / FILE
         if not file.is_file():
@@ -56,8 +68,8 @@ class BackboneWeights:
             tensors = load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{file.name} is damaged: {error}") from error
-        weights = cls(description["kind"], tensors, description["rank"], tuple(description["targets"]))
-        if weights.digest() != description["sha256"]:
+        weights = cls(description.kind, tensors, description.rank, tuple(description.targets))
+        if weights.digest() != description.sha256:
             raise ValueError(f"{file.name} is not the file that this bundle was written with")
         return weights
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .backbone import FILE, BackboneWeights
+from .backbone import FILE, BackboneFile, BackboneWeights
 from .policy import Array, Profile
+from .router import build_router
 
 
 @dataclass
@@ -29,21 +29,35 @@ class Trained:
     backbone: BackboneWeights | None = None
 
     @classmethod
-    def read(cls, path: str | Path, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Trained:
-        """From a bundle's place, description and tensors. Raises ValueError, KeyError."""
-        routers: dict[int, dict[str, Tensor]] = {}
+    def read(cls, path: str | Path, backbone: BackboneFile | None, tensors: Mapping[str, Tensor]) -> Trained:
+        """From a bundle's place, what it says of the backbone, and its tensors. Raises ValueError."""
+        routers: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
+            if not value.isfinite().all():
+                raise ValueError(f"{key} holds values that are not finite")
             if key.startswith("routers."):
-                _, index, name = key.split(".", 2)
-                routers.setdefault(int(index), {})[name] = value
-        budgets, spend = (tensors[f"profile.{name}"].double().numpy() for name in ("budgets", "spend"))
-        backbone = data["backbone"]
-        return cls(
-            [routers[i] for i in range(len(routers))],
-            Profile(budgets, spend),
-            tensors["profile.trend"].double().numpy() if "profile.trend" in tensors else None,
-            None if backbone is None else BackboneWeights.read(Path(path), backbone),
-        )
+                index, _, name = key.removeprefix("routers.").partition(".")
+                routers.setdefault(index, {})[name] = value
+        numbers = [str(i) for i in range(len(routers))]
+        if not routers or set(numbers) != set(routers):
+            raise ValueError(f"it has routers for blocks {sorted(routers)}")
+        try:
+            budgets, spend = (tensors[f"profile.{name}"].double().numpy() for name in ("budgets", "spend"))
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]} is missing") from None
+        profile, each = Profile(budgets, spend), [routers[i] for i in numbers]
+        for index, state in enumerate(each):
+            try:
+                build_router(state)
+            except (KeyError, ValueError, RuntimeError, TypeError) as error:  # noqa: PERF203 - names the block
+                raise ValueError(f"routers.{index} is not a router's weights: {error!r:.200}") from None
+        trend = tensors["profile.trend"].double().numpy() if "profile.trend" in tensors else None
+        if trend is not None and trend.shape != (len(each),):
+            raise ValueError(
+                f"profile.trend {list(trend.shape)} is not one value for each of {len(each)} blocks"
+            )
+        weights = None if backbone is None else BackboneWeights.read(Path(path), backbone)
+        return cls(each, profile, trend, weights)
 
     def tensors(self) -> dict[str, Tensor]:
         """What goes into the bundle's file of tensors."""
@@ -59,9 +73,8 @@ class Trained:
         backbone = None if self.backbone is None else self.backbone.description()
         return {"per_sample": True, "backbone": backbone}
 
-    def files(self, folder: Path) -> dict[Path, Callable[[str], object]]:
-        """Files of the bundle's folder that hold the backbone's weights, with their writers."""
-        if self.backbone is None:
-            return {}
-        tensors = {name: tensor.contiguous() for name, tensor in self.backbone.tensors.items()}
-        return {folder / FILE: partial(save_file, tensors)}
+    def write_backbone(self, folder: Path) -> None:
+        """Write the weights of the backbone into a bundle's folder, if there are any."""
+        if self.backbone is not None:
+            tensors = {name: tensor.contiguous() for name, tensor in self.backbone.tensors.items()}
+            save_file(tensors, folder / FILE)

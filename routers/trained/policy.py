@@ -26,10 +26,22 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Profile:
-    """What trained routers spend at each step of a run: budgets [K] ascending, spend [K, S] (ratios)."""
+    """What trained routers spend at each step of a run: budgets [K] ascending, spend [K, S] (ratios).
+
+    Raises ValueError for arrays that make no profile.
+    """
 
     budgets: Array
     spend: Array
+
+    def __post_init__(self) -> None:
+        budgets, spend = self.budgets, self.spend
+        if budgets.ndim != 1 or spend.ndim != 2 or not spend.size or len(budgets) != len(spend):
+            raise ValueError(f"profile: budgets {budgets.shape} and spend {spend.shape} are not [K], [K, S]")
+        if not (np.diff(budgets) > 0).all() or not 0 <= budgets[0] <= budgets[-1] <= 1:
+            raise ValueError(f"profile: budgets {budgets.round(4).tolist()} do not ascend to at most 1")
+        if not ((spend >= 0) & (spend <= 2)).all():
+            raise ValueError("profile: spend holds ratios outside 0 to 2")
 
     def at(self, budget: float, num_steps: int) -> Array:
         """[num_steps] for any budget and step count, interpolated; the first step is dense."""

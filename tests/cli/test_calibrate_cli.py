@@ -83,8 +83,8 @@ BAD_LATER = [
     (["-o", "b", "-m", PICTURES, "--prompts", "empty.txt"], "--prompts 'empty.txt' is empty"),
     (["-o", "b", "-m", PICTURES, "--prompts", "gone.txt"], "--prompts 'gone.txt' cannot be read"),
     (["--evaluate", "nowhere", "-m", PICTURES], "nowhere is not a bundle folder"),
-    (["-o", "/proc/b", "-m", PICTURES, *SHORT], "bundle folder '/proc/b' cannot be written"),
-    (["-o", "taken/b", "-m", PICTURES, *SHORT], "bundle folder 'taken/b' cannot be written: Not a directory"),
+    (["-o", "/proc/b", "-m", PICTURES, *SHORT], "--output '/proc/b' cannot be written"),
+    (["-o", "taken/b", "-m", PICTURES, *SHORT], "--output 'taken/b' cannot be written: file exists"),
 ]
 
 
@@ -251,7 +251,7 @@ def test_damaged_weights_stop_with_the_place_and_keep_the_bundle(
     (tmp_path / "b" / "bundle.json").write_text("old")
     run = PipelineWorkload.run
     monkeypatch.setattr(PipelineWorkload, "run", lambda self, batch: run(self, batch) * float("nan"))
-    ran = edit_here("calibrate", "-m", qwen_folder, "-o", "b", *SHORT, cwd=tmp_path)
+    ran = edit_here("calibrate", "-m", qwen_folder, "-o", "b", "--overwrite", *SHORT, cwd=tmp_path)
     assert ran.code == 1
     assert (
         "NaN or infinite values in the final latents of the calibration samples; nothing was written"

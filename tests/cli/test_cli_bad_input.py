@@ -92,11 +92,6 @@ QUICK = [
     (["a cat", "--base", "qwen-image"], "is for a single-file --model"),
     (["a cat", "-n", "0"], "--num-images '0' is out of range"),
     (["a cat", "--batch-size", "many"], "--batch-size 'many' is not a whole number"),
-    (
-        ["a cat", "-o", "nowhere/cat.png"],
-        "--output folder 'nowhere' does not exist; create it with: mkdir -p nowhere",
-    ),
-    (["a cat", "-o", "nowhere/"], "--output folder 'nowhere' does not exist"),
     (["a cat", "-o", "taken/cat.png"], "--output folder 'taken' is not a folder"),
     (["a cat", "-o", "/proc/cat.png"], "--output folder '/proc' is not writable"),
     (["a cat", "-o", "cat.bmp"], "has suffix '.bmp'; allowed are .png, .jpg, .jpeg, .webp"),

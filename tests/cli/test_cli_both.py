@@ -178,7 +178,7 @@ def test_what_is_typed_wins_before_a_record_is_checked(made, maker, edit_here, m
 
 def test_other_steps_than_were_calibrated_are_noted(maker, desk, edit_here):
     name = f"x{maker.suffix}"
-    words = [*maker.line(maker.subjects[0], "-b", "0.5"), "-o", name, "--json", "-q"]
+    words = [*maker.line(maker.subjects[0], "-b", "0.5"), "-o", name, "--json", "-q", "--overwrite"]
     ran = edit_here(*words, cwd=desk)
     assert ran.code == 0, ran.err
     assert ran.json["notes"] == ["calibrated at 4 steps; at 6 the plan is the one that needs no calibration"]

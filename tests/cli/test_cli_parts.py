@@ -58,24 +58,22 @@ def test_slug():
     assert len(outputs.slug("word " * 100)) <= outputs.MAX_NAME
 
 
-def test_default_names_never_replace_a_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert [str(p) for p in outputs.plan_outputs(None, fields(("a cat", 0)))] == ["a-cat.png"]
-    (tmp_path / "a-cat.png").touch()
-    assert [str(p) for p in outputs.plan_outputs(None, fields(("a cat", 0)))] == ["a-cat-2.png"]
-    names = outputs.plan_outputs(f"{tmp_path}/", fields(("a cat", 0), ("a cat", 1), ("a dog", 0)))
-    assert [p.name for p in names] == ["a-cat-0.png", "a-cat-1.png", "a-dog.png"]
+def paths(output, *entries):
+    return [place.path for place in outputs.plan_outputs(output, fields(*entries))]
 
 
 def test_file_names_and_templates(tmp_path):
+    assert [str(path) for path in paths(None, ("a cat", 0))] == ["a-cat.png"]
+    names = paths(f"{tmp_path}/new/folder/", ("a cat", 0), ("a cat", 1), ("a dog", 0))
+    assert [path.name for path in names] == ["a-cat-0.png", "a-cat-1.png", "a-dog.png"]
+    assert not (tmp_path / "new").exists(), "folders are made when the run starts"
     target = str(tmp_path / "x.jpg")
-    assert outputs.plan_outputs(target, fields(("a cat", 0))) == [tmp_path / "x.jpg"]
-    several = outputs.plan_outputs(target, fields(("a cat", 0), ("a dog", 0)))
-    assert [p.name for p in several] == ["x-0.jpg", "x-1.jpg"]
+    assert paths(target, ("a cat", 0)) == [tmp_path / "x.jpg"]
+    assert [path.name for path in paths(target, ("a cat", 0), ("a dog", 0))] == ["x-0.jpg", "x-1.jpg"]
     template = str(tmp_path / "{model}-{budget}-{prompt}-{seed:04d}-{index}.webp")
-    assert outputs.plan_outputs(template, fields(("a cat", 7)))[0].name == "m-0.6-a-cat-0007-0.webp"
+    assert paths(template, ("a cat", 7))[0].name == "m-0.6-a-cat-0007-0.webp"
     own = [{**fields(("a cat", 0))[0], "output": str(tmp_path / "own.png")}]
-    assert outputs.plan_outputs(target, own) == [tmp_path / "own.png"]
+    assert outputs.plan_outputs(target, own) == [outputs.Output(tmp_path / "own.png", False)]
 
 
 def test_writes_are_whole_or_nothing(tmp_path):

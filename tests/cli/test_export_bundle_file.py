@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,10 +107,14 @@ def test_export_can_be_loaded_and_names_its_hashes(folder: Path, tmp_path: Path,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "out"]
 
     before = (tmp_path / "out" / "edit-export.json").read_bytes()
-    refused = edit_here("export", "bundle", "-o", "out", cwd=tmp_path)
-    assert refused.code == 2 and "--output 'out' exists" in refused.err and "--force" in refused.err
+    shutil.copytree(folder, tmp_path / "copy")
+    refused = edit_here("export", "copy", "-o", "out", cwd=tmp_path)
+    assert refused.code == 2 and "--output 'out' exists" in refused.err and "--overwrite" in refused.err
+    shutil.rmtree(tmp_path / "copy")
     (tmp_path / "out" / "README.md").write_text("changed")
-    assert edit_here("export", "bundle", "-o", "out", "--force", cwd=tmp_path).code == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert edit_here("export", "bundle", "-o", "out", cwd=tmp_path).code == 0, "the same request"
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert (tmp_path / "out" / "edit-export.json").read_bytes() == before
     assert (tmp_path / "out" / "README.md").read_text() == card
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "out"]
@@ -118,8 +123,7 @@ def test_export_can_be_loaded_and_names_its_hashes(folder: Path, tmp_path: Path,
 BAD = [
     (["bundle"], "no place to write to; give --output FOLDER"),
     (["bundle", "-o", "out", "--format", "gguf"], "--format 'gguf' is unknown; allowed are bundle"),
-    (["bundle", "-o", "nowhere/out"], "does not exist; create it with: mkdir -p"),
-    (["bundle", "-o", "bundle", "--force"], "--output 'bundle' exists and is not an export of edit"),
+    (["bundle", "-o", "bundle", "--overwrite"], "--output 'bundle' exists and holds no export"),
     (["no-bundle", "-o", "out"], "is not a model folder"),
     (["a.safetensors", "-o", "out"], "is one file already, or not a bundle"),
     (["broken", "-o", "out"], "is not a bundle folder: routers.safetensors is missing"),

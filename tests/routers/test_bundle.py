@@ -125,6 +125,7 @@ def _tensors(change: Callable[[dict], object]) -> Callable[[Path], object]:
         tensors = load_file(folder / "routers.safetensors")
         change(tensors)
         save_file(tensors, folder / "routers.safetensors")
+        _text(lambda d: d.pop("sha256"))(folder)  # as in bundles that do not know the hash of their weights
 
     return damage
 
@@ -145,26 +146,47 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut off": (lambda f: (f / "routers.safetensors").write_bytes(b"\x10"), "Safetensor"),
     "no tensors": (lambda f: (f / "routers.safetensors").unlink(), "routers.safetensors is missing"),
     "no text": (lambda f: (f / "bundle.json").unlink(), "bundle.json is missing"),
-    "half a text": (lambda f: (f / "bundle.json").write_text("{"), "JSONDecodeError"),
-    "a list": (lambda f: (f / "bundle.json").write_text("[]"), "not an object with fields"),
+    "half a text": (lambda f: (f / "bundle.json").write_text("{"), "bundle.json is not complete JSON"),
+    "a list": (lambda f: (f / "bundle.json").write_text("[]"), "bundle.json: expected object, got array"),
     "bytes": (lambda f: (f / "bundle.json").write_bytes(b"\xff\xfe"), "UnicodeDecodeError"),
     "later": (_text(lambda d: d.update(format=99)), "format 99, this version reads 5 and 3"),
     "earlier": (_text(lambda d: d.update(format=4)), r"format 4, .*make it again with: edit calibrate"),
-    "no spec": (_text(lambda d: d.pop("spec")), "KeyError: 'spec'"),
-    "no times": (_text(lambda d: d.pop("times")), "KeyError: 'times'"),
+    "other weights": (
+        lambda f: save_file({"x": torch.zeros(1)}, f / "routers.safetensors"),
+        "sha256: routers.safetensors is not the file that it was written with",
+    ),
+    "no fingerprint": (_text(lambda d: d.update(fingerprint=None)), "fingerprint: expected array, got null"),
+    "minus one steps": (_text(lambda d: d.update(num_steps=-1)), "num_steps: expected int >= 1"),
+    "a large weight": (_weights(lambda w: w * 1e6), r"the plan dense\.3: it has a weight above 10000"),
+    "an escape code": (_text(lambda d: d.update(base_model="\x1b[31m")), "base_model: holds characters"),
+    "10,000 deep": (
+        lambda f: (f / "bundle.json").write_text('{"a":' * 10_000),
+        "bundle.json is nested too deeply",
+    ),
+    "no spec": (_text(lambda d: d.pop("spec")), "bundle.json: missing required field spec"),
+    "no times": (_text(lambda d: d.pop("times")), "bundle.json: missing required field times"),
     "odd spec": (
         _text(lambda d: d["spec"].update(colour="red")),
-        r"unknown TransformerSpec keys \['colour'\]",
+        r"spec: unknown keys \['colour'\]",
     ),
-    "words as times": (_text(lambda d: d.update(times=["one", "zero"])), "could not convert"),
+    "words as times": (
+        _text(lambda d: d.update(times=["one", "zero"])),
+        r"bundle.json: times\[0\]: expected float, got str",
+    ),
     "NaN as a time": (
         _text(lambda d: d["times"].__setitem__(3, float("nan"))),
-        "times are not a list of num",
+        "bundle.json is not complete JSON: .*invalid character",
     ),
     "no times at all": (_text(lambda d: d.update(times=[])), r"the plan \w+\.\d: it begins or ends at other"),
-    "a warp of one number": (_text(lambda d: d.update(warps={"dense": [1.0]})), "not enough values"),
-    "a warp of zero": (_text(lambda d: d.update(warps={"dense": [0, 1]})), "the warp .* above 0"),
-    "a warp of nothing": (_text(lambda d: d.update(warps={"sharp": [1, 1]})), "for 'sharp'"),
+    "a warp of one number": (
+        _text(lambda d: d.update(warps={"dense": [1.0]})),
+        "warps.*array of length 2",
+    ),
+    "a warp of zero": (_text(lambda d: d.update(warps={"dense": [0, 1]})), r"warps.*expected float > 0.0"),
+    "a warp of nothing": (
+        _text(lambda d: d.update(warps={"sharp": [1, 1]})),
+        "warps.*invalid enum value 'sharp'",
+    ),
     "no state": (
         _tensors(lambda t: t.pop("plans.dense.3.state")),
         r"dense\.3: a plan in time without 'state'",

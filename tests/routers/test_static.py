@@ -120,12 +120,12 @@ def test_impossible_budget() -> None:
     ("data", "message"),
     [
         ([], "not a static shape"),
-        ({"a": {}}, "not a static shape: KeyError"),
+        ({"a": {}}, "not a static shape: .*missing required field kept"),
         ({"a": {"kept": [1], "units": []}}, "keeps 1 blocks and describes others"),
-        ({"a": {"kept": [-1], "units": [[1]]}}, "-1 is not a count"),
+        ({"a": {"kept": [-1], "units": [[1]]}}, "kept.*expected int >= 0"),
         ({"a": {"kept": [1, 0], "units": [[1], [1]]}}, "describes others"),
-        ({"a": {"kept": [0], "units": [["x"]]}}, "'x' is not a count"),
-        ({"a": {"kept": [0], "units": [[1]], "z": 1}}, "unknown keys"),
+        ({"a": {"kept": [0], "units": [["x"]]}}, "units.*expected int, got str"),
+        ({"a": {"kept": [0], "units": [[1]], "z": 1}}, "unknown field z"),
     ],
 )
 def test_other_shapes_are_refused(data, message: str) -> None:

@@ -1,0 +1,75 @@
+"""What is read from files, checked once by msgspec: types with limits, and one line for what is wrong.
+
+A schema is a `msgspec.Struct`, a dataclass or a plain type with `Annotated` limits. Numbers are finite:
+msgspec reads no others. Imported where something is read: `edit --help` does without.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+T = TypeVar("T")
+MAX_BYTES = 64 * 2**20
+"""No description, record or trace is larger."""
+PRINTABLE = r"\A[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*\Z"
+"""Text without escape codes; a terminal would obey them."""
+
+Text = Annotated[str, Meta(max_length=100_000, pattern=PRINTABLE)]
+Name = Annotated[str, Meta(max_length=4096, pattern=PRINTABLE)]
+"""Of a model, a file, a block."""
+Positive = Annotated[float, Meta(gt=0)]
+Natural = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Budget = Annotated[float, Meta(gt=0, le=1)]
+Steps = Annotated[int, Meta(ge=1, le=1000)]
+Guidance = Annotated[float, Meta(ge=-100, le=1000)]
+
+
+def decode(data: bytes | str, kind: type[T] | Any, where: str) -> T:
+    """A value from JSON. where: for messages, the file. Raises ValueError, one line."""
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{where} is larger than {MAX_BYTES >> 20} MiB")
+    try:
+        value: T = msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{where}: {told(error)}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where} is not complete JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply") from None
+    return value
+
+
+def convert(data: Any, kind: type[T] | Any, where: str) -> T:
+    """A value from plain data. Raises ValueError, one line."""
+    try:
+        value: T = msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{where}: {told(error)}") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply") from None
+    return value
+
+
+def told(error: msgspec.ValidationError) -> str:
+    """The field, then what is wrong with it."""
+    what, _, place = str(error).replace("`", "").partition(" - at ")
+    what = what.removeprefix("Object ")
+    if "matching regex" in what:
+        what = "holds characters that are not text"
+    field = place.removeprefix("key in ").removeprefix("$").lstrip(".")
+    return f"{field}: {what[0].lower()}{what[1:]}" if field else what[0].lower() + what[1:]
+
+
+def unknown_keys(given: Any, kept: Any) -> list[str]:
+    """Keys of plain data that are missing in the value that was made of it, as plain data again."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        inside = [key for name, value in given.items() for key in unknown_keys(value, kept.get(name))]
+        return [*(key for key in given if key not in kept), *inside]
+    if isinstance(given, list) and isinstance(kept, (list, tuple)):
+        pairs = zip(given, kept, strict=False)
+        return [key for one, other in pairs for key in unknown_keys(one, other)]
+    return []
