@@ -15,12 +15,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from backbones.hunyuan3d.folders import cached_folder
-from backbones.model_files import ModelError, cached_file, hub_message, read_json, require_hub
+from backbones.lora import add_loras
+from backbones.model_files import (
+    LFS,
+    ModelError,
+    cached_file,
+    first_line,
+    hub_message,
+    is_pointer,
+    read_json,
+    require_hub,
+)
 from backbones.pipeline_call import known_call
 from backbones.processors import without_video
 from backbones.quantise import check_quantise, quantisation
 from backbones.registry import FAMILIES, component_configs
-from backbones.spec import DIFFUSERS, HUNYUAN3D, Backbone, CallSize, Lora, Placement
+from backbones.spec import DIFFUSERS, HUNYUAN3D, Backbone, CallSize, Placement
 from backbones.weights import build_transformer, load_transformer
 from routers.meta import transformer_flops
 
@@ -72,11 +82,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
-def load(backbone: Backbone, placement: Placement, transformer: Any = None) -> Any:
+def load(
+    backbone: Backbone, placement: Placement, transformer: Any = None, notes: list[str] | None = None
+) -> Any:
     """A ready pipeline: diffusers' for pictures, Hunyuan3D's for meshes. Both have transformer and scheduler.
 
     Folders need no network; a hub model is read from its own repository.
     transformer: an already loaded denoiser to put in place of the checkpoint's own (diffusers only).
+    notes: gets what a user should know of it, such as parts of a LoRA without effect.
     Raises ModelError for anything the user can mend.
     """
     device = pick_device(placement.device)
@@ -93,7 +106,9 @@ def load(backbone: Backbone, placement: Placement, transformer: Any = None) -> A
         if backbone.family.layout == HUNYUAN3D:
             pipe = _load_hunyuan3d(backbone, placement, device, dtype)
         else:
-            pipe = _load_diffusers(backbone, placement, device, dtype, transformer)
+            pipe = _load_diffusers(
+                backbone, placement, device, dtype, transformer, [] if notes is None else notes
+            )
     if placement.compile:
         # per block: seconds instead of minutes to compile, and routers still see every block
         for block in blocks(pipe.transformer, backbone):
@@ -194,8 +209,9 @@ def _load_hunyuan3d(
 
 
 def _load_diffusers(
-    backbone: Backbone, placement: Placement, device: torch.device, dtype: torch.dtype, transformer: Any
-) -> Any:
+    backbone: Backbone, placement: Placement, device: torch.device, dtype: torch.dtype, transformer: Any,
+    notes: list[str],
+) -> Any:  # fmt: skip
     from_file = backbone.file is not None and transformer is None
     if transformer is None and backbone.static is not None:
         transformer = load_transformer(backbone, dtype)
@@ -206,11 +222,7 @@ def _load_diffusers(
     pipe = _from_pretrained(backbone, dtype, components, placement if quantize else None)
     if from_file:
         pipe.register_modules(transformer=load_transformer(backbone, dtype))
-    for i, lora in enumerate(placement.loras):
-        _add_lora(pipe, lora, f"lora_{i}")
-    if placement.loras:
-        names = [f"lora_{i}" for i in range(len(placement.loras))]
-        pipe.set_adapters(names, [lora.scale for lora in placement.loras])
+    notes += add_loras(pipe, placement.loras)
     if placement.vae_tiling:
         if not hasattr(getattr(pipe, "vae", None), "enable_tiling"):
             raise ModelError(f"--vae-tiling: {backbone.name} has no VAE that decodes in tiles; leave it out")
@@ -227,7 +239,6 @@ def _from_pretrained(
     import diffusers
 
     pipeline_class = getattr(diffusers, backbone.family.pipeline_class)
-    local = backbone.folder is not None
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, **components}
     if packed is not None:
         file = backbone.folder / DIFFUSERS if backbone.folder else cached_file(backbone.source, DIFFUSERS)
@@ -237,8 +248,10 @@ def _from_pretrained(
     try:
         return pipeline_class.from_pretrained(backbone.source, local_files_only=True, **options)
     except Exception as error:
-        if local:
-            raise ModelError(f"{backbone.source!r} cannot be loaded: {first_line(error)}") from error
+        if backbone.folder is not None:
+            pointer = next(filter(is_pointer, sorted(backbone.folder.rglob("*.safetensors"))), None)
+            reason = first_line(error) if pointer is None else f"{str(pointer)!r}: {LFS}"
+            raise ModelError(f"{backbone.source!r} cannot be loaded: {reason}") from error
         if backbone.file is not None and not backbone.file.named:
             raise ModelError(
                 f"{backbone.file.path.name!r} holds the transformer alone; its text encoders and VAE are "
@@ -264,21 +277,6 @@ def _special(backbone: Backbone) -> dict[str, Any]:
     return absent | without_video(index, backbone.source)
 
 
-def _add_lora(pipe: Any, lora: Lora, name: str) -> None:
-    where: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "adapter_name": name}
-    folder, file = (lora.path, None) if lora.path.is_dir() else (lora.path.parent, lora.path.name)
-    if file is not None:
-        where["weight_name"] = file
-    try:
-        pipe.load_lora_weights(str(folder), **where)
-    except Exception as error:  # diffusers and peft raise anything from KeyError to RuntimeError here
-        raise ModelError(
-            f"--lora {str(lora.path)!r} does not fit {type(pipe).__name__}: {first_line(error)}"
-        ) from error
-    if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
-        raise ModelError(f"--lora {str(lora.path)!r} does not hold weights for {type(pipe).__name__}")
-
-
 def _place(pipe: Any, device: torch.device, offload: str) -> None:
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
@@ -294,9 +292,3 @@ def _place(pipe: Any, device: torch.device, offload: str) -> None:
         )
     else:
         pipe.to(device)
-
-
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's text, for one-line messages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

@@ -21,6 +21,9 @@ ROUTERS_FOLDER = "routers"
 DEFAULTS_FILE, STATIC = "edit.json", "static"
 """What a model folder says of itself: defaults for requests, and a static transformer's shape."""
 
+POINTER = b"version https://git-lfs"
+LFS = "it is a git-lfs pointer and not the file itself; fetch that with: git lfs pull"
+
 Stamp = tuple[tuple[str, int, int], ...]
 """Name, time of change and size of files: what was read from them holds while it stays the same."""
 
@@ -36,7 +39,8 @@ def read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(f"the model folder is incomplete: {str(file)!r} is missing") from None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{str(file)!r} cannot be read as JSON: {error}") from error
+        reason = LFS if is_pointer(file) else first_line(error)
+        raise ModelError(f"{str(file)!r} cannot be read as JSON: {reason}") from error
     if not isinstance(data, dict):
         raise ModelError(f"{str(file)!r} does not hold a JSON object")
     return data
@@ -73,7 +77,17 @@ def _read_header(file: Path, _stamp: Stamp) -> dict[str, tuple[int, ...]]:
     except (
         OSError, ValueError, struct.error, MemoryError, OverflowError, AttributeError, TypeError, KeyError,
     ) as error:  # fmt: skip
-        raise ModelError(f"{str(file)!r} is not a complete safetensors file: {error}") from error
+        reason = LFS if is_pointer(file) else first_line(error)
+        raise ModelError(f"{str(file)!r} is not a complete safetensors file: {reason}") from error
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file only says where git-lfs has it."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(POINTER)) == POINTER
+    except OSError:
+        return False
 
 
 def count_by_prefix(file: Path) -> dict[str, int]:
@@ -179,3 +193,9 @@ def hub_message(repository: str, error: BaseException, next_step: str = DOWNLOAD
         return f"{repository!r} was not found, neither as a folder nor on the hub; see `edit models`"
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
     return f"{repository!r} is not in the local cache and the hub cannot be reached{offline}; {next_step}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's text, for one-line messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

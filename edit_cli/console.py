@@ -5,31 +5,56 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edit_cli import lifetime
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.progress import Progress, TaskID
     from rich.table import Table
+
+
+LOG_SECONDS = 30
+"""Between two lines on a phase that goes on."""
+CONTROLS = dict.fromkeys([*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+"""Characters that move a terminal's cursor, change its state or turn the direction of writing."""
+del CONTROLS[ord("\n")], CONTROLS[ord("\t")]
+
+
+def printable(text: str) -> str:
+    """A text that a terminal only shows: prompts and records come from others' files."""
+    return text.translate(CONTROLS)
 
 
 @functools.cache
 def stdout() -> Console:
     """Console for results."""
-    from rich.console import Console
+    return _console()
 
-    return Console(highlight=False)
+
+def _console(**options: Any) -> Console:
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Plain(Console):
+        """Prints no control characters but its own."""
+
+        def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+            """As of any console, cleaned."""
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+    return Plain(highlight=False, **options)
 
 
 @functools.cache
 def stderr() -> Console:
     """Console for progress, warnings and errors."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
+    return _console(stderr=True)
 
 
 def print_error(message: str) -> None:
@@ -46,6 +71,10 @@ def print_warning(message: str) -> None:
 
 def print_note(message: str) -> None:
     """One dim line on stderr."""
+    if not _is_terminal():  # without rich, whose import takes longer than all that came before
+        sys.stderr.write(printable(" ".join(message.split())) + "\n")
+        sys.stderr.flush()
+        return
     stderr().print(f"[dim]{_escape(' '.join(message.split()))}[/]", soft_wrap=True)
 
 
@@ -56,16 +85,24 @@ def print_warnings(messages: Iterable[str], request: Container[str]) -> None:
 
 
 def print_result(report: Mapping[str, Any], table: RenderableType, request: Container[str]) -> None:
-    """A command's result: a table for people, with --json on stderr, and the object alone on stdout."""
-    if "quiet" not in request:
-        (stderr() if "json" in request else stdout()).print(table)
+    """A command's result: a table for people, with --json on stderr, and the object alone on stdout.
+
+    With --quiet the paths that were written, one a line, and nothing else.
+    """
     if "json" in request:
         print_json(report)
+    elif "quiet" in request:
+        written = report.get("outputs") or filter(None, [report.get("output") or report.get("bundle")])
+        sys.stdout.writelines(f"{path}\n" for path in ([] if "dry_run" in report else written))
+    if "quiet" not in request:
+        (stderr() if "json" in request else stdout()).print(table)
 
 
 def print_json(result: Mapping[str, Any]) -> None:
     """One JSON object as one line of stdout."""
-    sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
+    text = json.dumps(result, ensure_ascii=False)
+    controls = {code: f"\\u{code:04x}" for code in CONTROLS if code >= 32}  # json escapes the others itself
+    sys.stdout.write(text.translate(controls) + "\n")
     sys.stdout.flush()
 
 
@@ -93,24 +130,80 @@ def two_columns(rows: Mapping[str, str], title: str = "") -> Table:
     return table
 
 
+class Log:
+    """Progress as lines, where stderr is a file: one when a phase begins, one every half minute and at its
+    end, each with the time since the command began. Does what is asked of rich's `Progress` here.
+    """
+
+    def __init__(self) -> None:
+        self.phases: list[dict[str, Any]] = []
+
+    def add_task(self, name: str, total: float) -> int:
+        """A phase of so many steps, which begins with its first."""
+        self.phases.append({"name": name, "total": total, "done": 0, "began": 0.0, "told": 0.0})
+        return len(self.phases) - 1
+
+    def advance(self, task: int) -> None:
+        """One step more."""
+        self.update(task, completed=self.phases[task]["done"] + 1)
+
+    def update(
+        self, task: int, completed: float = 0, total: float | None = None, description: str = ""
+    ) -> None:
+        """So many steps are done."""
+        phase, now = self.phases[task], time.perf_counter()
+        phase["total"] = phase["total"] if total is None else total
+        phase["name"] = description or phase["name"]
+        if not phase["began"]:
+            phase["began"] = phase["told"] = now
+            print_note(f"[{_minutes(now - lifetime.began())}] {phase['name']}: {phase['total']} steps")
+        before, phase["done"] = phase["done"], completed
+        last = completed >= phase["total"] > before
+        if last or now - phase["told"] >= LOG_SECONDS:
+            phase["told"] = now
+            print_note(f"[{_minutes(now - lifetime.began())}] {phase['name']}: {_so_far(phase, now)}")
+
+
+def _so_far(phase: Mapping[str, Any], now: float) -> str:
+    """How much of a phase is done, how fast, and how long the rest takes."""
+    done, total, taken = phase["done"], phase["total"], max(now - phase["began"], 1e-9)
+    left = f", {_minutes(taken * (total - done) / done)} left" if 0 < done < total else ""
+    return f"{done} of {total} steps, {done / taken:.2g} a second{left}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
 @contextmanager
 def working(text: str, enabled: bool) -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr while something of unknown length runs; nothing if stderr is not a terminal.
+    """A spinner on stderr while something of unknown length runs; a line where stderr is not a terminal.
 
     Gives a function that changes the text.
     """
-    if not enabled or not stderr().is_terminal:
+    if not enabled:
         yield lambda text: None
+        return
+    if not _is_terminal():
+
+        def say(text: str) -> None:
+            print_note(f"[{_minutes(time.perf_counter() - lifetime.began())}] {text}")
+
+        say(text)
+        yield say
         return
     with stderr().status(_escape(text)) as status:
         yield lambda text: status.update(_escape(text))
 
 
 @contextmanager
-def progress(enabled: bool) -> Iterator[Progress | None]:
-    """Progress bars on stderr; None when disabled or when stderr is not a terminal."""
-    if not enabled or not stderr().is_terminal:
+def progress(enabled: bool) -> Iterator[Any]:
+    """Progress bars on stderr, lines where it is not a terminal; None when disabled."""
+    if not enabled:
         yield None
+        return
+    if not _is_terminal():
+        yield Log()
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -119,9 +212,13 @@ def progress(enabled: bool) -> Iterator[Progress | None]:
         yield bars
 
 
-def phases(bars: Progress | None) -> Callable[..., None]:
+def _is_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+def phases(bars: Any) -> Callable[..., None]:
     """A function (phase, done, total, beside="") that shows a bar per phase, with a text beside its name."""
-    tasks: dict[str, TaskID] = {}
+    tasks: dict[str, Any] = {}
 
     def report(phase: str, done: int, total: int, beside: str = "") -> None:
         if bars is not None:

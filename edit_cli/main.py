@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from edit_cli import __version__
+from edit_cli import __version__, lifetime
 from edit_cli.console import print_error
 from edit_cli.errors import BAD_INPUT, FAILED_RUN, EditError, Interrupted, is_out_of_memory, out_of_memory
 from edit_cli.help import Commands, EditGroup
@@ -71,9 +71,17 @@ def root(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 bad input, 1 failed run, 130 interrupted."""
+    with lifetime.command(as_program=arguments is None):
+        code = _ended(sys.argv[1:] if arguments is None else list(arguments))
+    sys.exit(code)
+
+
+def _ended(arguments: list[str]) -> int:
+    """The exit code of one command, whatever happens in it."""
     debug = bool(os.environ.get("EDIT_DEBUG"))
     try:
-        code = _run(sys.argv[1:] if arguments is None else list(arguments))
+        code = _run(arguments)
+        sys.stdout.flush()
     except EditError as error:
         if debug:
             raise
@@ -84,17 +92,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = Interrupted.exit_code
     except BrokenPipeError:
         # the reader of our output left (`edit models | head`): nothing to tell anyone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lifetime.discard_output()
         code = FAILED_RUN
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.filename is None:  # it may have been our own output
+            lifetime.discard_output()
         from backbones.model_files import ModelError  # not needed by `edit --help`
 
         known = isinstance(error, ModelError)
         print_error(str(error) if known else _describe(error))
         code = BAD_INPUT if known else FAILED_RUN
-    sys.exit(code)
+    return code
 
 
 def _run(arguments: list[str]) -> int:
@@ -166,9 +176,11 @@ def _accepts(option: Option, word: str) -> bool:
 def _describe(error: Exception) -> str:
     if is_out_of_memory(error):
         return out_of_memory()
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.strerror:
         where = "output" if error.filename is None else repr(str(error.filename))
-        return f"no space left on device while writing {where}; free some, or write elsewhere"
+        if error.errno == errno.ENOSPC:
+            return f"no space left on device while writing {where}; free some, or write elsewhere"
+        return f"{where}: {error.strerror.lower()}; set EDIT_DEBUG=1 for the traceback"
     first = next((line for line in str(error).splitlines() if line.strip()), "no message")
     return f"{type(error).__name__}: {first.strip()}; set EDIT_DEBUG=1 for the traceback"
 

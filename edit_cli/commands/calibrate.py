@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edit_cli.calibrate.plan import make_calibration_plan
-from edit_cli.console import print_result, print_warnings
+from edit_cli.console import print_result, print_warnings, working
 from edit_cli.options import CALIBRATE
 from edit_cli.request import Request, command
 
@@ -23,8 +23,9 @@ def calibrate(request: Request) -> None:
     """
     plan = make_calibration_plan(request)
     print_warnings(plan.generation.warnings, request)
-    from edit_cli.calibrate import report
-    from edit_cli.calibrate.calibration import run_calibration
+    with working(f"starting {plan.generation.backbone.name}", "quiet" not in request):
+        from edit_cli.calibrate import report
+        from edit_cli.calibrate.calibration import run_calibration
 
     measured = run_calibration(plan, "quiet" in request)
     if measured is None:  # another process of a training reports

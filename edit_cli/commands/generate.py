@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edit_cli.console import print_note, print_result, print_warnings, show_file
+from edit_cli.console import print_note, print_result, print_warnings, show_file, working
 from edit_cli.errors import EditError
 from edit_cli.generate.claims import claimed
 from edit_cli.generate.medium import Medium
@@ -75,7 +75,9 @@ def carry_out(request: Request, medium: Medium) -> None:
         from edit_cli.generate.gallery import check_gallery, write_galleries
 
         check_gallery(plan)
-    from edit_cli.generate import report
+    with working(f"starting {plan.backbone.name}", "quiet" not in request):  # torch takes seconds to import
+        from edit_cli.generate import loop as loop
+        from edit_cli.generate import report
 
     with claimed(plan) as left:
         done = len(plan.jobs) - len(left.jobs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from edit_cli.console import print_result, print_warnings, progress, stderr, stdout
+from edit_cli.console import print_result, print_warnings, progress, stderr, stdout, working
 from edit_cli.files import ANY, claimed_folder, request_hash, request_in
 from edit_cli.options import PROFILE
 from edit_cli.profile.plan import check_metric, make_profile_plan, refuse_beside_replay
@@ -32,7 +32,8 @@ def profile(request: Request) -> None:
         plan = make_profile_plan(request)
         asked = request_hash(request)
     with _folder(request, asked) as folder:
-        from edit_cli.profile import report
+        with working("starting a profile", "quiet" not in request and replay is None):
+            from edit_cli.profile import report
 
         if replay is not None:
             trace, pictures = report.reopen(replay)

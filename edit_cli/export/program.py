@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from backbones import registry
-from backbones.loading import first_line
+from backbones.model_files import first_line
 from backbones.spec import CallSize
 from edit_cli.console import two_columns
 from edit_cli.errors import EditError, RunError

@@ -13,12 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from backbones.hunyuan3d.alpha import solid
+from backbones.model_files import LFS, is_pointer
 from edit_cli.errors import EditError
 
 TOLERANCE = 24
 """Largest difference to the background's colour, per channel of 255, that flood fill still takes for it."""
 PLAIN_SHARE = 0.8
 """A border counts as plain when so many of its pixels are within the tolerance of their median."""
+CUT_SHARE = 0.01
+"""An alpha channel that leaves out a smaller share cuts nothing out: rounded corners, specks."""
 MIN_SHARE = 1e-4
 """A foreground of a smaller share of the picture is taken for none."""
 
@@ -43,9 +47,8 @@ def open_picture(path: str, where: str) -> Image.Image:
             f"{where} {path!r} has too many pixels to be opened; allowed are {limit}, scale it down"
         ) from None
     except Exception as error:  # Pillow plugins raise anything on damaged files
-        raise EditError(
-            f"{where} {path!r} is not a readable picture; give a PNG, JPEG or WebP file"
-        ) from error
+        reason = f": {LFS}" if is_pointer(Path(path)) else "; give a PNG, JPEG or WebP file"
+        raise EditError(f"{where} {path!r} is not a readable picture{reason}") from error
     transparent = picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info
     return picture.convert("RGBA" if transparent else "RGB")
 
@@ -86,7 +89,7 @@ def _read_object(path: str, how: str, _file: Path, _changed: int) -> tuple[Image
 def cut_out(picture: Image.Image, how: str, name: str) -> tuple[Image.Image, str]:
     """The picture with its background transparent, and in a word how.
 
-    how: "no" takes the alpha channel as it is; "auto" removes a background only where there is no alpha;
+    how: "no" takes the alpha channel as it is; "auto" removes a background only where alpha cuts out none;
     "yes" always. A plain background is flood filled from the border; any other needs rembg.
     Raises EditError if nothing is left, or if it cannot be done.
     """
@@ -95,14 +98,17 @@ def cut_out(picture: Image.Image, how: str, name: str) -> tuple[Image.Image, str
         raise EditError(f"IMAGE {name!r} is {picture.width}x{picture.height} px; give at least 2x2 px")
     if not rgba[..., 3].any():
         raise EditError(f"IMAGE {name!r} is fully transparent; give a picture with something in it")
-    has_alpha = bool((rgba[..., 3] < 255).any())
-    if how == "no" or (how == "auto" and has_alpha):
+    opaque = solid(rgba[..., 3])
+    has_alpha, cuts = not opaque.all(), (~opaque).mean() >= CUT_SHARE
+    if how == "no" or (how == "auto" and cuts):
         done, way = rgba, "alpha" if has_alpha else "kept"
     else:
         plain = flood_background(rgba)
         if plain is not None:
             rgba[..., 3] = np.where(plain, 0, rgba[..., 3])
             done, way = rgba, "plain colour"
+        elif how == "auto" and has_alpha:
+            done, way = rgba, "alpha"
         else:
             done, way = _rembg(picture, how, name)
     _check_foreground(done, name)
@@ -138,9 +144,8 @@ def _rembg(picture: Image.Image, how: str, name: str) -> tuple[Bytes, str]:
 
 def _check_foreground(rgba_HW4: Bytes, name: str) -> None:
     """The conditioner crops to the foreground's bounding box, so that must have two sides."""
-    opaque = rgba_HW4[..., 3] > 0
-    rows, columns = np.nonzero(opaque)
-    if opaque.mean() < MIN_SHARE or len(set(rows.tolist())) < 2 or len(set(columns.tolist())) < 2:
+    opaque = solid(rgba_HW4[..., 3])
+    if opaque.mean() < MIN_SHARE or min(opaque.any(0).sum(), opaque.any(1).sum()) < 2:
         raise EditError(
             f"IMAGE {name!r} has no foreground: nothing but background was found; give a picture of one "
             "object, or keep everything with --remove-background no"

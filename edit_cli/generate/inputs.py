@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backbones.pipeline_call import ARGUMENTS, GIVES, PipelineCall, variant
@@ -19,10 +20,12 @@ from edit_cli.request import Options
 
 if TYPE_CHECKING:
     from edit_cli.generate.result import StageClock
+    from edit_cli.generate.seen import Seen
 
 DEFAULT_STRENGTH = 0.6  # diffusers' own default for image-to-image
 PICTURES = ("image", "mask", "control_image")
 """Inputs that are files of pictures."""
+EXIF_ORIENTATION = 0x0112
 PASSED = ("width", "height", "frames", "fps", "seconds", "strength", "max_sequence_length")
 """Inputs that go into the call as they are, once for all rows."""
 
@@ -101,14 +104,28 @@ def arguments(call: PipelineCall, backbone: Backbone, jobs: Sequence[Any]) -> di
 
 
 @contextmanager
-def refused_inputs(steps_made: Mapping[str, Any]) -> Iterator[None]:
-    """What a pipeline refuses before its first step is bad input, in its own words."""
+def refused_inputs(steps_made: Mapping[str, Any], pipe: Any, sampler: str) -> Iterator[None]:
+    """What a pipeline refuses before its first step is bad input, in its own words; and a scheduler that
+    lacks what the pipeline asks of it is not the model's. sampler: the scheduler's class.
+    """
     try:
         yield
-    except ValueError as error:
-        if steps_made:
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        misfit = sampler in str(error) or type(pipe.scheduler).__name__ in str(error) or _in_scheduler(error)
+        if steps_made or not (misfit or isinstance(error, ValueError)):
             raise
-        raise EditError(next(iter(str(error).splitlines()), type(error).__name__)) from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if misfit:
+            reason = f"the scheduler {sampler} does not fit {type(pipe).__name__}: {reason}"
+        raise EditError(reason) from error
+
+
+def _in_scheduler(error: BaseException) -> bool:
+    """Whether an error comes out of a scheduler of diffusers."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and "schedulers" in Path(trace.tb_frame.f_code.co_filename).parts
 
 
 def _rows(values: list[Any]) -> Any:
@@ -134,8 +151,11 @@ def _pictures(call: PipelineCall, job: Any, rows: int) -> dict[str, Any]:
 
 
 @contextmanager
-def timed_parts(pipe: Any, clock: StageClock, device: str) -> Iterator[None]:
-    """Split one pipeline call into text, decode, and the rest: denoise. Waits for the GPU between."""
+def timed_parts(pipe: Any, clock: StageClock, device: str, seen: Seen) -> Iterator[None]:
+    """Split one pipeline call into text, decode, and the rest: denoise. Waits for the GPU between.
+
+    seen: looks at what goes in and out of these.
+    """
     from edit_cli.generate.result import waiter
 
     inner = clock.seconds["text"] + clock.seconds["decode"]
@@ -149,11 +169,19 @@ def timed_parts(pipe: Any, clock: StageClock, device: str) -> Iterator[None]:
     )
     parts = [place for place in places if hasattr(place[0], place[1])]
 
+    def is_tuple(made: Any) -> bool:
+        return isinstance(made, tuple) and bool(made)
+
     def timed(function: Any, stage: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             wait()
             with clock.stage(stage, device):
-                return function(*args, **kwargs)
+                made = function(*args, **kwargs)
+                if stage == "decode":
+                    seen.values([*args[:1], getattr(made, "sample", made[0] if is_tuple(made) else None)])
+                elif is_tuple(made) and getattr(made[0], "ndim", 0) == 3:
+                    seen.encoded = max(seen.encoded or 0, made[0].shape[1])
+                return made
 
         return call
 
@@ -181,3 +209,32 @@ def settled_strength(given: Mapping[str, Any], call: PipelineCall, steps: int) -
     if steps_taken(steps, strength) < 1:
         raise EditError(f"--strength {strength:g} of {steps} steps leaves no step to run; raise either")
     return strength
+
+
+STRETCH = 1.02
+"""A picture whose shape is changed by more than this ratio looks stretched."""
+
+
+def stretched(
+    given: Mapping[str, Any], call: PipelineCall, width: int | None, height: int | None
+) -> list[str]:
+    """What to say of pictures that a pipeline brings to its own shape. Width, height: px of the result."""
+    whole = call.argument("strength") or GIVES.get(call.gives) == "video"
+    if not (width and height and whole and call.argument("width")):
+        return []
+    from PIL import Image
+
+    notes = []
+    for name in PICTURES:
+        for file in given.get(name) or () if name == "image" else filter(None, [given.get(name)]):
+            with Image.open(file) as picture:
+                turned = picture.getexif().get(EXIF_ORIENTATION, 1) > 4
+                wide, high = picture.size[::-1] if turned else picture.size
+            ratio = wide / high / (width / height)
+            if max(ratio, 1 / ratio) > STRETCH:
+                label = f"--{name.replace('_', '-')}"
+                notes.append(
+                    f"{label} {file!r} has {wide}x{high} px and is stretched to {width}x{height}; crop it, "
+                    "or give a --width and --height of its shape"
+                )
+    return notes

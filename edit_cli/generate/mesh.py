@@ -154,7 +154,13 @@ class Mesh:
         noise = pipe.noise(len(jobs), [torch.Generator("cpu").manual_seed(job.seed) for job in jobs])
         with memory_errors("while denoising", self.smaller), clock.stage("denoise", device):
             latents = pipe.denoise(contexts, noise, first.steps, first.guidance, lambda *_: on_step())
-        return [self._finish(session, pipe, job, latents[i : i + 1]) for i, job in enumerate(jobs)]
+        finite = latents.flatten(1).isfinite().all(dim=1).tolist()
+        return [
+            self._finish(session, pipe, job, latents[i : i + 1])
+            if finite[i]
+            else RunError(f"{job.path}: the numbers overflowed; try --dtype fp32 or another picture")
+            for i, job in enumerate(jobs)
+        ]
 
     def _finish(self, session: Session, pipe: Any, job: Any, latents: Any) -> Made | RunError:
         """Latents to a clean mesh, or why there is none."""
@@ -174,6 +180,7 @@ class Mesh:
         with session.clock.stage("clean"):
             mesh = pipe.clean(mesh, job.faces)
             _colour(mesh, job)
+        session.notes += _shortcomings(job, mesh)
         return Made(mesh, volume, read_object(job.images[0], job.remove_background)[1])
 
     def _decode(self, session: Session, pipe: Any, job: Any, latents: Any) -> Any:
@@ -329,6 +336,29 @@ def _beside_dense(comparison: Mapping[str, Any]) -> str:
         return ""
     chamfer, iou = fmean(comparison["dense_chamfer"]), fmean(comparison["dense_iou"])
     return f" to the exact solution; the dense run: Chamfer {chamfer:.2%}, volume IoU {iou:.3f}"
+
+
+def _shortcomings(job: MeshJob, mesh: Any) -> list[str]:
+    """What a mesh is not that people take for granted."""
+    import numpy as np
+    from trimesh.graph import connected_component_labels
+
+    notes = []
+    if job.faces is not None and len(mesh.faces) > job.faces:
+        notes.append(
+            f"{job.path}: {len(mesh.faces)} faces, not {job.faces}: with fewer its surface would tear"
+        )
+    if not mesh.is_watertight:
+        notes.append(f"{job.path}: the surface is not closed; try another --seed or more --faces")
+    labels = connected_component_labels(mesh.face_adjacency, node_count=len(mesh.faces))
+    corners = mesh.triangles
+    volumes = np.bincount(
+        labels, np.einsum("fi,fi->f", corners[:, 0], np.cross(corners[:, 1], corners[:, 2]))
+    )
+    pieces = int((volumes > 0).sum())  # hollows have shells of their own, inside out
+    if pieces > 1:
+        notes.append(f"{job.path}: {pieces} pieces that do not touch; another --seed may give one")
+    return notes
 
 
 def read_object(path: str, how: str) -> tuple[Image.Image, str]:

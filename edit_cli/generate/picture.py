@@ -23,11 +23,13 @@ from edit_cli.generate.inputs import (
     refused_inputs,
     settled_strength,
     steps_taken,
+    stretched,
     timed_parts,
 )
 from edit_cli.generate.medium import Fields, Job, OnStep
 from edit_cli.generate.outputs import PICTURE_SUFFIXES
 from edit_cli.generate.record import encode_picture, read_record
+from edit_cli.generate.seen import Seen, read_texts
 from edit_cli.request import in_lines
 
 if TYPE_CHECKING:
@@ -123,6 +125,7 @@ class Picture:
         elif negative:
             warnings.append(f"the negative prompt has no effect at guidance {guidance:g}; use more than 1")
         images = given.get("image", ())
+        warnings += stretched(given, call, **settled)
         return {
             "prompt": fields["prompt"], "negative_prompt": negative, **settled, "image": images,
             "mask": given.get("mask"), "control_image": given.get("control_image"),
@@ -173,14 +176,22 @@ class Picture:
 
         if "callback_on_step_end" in call.defaults:
             given["callback_on_step_end"] = after_step
-        with timed_parts(pipe, session.clock, session.device), refused_inputs(last):
-            made = self.results(pipe, getattr(pipe(**given), call.gives), len(jobs))
-        finite = [True] * len(jobs)
-        if hasattr(last.get("latents"), "isfinite") and len(last["latents"]) == len(jobs):
-            finite = last["latents"].flatten(1).isfinite().all(dim=1).tolist()
+        seen = Seen(len(jobs))
+        with (
+            read_texts(pipe, seen),
+            timed_parts(pipe, session.clock, session.device, seen),
+            refused_inputs(last, pipe, session.sampler),
+        ):
+            found = getattr(pipe(**given), call.gives)
+            made = self.results(pipe, found, len(jobs))
+        seen.values(last.get("latents"))
+        seen.values(found)
+        session.notes += seen.notes(
+            [text or "" for job in jobs for text in (job.prompt, job.negative_prompt)]
+        )
         return [
-            picture if good else RunError(f"{job.path}: the numbers overflowed; {OVERFLOW}")
-            for picture, good, job in zip(made, finite, jobs, strict=True)
+            RunError(f"{job.path}: the numbers overflowed; {OVERFLOW}") if row in seen.bad else each
+            for row, (each, job) in enumerate(zip(made, jobs, strict=True))
         ]
 
     def results(self, _pipe: Any, made: Any, _jobs: int) -> list[Any]:
@@ -270,7 +281,7 @@ class Picture:
 
     def calls(self, job: Any, backbone: Backbone) -> list[CallSize]:
         """One call per branch: each has its own text."""
-        tokens, limit = backbone.family.text_tokens, backbone.defaults.max_sequence_length
+        tokens, limit = backbone.family.text_tokens, _longest(job, backbone)
         prompts = [job.prompt, job.negative_prompt or ""][: backbone.branches(job.guidance)]
         width, height = job.width or USUAL_SIDE, job.height or USUAL_SIDE
         return [CallSize(1, width, height, tokens(prompt, limit)) for prompt in prompts]
@@ -285,7 +296,7 @@ class Picture:
     def stream(self, job: Any, backbone: Backbone) -> int:
         """Values of the residual streams between two blocks, of picture and text."""
         config = registry.component_configs(backbone)["transformer"]
-        text = backbone.family.text_tokens(job.prompt, backbone.defaults.max_sequence_length)
+        text = backbone.family.text_tokens(job.prompt, _longest(job, backbone))
         width = int(config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0))
         return (self._tokens(job, backbone) + text) * width
 
@@ -308,6 +319,12 @@ def _beside_dense(comparison: Mapping[str, Any]) -> str:
         return ""
     dense = f"{fmean(comparison['dense_psnr']):.1f} dB, SSIM {fmean(comparison['dense_ssim']):.3f}"
     return f" to the exact solution, which the dense run comes near to with {dense}"
+
+
+def _longest(job: Any, backbone: Backbone) -> int | None:
+    """Text tokens that are read at most: as the model's folder says, else as its pipeline's call does."""
+    own = backbone.defaults.max_sequence_length
+    return own if own is not None else known_call(job.pipeline).default("max_sequence_length")
 
 
 def file_hash(file: str) -> str:

@@ -25,8 +25,8 @@ from edit_cli.request import Request
 
 SAME_RESULT = (
     "replay", "output", "format", "preview", "compare", "dry_run", "json", "quiet", "force", "device",
-    "dtype", "offload", "compile", "batch_size", "gallery", "open", "overwrite",
-    "resume",
+    "dtype", "offload", "compile", "batch_size", "gallery", "open", "overwrite", "resume", "engine",
+    "workers",
 )  # fmt: skip
 """Options beside which a replayed record counts as unchanged; where it runs is noted on its own."""
 

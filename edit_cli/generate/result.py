@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edit_cli import lifetime
 from edit_cli.generate.medium import Job
 from routers.planned.spent import PlanTrace
 
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class StageClock:
-    """Adds up seconds per stage over a whole command. Total is wall time since the clock was made."""
+    """Adds up seconds per stage over a whole command. Total is wall time since the command began."""
 
     def __init__(self, stages: Iterable[str]) -> None:
-        self.started = time.perf_counter()
+        self.started = lifetime.began()
         self.seconds = dict.fromkeys(stages, 0.0)
 
     @contextmanager

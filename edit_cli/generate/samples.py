@@ -9,12 +9,11 @@ from typing import TypeVar
 
 from backbones import registry
 from backbones.spec import Backbone
-from edit_cli.checks import readable_file
+from edit_cli.checks import PICTURE_NAMES, readable_file
 from edit_cli.errors import EditError, bad_input
 from edit_cli.files import reason
 from edit_cli.generate.medium import Job, Medium
 from edit_cli.generate.mesh import MESH
-from edit_cli.generate.outputs import PICTURE_SUFFIXES
 from edit_cli.generate.picture import PICTURE
 from edit_cli.generate.plan import Plan, make_plan
 from edit_cli.generate.prompts import default_prompts
@@ -93,14 +92,15 @@ def picture_files(option: str, folder: str, wanted: str) -> list[str]:
         what = "is not a folder" if path.exists() else "does not exist"
         raise EditError(f"{option} {folder!r} {what}; give {wanted}")
     try:
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+        names = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+        files = [file for file in names if file.suffix.lower() in PICTURE_NAMES]
     except OSError as error:
         raise EditError(
             f"{option} {folder!r} cannot be read: {reason(error)}; check its permissions"
         ) from error
     if not files:
         raise EditError(
-            f"{option} {folder!r} does not hold pictures; put {', '.join(PICTURE_SUFFIXES)} files there"
+            f"{option} {folder!r} does not hold pictures; put {', '.join(PICTURE_NAMES)} files there"
         )
     return [str(file) for file in files]
 

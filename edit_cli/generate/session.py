@@ -12,9 +12,11 @@ from typing import Any
 
 from backbones import loading, registry
 from backbones.describe import described
+from backbones.lora import TooStrongError
 from backbones.model_files import ModelError
+from backbones.noise import seeded
 from backbones.solvers import check_solver, solver
-from edit_cli.errors import EditError, bad_input, memory_errors
+from edit_cli.errors import EditError, RunError, bad_input, memory_errors
 from edit_cli.generate.medium import Job, OnStep
 from edit_cli.generate.plan import Plan
 from edit_cli.generate.result import StageClock, job_flops
@@ -74,11 +76,11 @@ class Session:
             )
         for name in plan.medium.imports:  # their import is not what a stage costs
             importlib.import_module(name)
-        with bad_input(), memory_errors("while loading the model", plan.medium.smaller):
+        with bad_input(), overflows(), memory_errors("while loading the model", plan.medium.smaller):
             if source.release is not None:
                 transformer, release_routers = _load_release(plan, source.release)
                 notes.append(RELEASE_NOTE)
-            pipe = loading.load(plan.backbone, plan.placement, transformer)
+            pipe = loading.load(plan.backbone, plan.placement, transformer, notes)
             for name in filter(None, {job.solver for job in plan.jobs}):
                 check_solver(pipe, name)
             if source.release is not None:
@@ -145,7 +147,8 @@ class Session:
         pipe = medium.pipe(self, first)
         pipe.scheduler = self.pipe.scheduler
         scope = nullcontext() if self.elastic is None else self._scope(first, len(jobs))
-        stepping = nullcontext() if first.solver is None else solver(pipe, first.solver)
+        seeds = [job.seed for job in jobs]
+        stepping = seeded(pipe.scheduler, seeds) if first.solver is None else solver(pipe, first.solver)
         size = f"at {medium.size(jobs)}, batch {len(jobs)}"
         with memory_errors(size, medium.smaller), loading.quiet_libraries(), stepping, scope as trace:
             results = medium.call(self, pipe, jobs, on_step)
@@ -199,6 +202,15 @@ class Session:
         self.detach()
         yield
         self.attach()
+
+
+@contextmanager
+def overflows() -> Iterator[None]:
+    """A LoRA that numbers cannot hold is a failed run: it might do at another precision."""
+    try:
+        yield
+    except TooStrongError as error:
+        raise RunError(str(error)) from error
 
 
 def _load_release(plan: Plan, file: Path) -> tuple[Any, Any]:

@@ -47,6 +47,16 @@ class PlanTrace:
     remarks: list[str] = field(default_factory=list)
 
     @property
+    def num_steps(self) -> int:
+        """Steps of the dense run, as they were believed to be."""
+        return self.steps
+
+    @property
+    def num_calls(self) -> int:
+        """Transformer calls that a dense run makes up to here; `made` of them were computed."""
+        return self.of
+
+    @property
     def share(self) -> float:
         """Share of the dense run's FLOPs that was spent."""
         if not self.of:

@@ -9,7 +9,12 @@ from PIL import Image, ImageDraw
 
 from backbones.hunyuan3d.conditioner import SingleImageEncoder, view_embedding
 from backbones.hunyuan3d.config import build
-from backbones.hunyuan3d.image_processor import ImageProcessor, MultiViewImageProcessor, resize_area
+from backbones.hunyuan3d.image_processor import (
+    ImageProcessor,
+    MultiViewImageProcessor,
+    resample_weights,
+    resize_area,
+)
 from backbones.hunyuan3d.pipeline import Hunyuan3DPipeline, denoise
 from backbones.hunyuan3d.schedulers import ConsistencyFlowMatchEulerScheduler, FlowMatchEulerScheduler
 from backbones.tiny.recipes.shapes.point_encoder import EncodingShapeVAE, farthest_points
@@ -197,6 +202,22 @@ def test_area_resampling_keeps_the_mean_when_shrinking_and_constants_always():
     flat = np.full((9, 8, 4), 77, np.uint8)
     for size in ((3, 3), (20, 5), (31, 17)):
         assert (resize_area(flat, *size) == 77).all()
+
+
+def test_a_large_photo_is_resampled_with_as_many_weights_as_it_has_pixels():
+    for shrink, n_out in ((True, 2700), (False, 5000)):
+        assert resample_weights(4000, n_out, shrink).nnz <= 2 * max(4000, n_out)
+
+
+@pytest.mark.parametrize("faint", [1, 20])
+def test_faint_alpha_far_from_the_object_does_not_shrink_it(faint):
+    rgba = np.zeros((64, 64, 4), np.uint8)
+    rgba[20:40, 25:45] = (200, 30, 30, 255)
+    alone = ImageProcessor(32)(Image.fromarray(rgba))["mask"]
+    rgba[0, 0, 3] = rgba[63, 63, 3] = faint
+    assert torch.equal(ImageProcessor(32)(Image.fromarray(rgba))["mask"], alone)
+    rgba[..., 3] //= 20  # a picture that is faint as a whole shows what it shows
+    assert ImageProcessor(32)(Image.fromarray(rgba))["mask"].max() > -1
 
 
 def test_encoder_round_trip_shapes_and_randomness():

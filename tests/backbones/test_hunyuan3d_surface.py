@@ -234,6 +234,15 @@ def test_simplified_meshes_are_small_closed_and_alike(field, faces):
         meshes.simplify(mesh, 3)
 
 
+@pytest.mark.parametrize("faces", [10, 20, 40])
+def test_a_ring_is_rather_closed_than_small(faces):
+    """A ring takes at least 14 faces, and a collapse that tears or flattens it is not taken."""
+    ring = trimesh.creation.torus(1.0, 0.12, 48, 16)
+    small = meshes.simplify(ring, faces)
+    assert small.is_watertight and len(small.faces) <= 60
+    assert small.volume > 0.3 * ring.volume
+
+
 def test_box_from_a_number_or_six():
     assert box_array(1.5).tolist() == [[-1.5] * 3, [1.5] * 3]
     assert box_array([0, 1, 2, 3, 4, 5]).tolist() == [[0, 1, 2], [3, 4, 5]]

@@ -217,6 +217,16 @@ def test_background_removal_keeps_what_the_border_does_not_reach(tmp_path):
     assert found == "kept" and np.asarray(kept)[..., 3].min() == 255
 
 
+@pytest.mark.parametrize("alpha", [254, 240, 150])
+def test_an_alpha_channel_that_cuts_nothing_out_is_none(alpha):
+    picture = np.asarray(disc("RGB", "white").convert("RGBA")).copy()
+    picture[..., 3] = alpha  # all over, and a transparent corner as of a rounded one
+    picture[0, 0, 3] = 0
+    cut, found = cut_out(Image.fromarray(picture), "auto", "x.png")
+    assert found == "plain colour"
+    assert (np.asarray(cut)[..., 3] > 0).mean() < 0.5
+
+
 def test_turntable_starts_at_the_front_and_goes_around():
     big, small = trimesh.creation.icosphere(3, 0.5), trimesh.creation.icosphere(3, 0.3)
     small.apply_translation([0.9, 0, 0])

@@ -25,6 +25,7 @@ from edit_cli.generate.cutout import open_rgb
 from edit_cli.generate.picture import PICTURE, timed_parts
 from edit_cli.generate.report import flops
 from edit_cli.generate.result import StageClock
+from edit_cli.generate.seen import Seen
 from edit_cli.main import COMMANDS, spread
 from routers.files import ordinary_mode
 
@@ -110,7 +111,7 @@ def test_stages_wait_for_the_device_that_computes(monkeypatch):
         image_processor=SimpleNamespace(postprocess=lambda: "picture"),
     )
     clock = StageClock(PICTURE.stages)
-    with timed_parts(pipe, clock, "cuda"):
+    with timed_parts(pipe, clock, "cuda", Seen(1)):
         assert pipe.encode_prompt() == "embeddings"
         assert pipe.vae.decode() == "pixels"
     assert len(waits) >= 4  # before and after each

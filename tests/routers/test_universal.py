@@ -74,6 +74,7 @@ def test_a_trace_says_where_whole_evaluations_miss_the_budget() -> None:
     assert "spent 0.429 of dense FLOPs: 3 evaluations of 7, target dense\na budget of 0.5 buys 3" in (
         trace(0.5, 3, 7).summary()
     )
+    assert (trace(0.5, 3, 7).num_steps, trace(0.5, 3, 7).num_calls) == (7, 7)
     assert PlanTrace(0.5).summary() == "no run yet"
 
 
