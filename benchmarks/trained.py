@@ -1,8 +1,16 @@
-"""Trained routers beside plans and random skipping: `python -m benchmarks.trained BUNDLE`.
+"""Trained routers beside other decisions of the same network, and beside plans:
+`python -m benchmarks.trained BUNDLE [--pictures 256]`.
 
 Held-out requests of `edit calibrate` (the model's calibration prompts backwards, other noise), one batch for
-the dense model and everything else. Prints a table of the latent SNR to the dense latents in dB,
-mean over samples with the range, and what was spent; then one JSON line.
+the dense model and everything else. Prints a table of the latent SNR to the original dense latents in dB,
+mean over samples with the range, and what was spent; then one JSON line. With --pictures also what pictures
+of common prompts are like as a whole: Fréchet distance of the classifier's features to the original dense
+model's pictures of other seeds, and top-1, with the dense model's own beside it.
+
+All decisions of the trained network cost the same: each tells the trained policy other logits, and it opens
+blocks and widths by them until the budget is spent.
+
+Shapes: R rows, S steps, N blocks.
 """
 
 from __future__ import annotations
@@ -10,11 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import routers
 from backbones import loading, registry
@@ -25,19 +34,76 @@ from edit_cli.generate.prompts import default_prompts, read_prompts
 from routers.bundle import Bundle
 from routers.calibrate.evaluate import latent_snr
 from routers.elastic import Elastic
-from routers.policy import FixedPolicy, Policy
+from routers.policy import CallInfo, Decision, FixedPolicy, Policy
+from routers.trained.policy import TrainedPolicy
 
-BUDGETS = (0.9, 0.8, 0.7, 0.6)
-METHODS = ("trained", "random skip", "packaged bundle", "no bundle")
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
+SAME_NETWORK = ("trained", "batch mean", "time only", "static", "random")
+"""Decisions for each sample; for the batch's mean; for the step, whatever the sample; the same in all steps;
+any."""
+METHODS = (*SAME_NETWORK, "random skip, untrained", "packaged bundle", "no bundle")
+DENSE = "dense"
+
+Logits = NDArray[np.float32]
 
 
-def make_workload(model: str, rows: int, seed: int) -> PipelineWorkload:
-    """One batch of held-out requests at the model's defaults."""
+class Reader(TrainedPolicy):
+    """The trained policy, which keeps what the routers said. seen: by step, of all rows [R, N, 5]."""
+
+    def start(self, run: Any) -> None:
+        """A new run begins."""
+        super().start(run)
+        self.seen: dict[int, list[Logits]] = getattr(self, "seen", {})
+
+    def decide(self, call: CallInfo, logits: Logits | None) -> Decision:
+        """As the trained policy."""
+        if logits is not None:
+            self.seen.setdefault(call.step, []).append(logits)
+        return super().decide(call, logits)
+
+
+class Told(TrainedPolicy):
+    """The trained policy on other logits than the routers'. by_step: [N, 5] for all rows; None: random."""
+
+    def tell(self, by_step: dict[int, Logits] | None) -> Told:
+        """What to say from now on."""
+        self.by_step, self.random = by_step, np.random.default_rng(0)
+        return self
+
+    def decide(self, call: CallInfo, logits: Logits | None) -> Decision:
+        """As the trained policy, on what it was told."""
+        if logits is not None and self.by_step is None:
+            logits = self.random.normal(size=logits.shape).astype(np.float32)
+        elif logits is not None:
+            logits = np.broadcast_to(self.by_step[call.step], logits.shape)
+        return super().decide(call, logits)
+
+
+def policies(workload: PipelineWorkload, bundle: Bundle, budget: float) -> dict[str, Policy | None]:
+    """Decisions of the same network; time-only and static ones are averages over this workload."""
+    assert bundle.trained is not None
+    made = bundle.trained.profile, bundle.trained.trend
+    reader = Reader(*made)
+    with attached(workload, bundle, budget, reader):
+        workload.run(0)
+    means = {step: np.concatenate(seen).mean(axis=0) for step, seen in reader.seen.items()}
+    always = dict.fromkeys(means, np.mean(list(means.values()), axis=0))
+    return {
+        "trained": None,
+        "batch mean": bundle.policy(batch_mean=True),
+        "time only": Told(*made).tell(means),
+        "static": Told(*made).tell(always),
+        "random": Told(*made).tell(None),
+    }
+
+
+def make_workload(model: str, rows: int, seed: int, prompts: Sequence[str] | None = None) -> PipelineWorkload:
+    """One batch of held-out requests at the model's defaults, or as many as there are prompts."""
     backbone = registry.resolve(model)
     pipe = loading.load(backbone, Placement(device="cpu", dtype="auto"))
     pipe.set_progress_bar_config(disable=True)
     lines = [entry["prompt"] for entry in read_prompts(str(default_prompts(backbone)))][::-1]
-    chosen, defaults = [lines[i % len(lines)] for i in range(rows)], backbone.defaults
+    chosen, defaults = prompts or [lines[i % len(lines)] for i in range(rows)], backbone.defaults
     return PipelineWorkload(
         pipe, backbone, rows, defaults.steps, defaults.guidance, chosen, defaults.width, defaults.height,
         seed=seed,
@@ -45,11 +111,14 @@ def make_workload(model: str, rows: int, seed: int) -> PipelineWorkload:
 
 
 @contextmanager
-def attached(workload: PipelineWorkload, bundle: Bundle | None, budget: float) -> Iterator[Any]:
+def attached(
+    workload: PipelineWorkload, bundle: Bundle | None, budget: float, policy: Policy | None = None
+) -> Iterator[Any]:
     """The pipeline at a budget, by a bundle or without one: yields the trace."""
     elastic = routers.attach(workload.pipe, bundle, budget=budget, num_steps=workload.num_steps)
     try:
-        with elastic.scope(samples=workload.rows) as trace:
+        wishes = {} if policy is None else {"policy": policy}
+        with elastic.scope(samples=workload.rows, **wishes) as trace:
             yield trace
     finally:
         elastic.detach()
@@ -66,41 +135,115 @@ def forced(workload: PipelineWorkload, policy: Policy) -> Iterator[Any]:
         elastic.detach()
 
 
+class Judge:
+    """What pictures of the common prompts are like as a whole, beside the original dense model's."""
+
+    def __init__(self, model: str, pictures: int, rows: int) -> None:
+        from backbones.tiny.recipes.captions import common_prompts
+        from backbones.tiny.recipes.evaluate import concept_of
+        from benchmarks.classifier import load_classifier
+
+        prompts = [common_prompts()[i % 100] for i in range(pictures)]
+        names, self.classifier = concept_of(), load_classifier()
+        self.labels = [names[noun.removeprefix("ear of ")] for _, noun in prompts]
+        self.workload = make_workload(model, rows, 20_000, [prompt for prompt, _ in prompts])
+        self.real = self._features(make_workload(model, rows, 30_000, [p for p, _ in prompts]))
+
+    def _features(self, workload: PipelineWorkload) -> Any:
+        from backbones.tiny.recipes.frechet import features
+
+        made = [
+            np.asarray(x) for b in range(workload.num_batches) for x in workload.run(b, output_type="pil")
+        ]
+        self.made = np.stack(made)[: len(self.labels)]
+        return features(self.classifier, self.made)
+
+    def scores(self) -> dict[str, float]:
+        """Of the pipeline as it is now."""
+        from backbones.tiny.recipes.frechet import frechet_distance
+
+        distance = frechet_distance(self._features(self.workload), self.real)
+        guesses = self.classifier.top_k(list(self.made), 1)
+        hits = [guess[0] == label for guess, label in zip(guesses, self.labels, strict=True)]
+        return {"frechet": round(distance, 2), "top1": round(float(np.mean(hits)), 3)}
+
+
+class Ways:
+    """All that is compared at one budget. skips: random ones of the untrained network."""
+
+    def __init__(self, trained: Bundle, fitted: Bundle | None, budget: float) -> None:
+        self.trained, self.fitted, self.budget = trained, fitted, budget
+        self.skips: Policy | None = None
+        self.same: dict[str, Policy | None] = {}
+
+    def read(self, told: PipelineWorkload) -> Ways:
+        """What blocks cost and what routers say, on requests that nothing is judged by."""
+        reader = CostReader()
+        with forced(told, reader):
+            told.run(0)
+        assert reader.call is not None
+        self.skips = FixedPolicy(forced_mix("skip", reader.call, self.budget, told.num_steps))
+        self.same = policies(told, self.trained, self.budget)
+        return self
+
+    def run(self, name: str, workload: PipelineWorkload) -> AbstractContextManager[Any]:
+        """The pipeline under one of `METHODS`: yields the trace."""
+        if name == "random skip, untrained":
+            assert self.skips is not None
+            return forced(workload, self.skips)
+        bundle = self.trained if name in self.same else self.fitted if name == "packaged bundle" else None
+        return attached(workload, bundle, self.budget, self.same.get(name))
+
+
+def compare(
+    ways: Ways, name: str, workload: PipelineWorkload, dense: torch.Tensor, judge: Judge | None
+) -> dict[str, Any]:
+    """A row of the table. dense: latents of the original model."""
+    with ways.run(name, workload) as trace:
+        snr = latent_snr(workload.run(0), dense)
+    row = {
+        "budget": ways.budget,
+        "method": name,
+        "spent": round(float(np.mean(trace.spent)), 4),
+        "worst_spent": round(max(abs(s - ways.budget) for s in trace.spent), 4),
+        "snr": round(float(np.mean(snr)), 2),
+        "low": round(min(snr), 2),
+        "high": round(max(snr), 2),
+    }
+    if judge is not None:
+        with ways.run(name, judge.workload):
+            row |= judge.scores()
+    whole = f"  Fréchet {row['frechet']:.1f}, top-1 {row['top1']:.2f}" if judge else ""
+    spread = f"{row['snr']:5.1f} dB ({row['low']:.1f} to {row['high']:.1f})"
+    print(f"{ways.budget:.1f}  {name:22s} spent {row['spent']:.3f}  {spread}{whole}", flush=True)
+    return row
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", help="made by edit calibrate --method train")
     parser.add_argument("--model", default="qwen-image-tiny")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--seed", type=int, default=10_000)
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--pictures", type=int, default=0, help="of common prompts; 0: none are judged")
     asked = parser.parse_args(arguments)
     backbone = registry.resolve(asked.model)
     workload, trained = make_workload(asked.model, asked.rows, asked.seed), routers.load_bundle(asked.bundle)
+    told = make_workload(asked.model, asked.rows, 0)
     fitted = None if backbone.bundle is None else routers.load_bundle(backbone.bundle)
     methods = [name for name in asked.methods if name != "packaged bundle" or fitted is not None]
+    table: list[dict[str, Any]] = []
     with torch.no_grad():
-        dense, reader = workload.run(0), CostReader()
-        with forced(workload, reader):
-            workload.run(0)
-        assert reader.call is not None
-        table = []
-        for budget in BUDGETS:
-            skips = FixedPolicy(forced_mix("skip", reader.call, budget, workload.num_steps))
-            for name in methods:
-                bundle = {"trained": trained, "packaged bundle": fitted}.get(name)
-                skipping = name == "random skip"
-                run = forced(workload, skips) if skipping else attached(workload, bundle, budget)
-                with run as trace:
-                    snr = latent_snr(workload.run(0), dense)
-                row = {"budget": budget, "method": name, "spent": round(float(np.mean(trace.spent)), 4)}
-                row |= {
-                    "snr": round(float(np.mean(snr)), 2),
-                    "low": round(min(snr), 2),
-                    "high": round(max(snr), 2),
-                }
-                table.append(row | {"worst_spent": round(max(abs(s - budget) for s in trace.spent), 4)})
-                spread = f"{row['snr']:5.1f} dB ({row['low']:.1f} to {row['high']:.1f})"
-                print(f"{budget:.1f}  {name:15s} spent {row['spent']:.3f}  {spread}", flush=True)
+        dense = workload.run(0)
+        judge = Judge(asked.model, asked.pictures, asked.rows) if asked.pictures else None
+        if judge is not None:
+            table.append({"budget": 1.0, "method": DENSE, **judge.scores()})
+            print(table[0], flush=True)
+        for budget in asked.budgets:
+            ways = Ways(trained, fitted, budget).read(told)
+            table += [compare(ways, name, workload, dense, judge) for name in methods]
     print(json.dumps({"rows": asked.rows, "bundle": trained.metadata["training"], "table": table}))
 
 

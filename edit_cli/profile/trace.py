@@ -134,10 +134,15 @@ def metrics_of(trace: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def default_metric(trace: Mapping[str, Any]) -> str:
-    """The kind's first metric; of an elastic profile that skipped nothing but reused, the reuses."""
-    first, *rest = metrics_of(trace)
-    if first == "skip" and not any(grid(trace, run, "skip").any() for run in shown_runs(trace)):
-        return rest[0] if any(grid(trace, run, rest[0]).any() for run in shown_runs(trace)) else first
+    """The kind's first metric; of an elastic profile that skipped nothing, the widths if any is narrow, else
+    the reuses if there are any.
+    """
+    first, *_ = metrics_of(trace)
+    runs = shown_runs(trace)
+    if first == "skip" and not any(grid(trace, run, "skip").any() for run in runs):
+        if any((grid(trace, run, "width") < 1).any() for run in runs):
+            return "width"
+        return "reuse" if any(grid(trace, run, "reuse").any() for run in runs) else first
     return first
 
 
