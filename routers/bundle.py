@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import msgspec
 import numpy as np
-import torch
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
@@ -32,9 +29,10 @@ from . import schema
 from .files import new_folder, write_whole
 from .planned.follow import Planner
 from .planned.narrow import SAME_TIMES, NarrowPlan, NarrowPlans
+from .planned.stored import read_narrow, read_plans, to_tensors
 from .planned.timeplan import Array, TimePlan
 from .planned.universal import Warp, universal_planner
-from .spec import TARGETS, TransformerSpec
+from .spec import TransformerSpec
 from .trained.backbone import FILE as BACKBONE_FILE
 from .trained.backbone import BackboneFile
 from .trained.bundle import Trained
@@ -46,8 +44,6 @@ ENTRY = "edit_bundle"
 """Metadata entry of the description where a bundle is one file."""
 FORMAT, TRAINED_FORMAT = 5, 3
 """Written and read: for plans in time, and for trained routers."""
-LARGEST_WEIGHT = 1e4
-"""Of a step of a plan: fitted ones are a few units."""
 PLAIN_FIELDS = (
     "base_model",
     "architecture",
@@ -124,16 +120,7 @@ class Bundle:
         """Write a bundle folder, whole or not at all. Raises OSError."""
         folder, trained = Path(folder), self.trained
         tensors = {} if trained is None else trained.tensors()
-        tensors |= {
-            f"plans.{target}.{evaluations}.{name}": torch.from_numpy(array.copy())
-            for target, plans in self.plans.items()
-            for evaluations, plan in plans.items()
-            for name, array in plan.to_arrays().items()
-        }
-        for target, narrow in self.narrow.items():
-            for i, found in enumerate(narrow):
-                for name, array in found.to_arrays().items():
-                    tensors[f"narrow.{target}.{i}.{name}"] = torch.from_numpy(array.copy())
+        tensors |= to_tensors(self.plans, self.narrow)
         weights = save(tensors)
         description = {
             "format": FORMAT if trained is None else TRAINED_FORMAT,
@@ -196,8 +183,8 @@ def load_bundle(path: str | Path) -> Bundle:
     try:
         return Bundle(
             spec=TransformerSpec.from_dict(data.spec),
-            plans=_plans(stored.tensors, times),
-            narrow=_narrow(stored.tensors, times),
+            plans=read_plans(stored.tensors, times),
+            narrow=read_narrow(stored.tensors, times),
             warps=cast(dict[str, Warp], data.warps),
             trained=Trained.read(path, data.backbone, stored.tensors) if form == TRAINED_FORMAT else None,
             digest=stored.digest,
@@ -206,52 +193,6 @@ def load_bundle(path: str | Path) -> Bundle:
         )
     except ValueError as error:
         raise ValueError(f"{path} is not a readable bundle: {error}") from error
-
-
-def _arrays(tensors: dict[str, Tensor], kind: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """Arrays "<kind>.<target>.<number>.<name>" by target and number."""
-    arrays: dict[tuple[str, str], dict[str, Any]] = {}
-    for key, value in tensors.items():
-        if key.startswith(f"{kind}."):
-            target, number, name = (*key.split(".")[1:], "", "")[:3]
-            arrays.setdefault((target, number), {})[name] = value.double().numpy()
-    return arrays
-
-
-def _checked(target: str, number: str, read: Callable[[], TimePlan | NarrowPlan], times: Array) -> Any:
-    """A plan of a file. Raises ValueError, which names it, where it does not fit the run."""
-    try:
-        found = read()
-        plan = found.plan if isinstance(found, NarrowPlan) else found
-        if target not in TARGETS:
-            raise ValueError(f"targets are {TARGETS}")
-        if isinstance(found, TimePlan) and str(plan.evaluations) != number:
-            raise ValueError(f"it makes {plan.evaluations} evaluations")
-        if len(times) < 2 or not np.allclose(plan.times[[0, -1]], times[[0, -1]], atol=SAME_TIMES):
-            raise ValueError("it begins or ends at other times than the run it was fitted for")
-        if plan.evaluations > len(times) - 1:
-            raise ValueError("it makes more evaluations than the run it was fitted for")
-        if max(np.abs(plan.weights).max(), np.abs(plan.state).max()) > LARGEST_WEIGHT:
-            raise ValueError(f"it has a weight above {LARGEST_WEIGHT:g}")
-    except ValueError as error:
-        raise ValueError(f"the plan {target}.{number}: {error}") from error
-    return found
-
-
-def _plans(tensors: dict[str, Tensor], times: Array) -> dict[str, dict[int, TimePlan]]:
-    plans: dict[str, dict[int, TimePlan]] = {}
-    for (target, number), arrays in _arrays(tensors, "plans").items():
-        plan = _checked(target, number, partial(TimePlan.from_arrays, arrays), times)
-        plans.setdefault(target, {})[plan.evaluations] = plan
-    return plans
-
-
-def _narrow(tensors: dict[str, Tensor], times: Array) -> dict[str, list[NarrowPlan]]:
-    narrow: dict[str, list[NarrowPlan]] = {}
-    for (target, number), arrays in _arrays(tensors, "narrow").items():
-        found = _checked(target, number, partial(NarrowPlan.from_arrays, arrays), times)
-        narrow.setdefault(target, []).append(found)
-    return {target: sorted(plans, key=lambda found: found.share) for target, plans in narrow.items()}
 
 
 class Stored(NamedTuple):

@@ -126,8 +126,10 @@ def _kept(plan: Plan, source: RouterSource, blocks: int, size: int) -> float:
         dense = all(job.budget == 1 and job.target in (None, TARGETS[0]) for job in jobs)
         outputs = 0 if dense else PASSES
         return outputs * OUTPUT_BYTES * rows * max(plan.medium.latent(job, backbone) for job in jobs)
-    if source.release is None:
+    if source.release is None and all(job.budget == 1 for job in jobs):
         return 0
-    # the paper's checkpoint: every block's output, for each guidance branch
+    # every block's output, for each guidance branch; the paper's checkpoint keeps one pass, trained routers
+    # two
     streams = max(plan.medium.stream(job, backbone) for job in jobs)
-    return (blocks + 1) * size * rows * backbone.branches(jobs[0].guidance) * streams
+    passes = 1 if source.release is not None else 2
+    return passes * (blocks + 1) * size * rows * backbone.branches(jobs[0].guidance) * streams

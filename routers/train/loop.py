@@ -30,7 +30,7 @@ from ..trained.policy import Profile
 from . import progress
 from .objective import Draw, Draws, Routers, all_open_at_full, decide, expected_spend, relative_error
 from .rollout import Rollout, guided, paces
-from .settings import TrainSettings
+from .settings import TrainSettings, noise_at, rate_at
 from .student import Student
 from .trajectory import RecordedCall, Trajectories, batch_name, record_batch
 from .tuned import Tuned, tuned, tuned_weights
@@ -210,7 +210,8 @@ class Training:
             calls = rollout.calls()
             with torch.no_grad(), backbone.undone(), student.deciding(None), self.processes.autocast():
                 target = torch.cat([student(call).float() for call in calls])
-            decided = decide(*routers(*rollout.seen, budget), noise_at(step, settings), generator)
+            gate, width = routers(*rollout.seen, budget)
+            decided = decide(gate, width, noise_at(step, settings), generator)
             decision = all_open_at_full(replace(decided, trend=routers.trend), budget)
             with student.deciding(decision):
                 with self.processes.autocast():
@@ -273,17 +274,3 @@ class Training:
             steps = [expected_spend(routers, recorded, batch, rows).mean(1) for batch in batches]
             spend.append(torch.stack(steps).mean(0).cpu().double().numpy())
         return Profile(budgets, np.stack(spend))
-
-
-def rate_at(step: int, steps: int) -> float:
-    """Share of the learning rate: warm-up over 5 % of the steps, then a cosine down to a tenth."""
-    warm = max(1, round(0.05 * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def noise_at(step: int, settings: TrainSettings) -> float:
-    """Scale of the noise on the decisions: 1, then falling to 0 over the last share `settle`."""
-    fading = settings.settle * settings.steps
-    return 1.0 if fading == 0 else min(1.0, (settings.steps - step) / fading)

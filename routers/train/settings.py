@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 KINDS = ("routers", "lora", "full")
@@ -46,3 +47,17 @@ class TrainSettings:
             raise ValueError(
                 f"{self} has a value out of range: 0 < low < 1, 0 <= settle <= 1, steps, rank, window > 0"
             )
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Share of the learning rate: warm-up over 5 % of the steps, then a cosine down to a tenth."""
+    warm = max(1, round(0.05 * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def noise_at(step: int, settings: TrainSettings) -> float:
+    """Scale of the noise on the decisions: 1, then falling to 0 over the last share `settle`."""
+    fading = settings.settle * settings.steps
+    return 1.0 if fading == 0 else min(1.0, (settings.steps - step) / fading)
