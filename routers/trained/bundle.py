@@ -46,11 +46,11 @@ class Trained:
         except KeyError as error:
             raise ValueError(f"{error.args[0]} is missing") from None
         profile, each = Profile(budgets, spend), [routers[i] for i in numbers]
-        for index, state in enumerate(each):
+        for number, state in enumerate(each):
             try:
                 build_router(state)
             except (KeyError, ValueError, RuntimeError, TypeError) as error:  # noqa: PERF203 - names the block
-                raise ValueError(f"routers.{index} is not a router's weights: {error!r:.200}") from None
+                raise ValueError(f"routers.{number} is not a router's weights: {error!r:.200}") from None
         trend = tensors["profile.trend"].double().numpy() if "profile.trend" in tensors else None
         if trend is not None and trend.shape != (len(each),):
             raise ValueError(

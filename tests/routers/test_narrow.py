@@ -69,6 +69,10 @@ def test_narrow_plans_survive_the_bundle(calibrated, tmp_path: Path) -> None:
         assert {k: v.tolist() for k, v in one.to_arrays().items()} == {
             k: v.tolist() for k, v in two.to_arrays().items()
         }
+    plans = again.narrow_plans()
+    assert plans is not None and plans.at(0.01, "dense", STEPS) is plans.plans["dense"][0]
+    assert plans.at(0.01, "exact", STEPS) is plans.plans["dense"][0], "where only the other was measured"
+    assert plans.at(0.01, "dense", STEPS + 1) is None and plans.at(1.0, "dense", STEPS) is None
     shares = [found.share for found in again.narrow["dense"]]
     assert shares == sorted(shares) and all(found.plan.narrows for found in again.narrow["dense"])
 
