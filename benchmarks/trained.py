@@ -1,5 +1,5 @@
 """Trained routers beside other decisions of the same network, and beside plans:
-`python -m benchmarks.trained BUNDLE [--pictures 256]`.
+`python -m benchmarks.trained [BUNDLE] [--pictures 256]`.
 
 Held-out requests of `edit calibrate` (the model's calibration prompts backwards, other noise), one batch for
 the dense model and everything else. Prints a table of the latent SNR to the original dense latents in dB,
@@ -19,6 +19,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 SAME_NETWORK = ("trained", "batch mean", "time only", "static", "random")
 """Decisions for each sample; for the batch's mean; for the step, whatever the sample; the same in all steps;
 any."""
-METHODS = (*SAME_NETWORK, "random skip, untrained", "packaged bundle", "no bundle")
+METHODS = (*SAME_NETWORK, "random skip, untrained", "packaged bundle", "whole evaluations", "no bundle")
 DENSE = "dense"
 
 Logits = NDArray[np.float32]
@@ -171,8 +172,11 @@ class Judge:
 class Ways:
     """All that is compared at one budget. skips: random ones of the untrained network."""
 
-    def __init__(self, trained: Bundle, fitted: Bundle | None, budget: float) -> None:
-        self.trained, self.fitted, self.budget = trained, fitted, budget
+    def __init__(self, trained: Bundle | None, fitted: Bundle | None, budget: float) -> None:
+        self.budget = budget
+        self.bundles = dict.fromkeys(SAME_NETWORK, trained)
+        if fitted is not None:  # "whole evaluations": without its narrow ones
+            self.bundles |= {"packaged bundle": fitted, "whole evaluations": replace(fitted, narrow={})}
         self.skips: Policy | None = None
         self.same: dict[str, Policy | None] = {}
 
@@ -183,7 +187,9 @@ class Ways:
             told.run(0)
         assert reader.call is not None
         self.skips = FixedPolicy(forced_mix("skip", reader.call, self.budget, told.num_steps))
-        self.same = policies(told, self.trained, self.budget)
+        trained = self.bundles[SAME_NETWORK[0]]
+        if trained is not None:
+            self.same = policies(told, trained, self.budget)
         return self
 
     def run(self, name: str, workload: PipelineWorkload) -> AbstractContextManager[Any]:
@@ -191,8 +197,7 @@ class Ways:
         if name == "random skip, untrained":
             assert self.skips is not None
             return forced(workload, self.skips)
-        bundle = self.trained if name in self.same else self.fitted if name == "packaged bundle" else None
-        return attached(workload, bundle, self.budget, self.same.get(name))
+        return attached(workload, self.bundles.get(name), self.budget, self.same.get(name))
 
 
 def compare(
@@ -215,13 +220,13 @@ def compare(
             row |= judge.scores()
     whole = f"  Fréchet {row['frechet']:.1f}, top-1 {row['top1']:.2f}" if judge else ""
     spread = f"{row['snr']:5.1f} dB ({row['low']:.1f} to {row['high']:.1f})"
-    print(f"{ways.budget:.1f}  {name:22s} spent {row['spent']:.3f}  {spread}{whole}", flush=True)
+    print(f"{ways.budget:.2f}  {name:22s} spent {row['spent']:.3f}  {spread}{whole}", flush=True)
     return row
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bundle", help="made by edit calibrate --method train")
+    parser.add_argument("bundle", nargs="?", help="made by edit calibrate --method train; none: plans alone")
     parser.add_argument("--model", default="qwen-image-tiny")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--seed", type=int, default=10_000)
@@ -230,10 +235,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=0, help="of common prompts; 0: none are judged")
     asked = parser.parse_args(arguments)
     backbone = registry.resolve(asked.model)
-    workload, trained = make_workload(asked.model, asked.rows, asked.seed), routers.load_bundle(asked.bundle)
+    workload = make_workload(asked.model, asked.rows, asked.seed)
+    trained = None if asked.bundle is None else routers.load_bundle(asked.bundle)
     told = make_workload(asked.model, asked.rows, 0)
     fitted = None if backbone.bundle is None else routers.load_bundle(backbone.bundle)
-    methods = [name for name in asked.methods if name != "packaged bundle" or fitted is not None]
+    missing = {*(SAME_NETWORK if trained is None else ())}
+    missing |= {*(("packaged bundle", "whole evaluations") if fitted is None else ())}
+    methods = [name for name in asked.methods if name not in missing]
     table: list[dict[str, Any]] = []
     with torch.no_grad():
         dense = workload.run(0)
@@ -244,7 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for budget in asked.budgets:
             ways = Ways(trained, fitted, budget).read(told)
             table += [compare(ways, name, workload, dense, judge) for name in methods]
-    print(json.dumps({"rows": asked.rows, "bundle": trained.metadata["training"], "table": table}))
+    training = None if trained is None else trained.metadata["training"]
+    print(json.dumps({"rows": asked.rows, "bundle": training, "table": table}))
 
 
 if __name__ == "__main__":
