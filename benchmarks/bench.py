@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,6 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import routers
-from backbones.solvers import solver
 from backbones.spec import Backbone
 from backbones.workloads import PipelineWorkload
 from benchmarks import scores
@@ -42,6 +41,8 @@ class Bench:
     bundle: routers.Bundle | None = None
     memo: dict[str, Any] = field(default_factory=dict)
     """What rivals measured on the dense model, kept for their other settings."""
+    chosen: dict[str, float] = field(default_factory=dict)
+    """What rivals chose for themselves on calibration prompts; a results folder keeps it."""
 
     def workload(self, rows: int, prompts: list[str] | None = None) -> Any:
         """The requests in batches of `rows`."""
@@ -91,10 +92,6 @@ class Bench:
         """The results of one batch: decoded pictures."""
         return list(workload.run(batch, num_steps=num_steps, output_type="pil"))
 
-    def solver(self, name: str) -> AbstractContextManager[None]:
-        """The pipeline with another solver on the same times."""
-        return solver(self.pipe, name)
-
     def results(self, rows: int, num_steps: int) -> list[Any]:
         """Every request's result, with whatever is attached at the moment."""
         workload = self.workload(rows)
@@ -118,6 +115,13 @@ class Bench:
         if hits is not None:
             found["top1"], found["top5"] = hits
         return {name: [round(float(v), 5) for v in values] for name, values in found.items()}
+
+    def judge_all(self, results: list[Any], known: dict[str, list[Any]]) -> dict[str, float]:
+        """Scores of all pictures together: Fréchet distance of the classifier's features to the `known`."""
+        return {
+            f"frechet{suffix}": round(scores.frechet(results, known[name]), 5)
+            for suffix, name in (("", "dense"), ("_truth", "truth"))
+        }
 
 
 class DenoisingClock:
@@ -190,7 +194,9 @@ class Attached:
     num_steps: int
     generation: Callable[[], Any]
     traced: bool = False
-    """Whether `generation` gives a `Trace`, which knows the FLOPs: those of plans are counted."""
+    """Whether `generation` gives a `Trace`, which knows the FLOPs."""
+    spent: Callable[[], float] | None = None
+    """After a run, its share of the dense run's FLOPs, where whole evaluations are all that is left out."""
 
 
 @contextmanager
@@ -230,15 +236,16 @@ def run_quality(
     workload, pictures, spent, dense = bench.workload(rows), [], 0.0, 0.0
     for batch in range(workload.num_batches):
         clock = FlopClock()
-        watch = nullcontext() if attached.traced else watched(bench.transformer, clock)
+        known = attached.traced or attached.spent is not None
+        watch = nullcontext() if known else watched(bench.transformer, clock)
         with attached.generation() as trace, watch:
             pictures += bench.make(workload, batch, attached.num_steps)
         if attached.traced:
             spent, dense = spent + trace.flops["spent"], dense + trace.flops["dense"]
-        elif not clock.calls:
+        elif not known and not clock.calls:
             raise RuntimeError("no transformer call was seen: something replaced its forward during the run")
         spent += clock.flops
-    ratio = spent / (dense or dense_flops or 1.0)
+    ratio = attached.spent() if attached.spent is not None else spent / (dense or dense_flops or 1.0)
     return pictures[: len(bench.prompts)], ratio
 
 

@@ -1,18 +1,18 @@
 """Elastic against every rival, on the same model, prompts and noise, at equal measured time.
 
-    python -m benchmarks.pareto qwen-image-tiny -o results           # everything; continues a killed run
+    python -m benchmarks.pareto qwen-image-tiny -o results            # likeness; continues a killed run
+    python -m benchmarks.pareto qwen-image-tiny -o results --timing   # then seconds, on an idle machine
+    python -m benchmarks.pareto qwen-image-tiny -o results --report   # tables and plots of what is there
+    python -m benchmarks.pareto qwen-image-tiny -o results-8 --steps 8
     python -m benchmarks.pareto FOLDER --routers BUNDLE
-    python -m benchmarks.pareto qwen-image-tiny --list               # rivals, settings, and what cannot run
-    python -m benchmarks.pareto qwen-image-tiny -o results --report  # tables and plot of what is there
-    python -m benchmarks.pareto qwen-image-tiny -o results --phase quality   # on a busy machine
-    python -m benchmarks.pareto qwen-image-tiny -o results --phase time      # then, on an idle one
-    python -m benchmarks.pareto FOLDER --images DIR --routers BUNDLE         # meshes of pictures
+    python -m benchmarks.pareto qwen-image-tiny --list                # rivals, settings, and what cannot run
+    python -m benchmarks.pareto hunyuan3d-tiny --images -o meshes     # meshes of pictures
 
-For each rival and setting: pictures of all prompts (PSNR and SSIM to the dense pictures and to those of
-many steps, top-1 and top-5 of the packaged classifier; for meshes IoU and Chamfer distance), FLOPs by
-torch.utils.flop_counter (where routers decide, by the engine's own counter, which is tested against it), and
-denoising time over rounds in which all settings take turns, each beside dense runs of the same prompts.
-See docs/comparison.md.
+For each rival and setting: pictures of all prompts (PSNR and SSIM to the dense pictures and to the exact
+ones, Fréchet distance, top-1 and top-5 of the packaged classifier; for meshes IoU and Chamfer distance),
+FLOPs (evaluations left out are counted; where blocks are, by torch.utils.flop_counter or the engine's own
+counter, which is tested against it), and denoising time over rounds in which all settings take turns, each
+beside dense runs of the same prompts. See docs/comparison.md.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from benchmarks.pareto_run import (
 )
 from benchmarks.pareto_store import Store, write_text
 from benchmarks.rivals import Rival, all_rivals
+from routers.attachment import fingerprint
 
 QUICK = {"count": 2, "rows": 2, "rounds": 1, "batch_sizes": [1, 2], "reference_steps": 8}
 """What --quick puts in place of the options' defaults."""
@@ -114,24 +115,28 @@ def show(store: Store, about: dict[str, Any], reasons: dict[str, str], as_markdo
     """Print the tables; write pareto.json, pareto.md and pareto.png beside the measurements."""
     points = list(store.load().values())
     if not points:
-        raise ValueError(f"{store.folder} holds no quality yet; run --phase quality or both")
+        raise ValueError(f"{store.folder} holds no likeness yet; run without --timing and --report")
     rivals, main_score = [p for p in points if p.rival != "dense"], report.main_score(points)
-    tables = {"All points": report.point_rows(points)}
-    found = bars.all_bars(rivals, points[0], main_score)
-    if found:
-        tables[f"Bars: {report.LABELS[main_score]}"] = bars.bar_rows(found, main_score)
+    tables = {}
     for score in report.EQUAL_SCORES:
-        if score in points[0].scores and (equal := report.equal_time(rivals, score)):
-            tables[f"At equal time: {report.LABELS[score]}"] = report.equal_rows(equal, score)
-    lines = bars.verdicts(found, main_score) + bars.accuracy_lines(rivals, points[0])
+        if score in points[0].scores or score in points[0].whole:
+            for rows in (*report.batch_sizes(points), None):
+                title = f"{report.LABELS[score]}, at {bars.what(rows)}"
+                tables[title] = report.ratio_rows(rivals, points[0], rows, score)
+    lines = []
+    for score in (main_score, f"{main_score}_truth"):
+        found = bars.all_bars(rivals, score)
+        if found:
+            tables[f"Lead: {report.LABELS[score]}"] = bars.bar_rows(found, score)
+        lines += bars.verdicts(found, score)
+    lines += report.enough_lines(rivals, points[0], f"{main_score}_truth")
+    tables["All points"] = report.point_rows(points)
     missing = [f"{name} was not run: {reason}" for name, reason in reasons.items()]
     text = "\n\n".join(
         [*(f"### {title}\n\n{report.markdown(*table)}" for title, table in tables.items()), *lines, *missing]
     )
     write_text(store.folder / "pareto.md", text + "\n")
-    data = report.as_json(
-        rivals, {**about, "bundle": store.bundle, "not_run": reasons, "bars": [vars(bar) for bar in found]}
-    )
+    data = report.as_json(rivals, {**about, "bundle": store.bundle, "not_run": reasons})
     write_text(store.folder / "pareto.json", json.dumps(data) + "\n")
     if as_markdown:
         print(text)
@@ -152,6 +157,7 @@ def describe(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     """What a results folder is a comparison of: it continues no other one."""
     return {
         "model": bench.backbone.name,
+        "fingerprint": fingerprint(bench.transformer),
         "parameters": bench.backbone.parameters,
         "count": len(bench.prompts),
         "things": bench.things,
@@ -186,18 +192,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prompts", type=Path, help="a file, one a line; default the packaged evaluation prompts"
     )
-    parser.add_argument("--count", type=int, default=128, help="prompts (%(default)s)")
+    parser.add_argument("--count", type=int, default=24, help="prompts (%(default)s)")
     parser.add_argument("--seed", type=int, default=1000, help="noise of the first prompt (%(default)s)")
     parser.add_argument("--steps", type=int, help="denoising steps, default the model's")
-    parser.add_argument("--reference-steps", type=int, default=200, help="steps of the truth (%(default)s)")
+    parser.add_argument(
+        "--reference-steps", type=int, default=100, help="evaluations of the exact solution (%(default)s)"
+    )
     parser.add_argument("--rows", type=int, default=8, help="batch size of the quality runs (%(default)s)")
     parser.add_argument(
         "--batch-sizes", type=int, nargs="+", default=[1, 8], help="batch sizes that are timed"
     )
     parser.add_argument("--rounds", type=int, default=3, help="rounds of timing; 0 for none (%(default)s)")
-    parser.add_argument(
-        "--phase", choices=("quality", "time", "both"), default="both", help="what to measure (%(default)s)"
-    )
+    parser.add_argument("--timing", action="store_true", help="measure seconds of the points that are there")
     parser.add_argument("--settings", type=int, help="at most so many settings per rival, evenly chosen")
     parser.add_argument("--redo", nargs="+", metavar="NAME", help="measure these rivals anew")
     parser.add_argument(
@@ -260,14 +266,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         if not args.report:
-            if args.phase == "time":
-                rivals = with_quality(store, rivals)
+            rivals = with_quality(store, rivals) if args.timing else rivals
             with torch.no_grad():
                 announce(bench, store, rivals, args)
-                if args.phase != "time":
-                    measure_quality(bench, store, rivals, args)
-                if args.phase != "quality":
-                    measure_times(bench, store, rivals, args)
+                (measure_times if args.timing else measure_quality)(bench, store, rivals, args)
         show(store, about, reasons, args.markdown)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Tables of a comparison: every point, and all rivals at equal measured time.
+"""Tables of a comparison: all rivals at equal cost, which is FLOPs or measured time, and every point.
 
 Shapes: P prompts.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,44 +15,31 @@ import numpy as np
 from benchmarks.pareto_store import Point
 from benchmarks.scores import Values, mean_interval
 
-RATIOS = (0.4, 0.5, 0.6, 0.7, 0.8)
-"""Time ratios at which all rivals are compared."""
+RATIOS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8)
+"""Shares of the dense run's FLOPs or time at which all rivals are compared."""
 LABELS = {
     "psnr": "PSNR to dense, dB",
     "ssim": "SSIM to dense",
-    "psnr_truth": "PSNR to many steps, dB",
-    "ssim_truth": "SSIM to many steps",
+    "psnr_truth": "PSNR to exact, dB",
+    "ssim_truth": "SSIM to exact",
     "iou": "IoU to dense",
     "chamfer": "Chamfer distance to dense, share of the box",
-    "iou_truth": "IoU to many steps",
-    "chamfer_truth": "Chamfer distance to many steps",
+    "iou_truth": "IoU to exact",
+    "chamfer_truth": "Chamfer distance to exact, share of the box",
+    "frechet": "Fréchet distance to dense",
+    "frechet_truth": "Fréchet distance to exact",
     "top1": "top-1",
     "top5": "top-5",
 }
 """Score -> heading."""
-EQUAL_SCORES = ("psnr", "psnr_truth", "iou", "chamfer", "iou_truth", "top5")
-"""Scores that get a table at equal time."""
-LOWER = ("chamfer", "chamfer_truth")
+EQUAL_SCORES = (
+    "psnr", "psnr_truth", "iou", "iou_truth", "chamfer", "chamfer_truth", "frechet", "frechet_truth", "top1",
+)  # fmt: skip
+"""Scores that get a table at equal cost."""
+LOWER = ("chamfer", "chamfer_truth", "frechet", "frechet_truth")
 """Scores where less is better."""
 FIRST = "elastic"
 """The rival that the others are compared with; its variations are named "elastic, ..."."""
-
-
-@dataclass(frozen=True)
-class EqualTime:
-    """A rival at a time ratio, between its neighbouring points.
-
-    behind: by how much elastic's mean is better than this one's, and the 95 % interval of that difference
-    over the same prompts; None for elastic itself, or without it.
-    """
-
-    rival: str
-    rows: int
-    ratio: float
-    mean: float
-    low: float
-    high: float
-    behind: tuple[float, float, float] | None
 
 
 def is_ours(rival: str) -> bool:
@@ -75,7 +61,7 @@ def main_score(points: Sequence[Point]) -> str:
 def curve(points: Iterable[Point], rows: int | None, score: str) -> list[tuple[float, Values]]:
     """(time ratio, scores [P]) of all points, by rising time. rows: batch size; None: by FLOPs."""
     rated = ((point, point.flops if rows is None else time_ratio(point, rows)) for point in points)
-    timed = [(ratio, np.array(p.scores[score])) for p, ratio in rated if ratio is not None]
+    timed = [(ratio, values_of(p, score)) for p, ratio in rated if ratio is not None]
     return sorted(timed, key=lambda pair: pair[0])
 
 
@@ -106,23 +92,61 @@ def at_time(curve: Sequence[tuple[float, Values]], ratio: float) -> Values | Non
     return curve[-1][1]
 
 
-def equal_time(points: Sequence[Point], score: str) -> list[EqualTime]:
-    """Every rival at every ratio and batch size, best first."""
-    found = []
-    for rows in batch_sizes(points):
-        curves = {name: frontier(some, rows, score) for name, some in by_rival(points).items()}
-        for ratio in RATIOS:
-            here = {name: at_time(line, ratio) for name, line in curves.items()}
-            ours = here.get(FIRST)
-            rated = []
-            for name, values in here.items():
-                if values is not None:
-                    sign = -1 if score in LOWER else 1
-                    lead = None if ours is None else sign * (ours - values)
-                    behind = None if lead is None or name == FIRST else mean_interval(lead)
-                    rated.append(EqualTime(name, rows, ratio, *mean_interval(values), behind))
-            found += sorted(rated, key=lambda row: row.mean if score in LOWER else -row.mean)
+def aimed(points: Iterable[Point], score: str) -> list[Point]:
+    """The points that count for a score: of those with a target, the ones that aim where the score looks."""
+    target = "exact" if score.endswith("_truth") else "dense"
+    return [p for p in points if p.setting.get("target", target) == target]
+
+
+def at_ratios(points: Iterable[Point], rows: int | None, score: str) -> dict[str, dict[float, Values]]:
+    """Of every rival its scores [P] (or one of all) at each of `RATIOS` that it reaches."""
+    found = {}
+    for name, some in by_rival(aimed(points, score)).items():
+        line = frontier(some, rows, score)
+        reached = {ratio: at_time(line, ratio) for ratio in RATIOS}
+        found[name] = {ratio: values for ratio, values in reached.items() if values is not None}
     return found
+
+
+def ratio_rows(
+    points: Sequence[Point], dense: Point, rows: int | None, score: str
+) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: every rival's mean at each ratio, the best of a column in bold. rows: batch size whose
+    time is meant, None: FLOPs.
+    """
+    digits, found = digits_of(score), at_ratios(points, rows, score)
+    sign = -1 if score in LOWER else 1
+    means = {name: {r: float(v.mean()) for r, v in values.items()} for name, values in found.items()}
+    best = {r: max((sign * m[r] for m in means.values() if r in m), default=None) for r in RATIOS}
+
+    def cell(mean: dict[float, float], ratio: float) -> str:
+        if ratio not in mean:
+            return "-"
+        text = f"{mean[ratio]:.{digits}f}"
+        return f"**{text}**" if sign * mean[ratio] == best[ratio] else text
+
+    table = [[name, *(cell(mean, ratio) for ratio in RATIOS), ""] for name, mean in means.items() if mean]
+    whole = f"{float(values_of(dense, score).mean()):.{digits}f}"
+    return ["rival", *map(str, RATIOS), "1"], [*table, ["dense", *["" for _ in RATIOS], whole]]
+
+
+def values_of(point: Point, score: str) -> Values:
+    """A score's values: one per prompt [P], or one of all prompts [1]."""
+    return np.array(point.scores[score] if score in point.scores else [point.whole[score]])
+
+
+def enough_lines(points: Sequence[Point], dense: Point, score: str) -> list[str]:
+    """The least share of the FLOPs at which each rival is as near to the exact result as the dense run is."""
+    goal, found = float(values_of(dense, score).mean()), []
+    for name, some in by_rival(aimed(points, score)).items():
+        line = [(ratio, float(values.mean())) for ratio, values in frontier(some, None, score)]
+        for (left, low), (right, high) in itertools.pairwise([(0.0, -np.inf), *line]):
+            if high >= goal:
+                share = right if not np.isfinite(low) else left + (right - left) * (goal - low) / (high - low)
+                found.append((share, name))
+                break
+    return [f"As near to the exact result as the dense run from a share of {share:.2f} on: {name}"
+            for share, name in sorted(found)]  # fmt: skip
 
 
 def batch_sizes(points: Iterable[Point]) -> list[int]:
@@ -141,7 +165,7 @@ def by_rival(points: Iterable[Point]) -> dict[str, list[Point]]:
 def point_rows(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of all points, by rival and FLOPs."""
     sizes = batch_sizes(points)
-    scores = [name for name in LABELS if points and name in points[0].scores]
+    scores = [n for n in LABELS if points and (n in points[0].scores or n in points[0].whole)]
     head = [
         "rival",
         "setting",
@@ -160,7 +184,7 @@ def point_rows(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
                     setting,
                     f"{point.flops:.3f}",
                     *("" if t is None else f"{t:.3f}" for t in times),
-                    *(_score(score, point.scores[score]) for score in scores),
+                    *(_score(score, values_of(point, score)) for score in scores),
                 ]
             )
     return head, rows
@@ -168,24 +192,7 @@ def point_rows(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
 
 def digits_of(score: str) -> int:
     """Decimals that are shown."""
-    return 2 if score.startswith("psnr") else 4 if score.startswith(("iou", "chamfer")) else 3
-
-
-def equal_rows(found: Sequence[EqualTime], score: str) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table at equal time."""
-    digits = digits_of(score)
-    head = ["batch", "time", "rival", "mean (95 % interval)", "elastic ahead by (95 % interval)"]
-    rows = [
-        [
-            str(row.rows),
-            f"{row.ratio:g}",
-            row.rival,
-            f"{row.mean:.{digits}f} ({row.low:.{digits}f} to {row.high:.{digits}f})",
-            "" if row.behind is None else "{:+.{d}f} ({:+.{d}f} to {:+.{d}f})".format(*row.behind, d=digits),
-        ]
-        for row in found
-    ]
-    return head, rows
+    return 2 if score.startswith(("psnr", "frechet")) else 4 if score.startswith(("iou", "chamfer")) else 3
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -203,18 +210,15 @@ def as_json(points: Sequence[Point], about: Mapping[str, Any]) -> dict[str, Any]
             "flops": point.flops,
             "time": {str(size): time_ratio(point, size) for size in sorted(point.times)},
             **{name: mean_interval(np.array(values)) for name, values in point.scores.items()},
+            **point.whole,
         }
         for point in points
     ]
-    return {
-        **about,
-        "points": rows,
-        "equal_time": [vars(row) for row in equal_time(points, main_score(points))] if points else [],
-    }
+    return {**about, "points": rows}
 
 
-def _score(name: str, values: Sequence[float]) -> str:
-    mean, low, high = mean_interval(np.array(values))
+def _score(name: str, values: Values) -> str:
+    mean, low, high = mean_interval(values)
     if name.startswith("top"):
         return f"{100 * mean:.1f} %"
     return f"{mean:.2f} ({low:.2f} to {high:.2f})" if name.startswith("psnr") else f"{mean:.4f}"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from benchmarks import recorded
 from benchmarks.bench import Attached, Bench, run_quality, run_timed
 from benchmarks.pareto_store import Point, Store, point_key
 from benchmarks.rivals import Rival, Setting
@@ -66,7 +67,7 @@ def todo_time(
 
 def announce(bench: Bench, store: Store, rivals: Sequence[Rival], args: argparse.Namespace) -> None:
     """One line per phase: what is left to do, and how long that takes at the speed of one measured step."""
-    if args.phase != "time":
+    if not args.timing:
         left, count = len(todo_quality(store, rivals)), len(bench.prompts)
         references = 0 if store.references.is_file() else 1 + args.reference_steps / bench.num_steps
         pictures = count * (TYPICAL * left + references)
@@ -75,7 +76,7 @@ def announce(bench: Bench, store: Store, rivals: Sequence[Rival], args: argparse
             f"quality: {left} settings of {len(rivals)} rivals, {count} {bench.things}, "
             f"{bench.num_steps} steps: about {_minutes(seconds)} at the present load"
         )
-    if args.phase != "quality" and args.rounds:
+    if args.timing and args.rounds:
         seconds, runs = 0.0, 0
         for rows in args.batch_sizes:
             left = sum(len(todo_time(store, rivals, rows, n, args.rounds)) for n in range(args.rounds))
@@ -108,7 +109,8 @@ def references(bench: Bench, store: Store, args: argparse.Namespace) -> tuple[di
     kept = store.load_references()
     if kept is None:
         dense, flops = run_quality(bench, Attached(bench.num_steps, nullcontext), args.rows)
-        truth = bench.results(args.rows, args.reference_steps)
+        with recorded.planned(bench, lambda grid: recorded.exact_plan(bench, grid, args.reference_steps)):
+            truth = bench.results(args.rows, bench.num_steps)
         store.save_references({"dense": bench.pack(dense), "truth": bench.pack(truth)}, flops)
         kept = store.load_references()
         assert kept is not None, "just saved"
@@ -119,18 +121,23 @@ def references(bench: Bench, store: Store, args: argparse.Namespace) -> tuple[di
 def measure_quality(bench: Bench, store: Store, rivals: Sequence[Rival], args: argparse.Namespace) -> None:
     """Results, FLOPs and scores of every setting that the store lacks."""
     todo = todo_quality(store, rivals)
+    bench.chosen.update(store.load_chosen())
     if not todo and point_key("dense", {}) in store.load():
         return
     known, dense_flops = references(bench, store, args)
     if point_key("dense", {}) not in store.load():
-        store.add_point(Point("dense", {}, 1.0, bench.judge(known["dense"], known)))
+        dense = known["dense"]
+        store.add_point(
+            Point("dense", {}, 1.0, bench.judge(dense, known), whole=bench.judge_all(dense, known))
+        )
     for number, (rival, setting) in enumerate(todo, 1):
         start = time.monotonic()
         with rival.attached(bench, setting) as attached:
             results, flops = run_quality(bench, attached, args.rows, dense_flops)
-        scores = bench.judge(results, known)
-        point = Point(rival.name, dict(setting), flops, scores, bundle=rival.bundle(bench))
+        scores, whole = bench.judge(results, known), bench.judge_all(results, known)
+        point = Point(rival.name, dict(setting), flops, scores, bundle=rival.bundle(bench), whole=whole)
         store.add_point(point)
+        store.save_chosen(bench.chosen)
         mean = statistics.mean(point.scores[bench.score])
         console.print(
             f"quality {number}/{len(todo)}  {point.key}: FLOPs {flops:.3f}, {bench.score} {mean:.3f}, "
@@ -141,6 +148,7 @@ def measure_quality(bench: Bench, store: Store, rivals: Sequence[Rival], args: a
 def measure_times(bench: Bench, store: Store, rivals: Sequence[Rival], args: argparse.Namespace) -> None:
     """Seconds of every setting, batch size and round that the store lacks."""
     workloads = {rows: bench.workload(rows) for rows in args.batch_sizes}
+    bench.chosen.update(store.load_chosen())
     for turn in range(args.rounds):
         for rows in args.batch_sizes:
             todo = todo_time(store, rivals, rows, turn, args.rounds)

@@ -1,15 +1,18 @@
 """What a comparison has measured so far, in a folder that a killed run leaves usable.
 
     run.json          what was asked: a folder continues only the same comparison
-    references.npz    dense and many-step pictures (or latents of meshes), dense FLOPs
     points.jsonl      one line per rival and setting: FLOPs ratio and the scores of every prompt
+    chosen.json       what rivals chose for themselves on other prompts, such as a shift
     times.jsonl       one line per rival, setting, batch size and round: its seconds and those of dense
+
+Dense and exact pictures (or latents of meshes) are kept in `CACHE`, since other comparisons share them.
 
 Shapes: P prompts.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,10 +25,19 @@ from numpy.typing import NDArray
 
 from routers.files import write_whole
 
+CACHE = Path(".cache/pareto")
+"""Of references, in the present folder; git ignores it."""
+REFERENCED = (
+    "fingerprint", "prompts", "seed", "steps", "guidance", "width", "height", "reference_steps", "torch",
+    "machine",
+)  # fmt: skip
+"""What references depend on."""
+
 
 @dataclass
 class Point:
-    """One rival at one setting. flops: ratio to dense. scores: name -> a value per prompt [P].
+    """One rival at one setting. flops: ratio to dense. scores: name -> a value per prompt [P]. whole: name ->
+    a value of all prompts together.
 
     times: batch size -> time ratios to dense, one per round. bundle: digest of the bundle it ran with, None
     where none is used.
@@ -37,6 +49,7 @@ class Point:
     scores: dict[str, list[float]]
     times: dict[int, list[float]] = field(default_factory=dict)
     bundle: str | None = None
+    whole: dict[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -57,7 +70,9 @@ class Store:
 
     def __init__(self, folder: Path, asked: Mapping[str, Any], bundle: str | None = None) -> None:
         self.folder, self.points, self.bundle = folder, folder / "points.jsonl", bundle
-        self.times, self.references = folder / "times.jsonl", folder / "references.npz"
+        self.times, self.chosen_file = folder / "times.jsonl", folder / "chosen.json"
+        known = json.dumps({name: value for name, value in asked.items() if name in REFERENCED})
+        self.references = CACHE / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.npz"
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -81,6 +96,14 @@ class Store:
         row = asdict(point)
         row.pop("times")
         _append(self.points, row)
+
+    def load_chosen(self) -> dict[str, float]:
+        """What rivals chose."""
+        return json.loads(self.chosen_file.read_text()) if self.chosen_file.is_file() else {}
+
+    def save_chosen(self, chosen: Mapping[str, float]) -> None:
+        """Keep what rivals chose."""
+        write_text(self.chosen_file, json.dumps(dict(chosen), indent=1) + "\n")
 
     def add_time(
         self, key: str, rows: int, turn: int, seconds: float, dense: float, bundle: str | None = None
@@ -124,6 +147,7 @@ class Store:
             with open(path, "wb") as file:
                 np.savez_compressed(file, dense_flops=np.array(dense_flops), **dict(arrays))
 
+        self.references.parent.mkdir(parents=True, exist_ok=True)
         write_whole({self.references: write})
 
     def load_references(self) -> tuple[dict[str, NDArray[Any]], float] | None:

@@ -4,15 +4,16 @@
         with attached.generation():
             pipe(..., num_inference_steps=attached.num_steps)
 
-Caches of other libraries are in `caches.py`. Adding a rival: write `apply(bench, setting)`, a generator that
-yields `Attached`, and add a `Rival` to `all_rivals`.
+Samplers are in `samplers.py`, caches of other libraries in `caches.py`. A setting with a "target" aims at
+the dense or at the exact result, one without at both. Adding a rival: write `apply(bench, setting)`, a
+generator that yields `Attached`, and add a `Rival` to `all_rivals`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,22 +21,26 @@ import numpy as np
 
 import routers
 from backbones import loading, registry
-from benchmarks import caches, teacache
+from benchmarks import caches, recorded, teacache
 from benchmarks.bench import Attached, Bench, untouched
 from benchmarks.mixes import forced_mix, whole_steps
+from benchmarks.samplers import SHIFTS, SOLVERS, optimal_steps
 from routers.elastic import Elastic
 from routers.paper import checkpoint as release
 from routers.paper import policy as release_policy
+from routers.planned.spent import evaluations_for
+from routers.planned.timeplan import euler
 from routers.policy import FixedPolicy
+from routers.spec import TARGETS
 from routers.trace import Actions
 
 Setting = Mapping[str, float | int | str]
 """One operating point of a rival; JSON data."""
 
-SECOND_ORDER = {"AB2": "ab2", "DPM++(2M)": "dpm++2m"}
-"""Second-order solvers as tables name them -> `backbones.solvers`."""
-BUDGETS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9)
-STEP_SHARES = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
+BUDGETS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8)
+ON_TOP = "AB2"
+"""The solver that caches are put on, at its best shift to the exact result."""
+FINAL = {"budget": 1.0, "target": "exact"}
 
 
 @dataclass(frozen=True)
@@ -70,20 +75,16 @@ def all_rivals(bench: Bench, *, release_file: Path | None = None) -> list[Rival]
     release_file: a checkpoint in the paper's layout, to run its fixed thresholds.
     """
     budgets = tuple({"budget": budget} for budget in BUDGETS)
-    exact = tuple({**setting, "target": "exact"} for setting in budgets)
+    aimed = tuple({**setting, "target": target} for target in TARGETS for setting in budgets)
     found = [
-        Rival("elastic", budgets, elastic, _no_bundle, elastic=True),
-        Rival("elastic, no bundle", budgets, plan_alone, note="the plan that needs nothing measured"),
-        Rival("elastic, no bundle, exact", exact, plan_alone, note="the same, aimed at the exact solution"),
+        Rival("elastic", aimed, elastic, elastic=True),
+        Rival("elastic, no bundle", aimed, plan_alone, note="the plan that needs nothing measured"),
     ]
-    steps = tuple({"steps": n} for n in step_counts(bench.num_steps))
-    found.append(Rival("fewer steps, Euler", steps, _fewer_steps))
-    for name in SECOND_ORDER:
-        settings = tuple(
-            {"steps": n, "solver": name} for n in (*step_counts(bench.num_steps), bench.num_steps)
-        )
-        found.append(Rival(f"fewer steps, {name}", settings, _fewer_steps))
+    for name in SOLVERS:
+        apply = functools.partial(_sampler, name)
+        found.append(Rival(name, aimed, apply, note="best shift of 1, 1.5, 2, 3 on other prompts"))
     found += [
+        Rival("OptimalSteps", aimed[len(budgets) :], _optimal_steps, note="own code after arXiv 2503.21774"),
         Rival("whole-step reuse", budgets, _whole_steps, note="linear extrapolation, evenly spread steps"),
         Rival("random skip", budgets, _random_skip),
         Rival(
@@ -94,13 +95,16 @@ def all_rivals(bench: Bench, *, release_file: Path | None = None) -> list[Rival]
             "own code after arXiv 2411.19108; polynomial fitted on calibration prompts",
         ),
     ]
-    found += [Rival(*row) for row in caches.ROWS]
+    for name, settings, apply, why_not, note in caches.ROWS:
+        found.append(Rival(name, settings, apply, why_not, note))
+        on_top = tuple({**setting, "target": "exact"} for setting in settings)
+        found.append(Rival(f"{name} + {ON_TOP}", on_top, functools.partial(_on_top, apply), why_not, note))
     if release_file is not None:
         settings = ({"file": str(release_file), "threshold": 0.5},)
         found.append(
             Rival("paper, fixed threshold", settings, _release, note="fine-tuned weights of its own")
         )
-    return [limit_depth(limit_budgets(rival, bench), bench) for rival in found]
+    return [limit_depth(rival, bench) for rival in found]
 
 
 def limit_depth(rival: Rival, bench: Bench) -> Rival:
@@ -111,74 +115,88 @@ def limit_depth(rival: Rival, bench: Bench) -> Rival:
     return replace(rival, settings=tuple(fits))
 
 
-def limit_budgets(rival: Rival, bench: Bench) -> Rival:
-    """Leave out budgets that the bundle does not serve."""
-    if bench.bundle is None or not rival.elastic:
-        return rival
-    least = bench.bundle.min_budget
-    return replace(rival, settings=tuple(s for s in rival.settings if float(s["budget"]) >= least))
-
-
 def thresholds(low: float, high: float, count: int = 8) -> tuple[Setting, ...]:
     """`count` thresholds, evenly spread on a logarithmic scale."""
     return tuple({"threshold": float(f"{value:.3g}")} for value in np.geomspace(low, high, count))
 
 
-def step_counts(num_steps: int) -> list[int]:
-    """Smaller step counts from a quarter of the steps on."""
-    return sorted({max(2, round(share * num_steps)) for share in STEP_SHARES} - {num_steps})
-
-
-def elastic(bench: Bench, setting: Setting) -> AbstractContextManager[Attached]:
-    """The bundle at a budget."""
-    assert bench.bundle is not None, "why_not was asked"
-    return _attached(bench, bench.bundle, setting)
-
-
-def plan_alone(bench: Bench, setting: Setting) -> AbstractContextManager[Attached]:
-    """A budget without a bundle."""
-    return _attached(bench, None, setting)
+def evaluations_of(bench: Bench, setting: Setting) -> int:
+    """How many evaluations a setting's budget buys."""
+    return evaluations_for(float(setting["budget"]), bench.num_steps)
 
 
 @contextmanager
-def _attached(bench: Bench, bundle: routers.Bundle | None, setting: Setting) -> Iterator[Attached]:
-    budget, target = float(setting["budget"]), str(setting.get("target", "dense"))
+def elastic(bench: Bench, setting: Setting) -> Iterator[Attached]:
+    """A calibrated plan: the bundle's where it is for this number of steps, else one fitted now."""
+    bundle, budget, target = bench.bundle, float(setting["budget"]), str(setting["target"])
+    if bundle is None or bundle.num_steps != bench.num_steps or target not in bundle.plans:
+        bundle = recorded.calibrated(bench, evaluations_of(bench, setting), target)
+    with _attached(bench, bundle, budget, target) as attached:
+        yield attached
+
+
+@contextmanager
+def plan_alone(bench: Bench, setting: Setting) -> Iterator[Attached]:
+    """A budget without a bundle."""
+    with _attached(bench, None, float(setting["budget"]), str(setting["target"])) as attached:
+        yield attached
+
+
+@contextmanager
+def _attached(bench: Bench, bundle: routers.Bundle | None, budget: float, target: str) -> Iterator[Attached]:
     attached = routers.attach(
         bench.pipe, bundle, budget=budget, target=target, num_steps=bench.num_steps, force=True
     )
     try:
-        yield Attached(bench.num_steps, attached.scope, traced=isinstance(attached, Elastic))
+        if isinstance(attached, Elastic):
+            yield Attached(bench.num_steps, attached.scope, traced=True)
+        else:
+            yield Attached(bench.num_steps, attached.scope, spent=lambda: attached.trace.share)
     finally:
         attached.detach()
 
 
-def _solver(bench: Bench, setting: Setting) -> AbstractContextManager[None]:
-    """The setting's solver in place of the pipeline's, if it names one."""
-    return bench.solver(SECOND_ORDER[str(setting["solver"])]) if "solver" in setting else nullcontext()
+@contextmanager
+def _sampler(name: str, bench: Bench, setting: Setting) -> Iterator[Attached]:
+    evaluations, solver = evaluations_of(bench, setting), SOLVERS[name]
 
+    def plan(shift: float) -> recorded.Planning:
+        return lambda grid: solver(grid, evaluations, shift)
 
-def _no_bundle(bench: Bench) -> str | None:
-    return None if bench.bundle is not None else "the model has no bundle; give one with --routers"
+    key = f"shift of {name}, {evaluations} of {bench.num_steps}, {setting['target']}"
+    shift = recorded.best(bench, key, str(setting["target"]), SHIFTS, plan)
+    with recorded.planned(bench, plan(shift)) as attached:
+        yield attached
 
 
 @contextmanager
-def _fewer_steps(bench: Bench, setting: Setting) -> Iterator[Attached]:
-    with _solver(bench, setting):
-        yield Attached(int(setting["steps"]), nullcontext)
+def _optimal_steps(bench: Bench, setting: Setting) -> Iterator[Attached]:
+    _, exact = recorded.trajectory(bench, "exact")
+    plan = euler(optimal_steps(exact, evaluations_of(bench, setting)))
+    with recorded.planned(bench, lambda grid: plan) as attached:
+        yield attached
 
 
 @contextmanager
-def _planned(bench: Bench, plan: Actions) -> Iterator[Attached]:
+def _on_top(
+    cache: Callable[[Bench, Setting], AbstractContextManager[Attached]], bench: Bench, setting: Setting
+) -> Iterator[Attached]:
+    with _sampler(ON_TOP, bench, FINAL), cache(bench, setting) as attached:
+        yield attached
+
+
+@contextmanager
+def _blocks(bench: Bench, plan: Actions) -> Iterator[Attached]:
     with bench.elastic(lambda: FixedPolicy(plan, order=1)) as elastic:
         yield Attached(bench.num_steps, lambda: elastic.scope(num_steps=bench.num_steps), traced=True)
 
 
 def _random_skip(bench: Bench, setting: Setting) -> AbstractContextManager[Attached]:
-    return _planned(bench, forced_mix("skip", bench.call, float(setting["budget"]), bench.num_steps))
+    return _blocks(bench, forced_mix("skip", bench.call, float(setting["budget"]), bench.num_steps))
 
 
 def _whole_steps(bench: Bench, setting: Setting) -> AbstractContextManager[Attached]:
-    return _planned(bench, whole_steps(bench.call, float(setting["budget"]), bench.num_steps))
+    return _blocks(bench, whole_steps(bench.call, float(setting["budget"]), bench.num_steps))
 
 
 @contextmanager

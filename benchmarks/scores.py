@@ -94,3 +94,19 @@ def accuracy(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[V
     first = [guess[0] == label for guess, label in zip(guesses, labels, strict=True)]
     five = [label in guess for guess, label in zip(guesses, labels, strict=True)]
     return np.array(first, np.float64), np.array(five, np.float64)
+
+
+def frechet(pictures: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
+    """Fréchet distance of the packaged classifier's features, of pictures to their references. The fewer
+    there are, the less it tells of what other prompts would give. NaN without a classifier.
+    """
+    from backbones.tiny.recipes.frechet import features, frechet_distance
+    from benchmarks.classifier import load_classifier
+
+    try:
+        classifier = load_classifier()
+    except FileNotFoundError:
+        return float("nan")
+    both = (features(classifier, np.stack([np.asarray(p.convert("RGB")) for p in some]))
+            for some in (pictures, references))  # fmt: skip
+    return frechet_distance(*both)
