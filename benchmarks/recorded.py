@@ -16,7 +16,7 @@ from routers.planned.closed_loop import Recording, Trajectory
 from routers.planned.follow import Steps
 from routers.planned.scheduler import elastic_scheduler
 from routers.planned.timeplan import Array, TimePlan, euler, moving
-from routers.planned.universal import universal_plan
+from routers.planned.universal import solver_plan
 
 SAMPLES = 6
 """Calibration prompts that a fit is made on."""
@@ -46,7 +46,7 @@ def planned(bench: Bench, planning: Planning) -> Iterator[Attached]:
 def exact_plan(bench: Bench, grid: Array, evaluations: int = EXACT_EVALUATIONS) -> TimePlan:
     """So many evaluations that more of them change nothing that is seen."""
     warps = getattr(bench.pipe.scheduler, "warps", {})
-    return universal_plan(grid, evaluations, "exact", warps.get("exact"))
+    return solver_plan(grid, evaluations, warps.get("exact"))
 
 
 def run_samples(bench: Bench, planning: Planning | None = None) -> Any:

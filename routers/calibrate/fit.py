@@ -2,6 +2,7 @@
 
 1. record: the samples' dense run (and, for plans that aim at it, the exact solution: many steps of AB2);
 2. plans: for every number of evaluations a few candidates, fitted in closed loop (`planned/choose_times.py`);
+   those to the exact solution are bent as a whole instead, like one of them (`planned/refine.py`);
 3. narrow: few evaluations with narrow MLPs, for budgets where whole ones fall apart (`narrow.py`).
 
 One batch of samples is enough: a handful of weights are fitted to thousands of latent values.
@@ -19,14 +20,16 @@ from torch import Tensor, nn
 
 from ..attachment import architecture, fingerprint
 from ..bundle import Bundle
+from ..planned.bends import COMMON, bent
 from ..planned.choose_times import CANDIDATES, FREE, choose
 from ..planned.closed_loop import Recording, StageFit, Trajectory
 from ..planned.follow import Steps
 from ..planned.narrow import Narrowing, NarrowPlan
+from ..planned.refine import refine
 from ..planned.scheduler import check_scheduler, elastic_scheduler
 from ..planned.spent import EXACT_SHARE
 from ..planned.timeplan import Array, TimePlan, euler, moving
-from ..planned.universal import Warp, universal_plan
+from ..planned.universal import Warp, solver_plan
 from ..spec import TransformerSpec
 from .narrow import Measured, candidates, overshooting_error, worth_it
 from .settings import FitSettings
@@ -48,6 +51,7 @@ class Fit:
         self.workload, self.settings, self.state, self.report = workload, settings, state, report
         self.grid: Array = np.zeros(0)
         self.warps: dict[str, Warp] = {}
+        self._recorded: dict[str, Trajectory] = {}
         check_scheduler(workload.pipe.scheduler)
 
     def run(self, steps: Callable[[Array], Steps | None]) -> Tensor:
@@ -64,6 +68,8 @@ class Fit:
 
     def record(self, target: str) -> Trajectory:
         """The run that plans aim at."""
+        if target in self._recorded:
+            return self._recorded[target]
         stored = None if self.state is None else self.state.get(f"record-{target}")
         if stored is None:
             stored = self._record(target)
@@ -71,16 +77,14 @@ class Fit:
                 self.state.keep(f"record-{target}", stored)
         self.grid = stored["grid"].double().numpy()
         velocities = [] if target == "dense" else list(stored["velocities"])
-        return Trajectory(stored["times"].tolist(), list(stored["states"]), velocities)
+        path = Trajectory(stored["times"].tolist(), list(stored["states"]), velocities)
+        return self._recorded.setdefault(target, path)
 
     def _record(self, target: str) -> dict[str, Tensor]:
         recordings: list[Recording] = []
 
         def planner(grid: Array) -> Recording:
-            if target == "dense":
-                plan = euler(grid)
-            else:
-                plan = universal_plan(grid, EXACT_SHARE * (len(grid) - 1), "exact")
+            plan = euler(grid) if target == "dense" else solver_plan(grid, EXACT_SHARE * (len(grid) - 1))
             recordings.append(Recording(plan))
             return recordings[-1]
 
@@ -102,6 +106,9 @@ class Fit:
             self.report(f"record {target}", 0, 1)
             recorded, warps = self.record(target), CANDIDATES[target]
             numbers = self.settings.evaluations(len(self.grid) - 1)
+            if target == "exact":
+                chosen[target] = self._exact_plans(recorded, numbers)
+                continue
             middle = numbers[len(numbers) // 2]
             for done, evaluations in enumerate([middle, *(n for n in numbers if n != middle)]):
                 self.report(f"plans, {target}", done, len(numbers))
@@ -112,6 +119,30 @@ class Fit:
                     self.warps[target] = ranked[0]
                     warps = (*ranked, *(w for w in warps if w not in ranked))
         return chosen
+
+    def _exact_plans(self, recorded: Trajectory, numbers: Sequence[int]) -> dict[int, TimePlan]:
+        """For each number of evaluations: Adams-Bashforth's plan at the warp that serves best, bent."""
+        leading = self.settings.leading(len(self.grid) - 1)
+        warps = CANDIDATES["exact"][: self.settings.tries or None]
+        self.report("plans, exact", 0, 2)
+        _, (warp, *_) = self._plan(recorded, leading, "exact", warps)
+        self.warps["exact"] = warp
+        self.report("plans, exact", 1, 2)
+        stored = None if self.state is None else self.state.get("bend-exact")
+        if stored is None:
+            near = solver_plan(self.grid, leading, warp)
+            found = refine(near, self._end, recorded.states[-1], self.settings.rounds, COMMON)
+            stored = {"numbers": torch.from_numpy(found.numbers)}
+            if self.state is not None:
+                self.state.keep("bend-exact", stored)
+        bend = stored["numbers"].numpy()
+        return {n: bent(solver_plan(self.grid, n, warp), bend, leading) for n in numbers}
+
+    def _end(self, plan: TimePlan) -> Tensor:
+        """Where the samples end along a plan, as the scheduler sees them."""
+        recording = Recording(plan)
+        self.run(lambda grid: recording)
+        return recording.trajectory.states[-1].cpu()
 
     def narrow(self, plans: Mapping[str, Mapping[int, TimePlan]]) -> dict[str, list[NarrowPlan]]:
         """By target, the narrow plans that are worth their compute. plans: the whole ones."""

@@ -13,6 +13,10 @@ NARROW = 4
 """Evaluations of a plan with narrow ones, at most: from there on fewer whole ones were always better."""
 BUDGETS = 19
 """Plans at most: from 0.05 to 0.95."""
+LEADING = 0.35
+"""Budget whose plan to the exact solution is refined; the others are bent alike."""
+WARPS_TRIED, RUNS_A_ROUND = 5, 13
+"""Runs of that plan: with other times, and for each round of refinement, at most."""
 MANY, ALL = 6, 6
 """From so many plans on the first one has all candidates, which are so many."""
 
@@ -20,19 +24,24 @@ MANY, ALL = 6, 6
 @dataclass(frozen=True)
 class FitSettings:
     """budgets: that plans are made for; None: `BUDGETS` of them. targets: see `routers.attach`. tries:
-    candidates per plan; None: as many as 20 dense generations allow for all plans, 2 for one. seed: of the
-    first sample's noise, for the record.
+    candidates per plan; None: as many as 20 dense generations allow for all plans, 2 for one. rounds: of
+    refinement to the exact solution. seed: of the first sample's noise, for the record.
     """
 
     budgets: tuple[float, ...] | None = None
     targets: tuple[str, ...] = ("dense",)
     tries: int | None = None
+    rounds: int = 2
     seed: int = 0
 
     def evaluations(self, steps: int) -> list[int]:
         """Numbers of evaluations that get a plan, ascending; a run of all steps needs none."""
         budgets = self.budgets or [i / (BUDGETS + 1) for i in range(1, BUDGETS + 1)]
         return sorted({evaluations_for(budget, steps) for budget in budgets} - {steps})
+
+    def leading(self, steps: int) -> int:
+        """How many evaluations the plan to the exact solution makes that the others are bent like."""
+        return min(self.evaluations(steps), key=lambda n: abs(n - LEADING * steps))
 
     def tries_for(self, evaluations: int, steps: int, first: bool) -> int:
         """How many candidates a plan has: all, if it is the first of many and tells which are good; one, if
@@ -53,10 +62,15 @@ class FitSettings:
         """What a fit costs at most, in dense generations of its samples."""
         numbers = self.evaluations(steps)
         middle = numbers[len(numbers) // 2]
-        plans = sum(n * self.tries_for(n, steps, first=n == middle) for n in numbers)
+        made = 0
+        if "dense" in self.targets:
+            made += steps + sum(n * self.tries_for(n, steps, first=n == middle) for n in numbers)
+        if "exact" in self.targets:
+            runs = (self.tries or WARPS_TRIED) + 1 + self.rounds * RUNS_A_ROUND
+            made += EXACT_SHARE * steps + runs * self.leading(steps)
         narrow = self.narrow(steps)
         few = [
             n for n in numbers if n <= max(narrow, default=0)
         ]  # whole ones, measured beside the narrow ones
-        plans += sum(few) + (len(WIDTHS) - 1) * sum(narrow)
-        return 1 + len(self.targets) * plans / steps + EXACT_SHARE * ("exact" in self.targets)
+        made += len(self.targets) * (sum(few) + (len(WIDTHS) - 1) * sum(narrow))
+        return made / steps

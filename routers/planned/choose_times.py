@@ -1,4 +1,4 @@
-"""Which times, and which weights: a few candidates, fitted in closed loop and judged where they end.
+"""Which times, and which weights: a few candidates, judged where they end.
 
 Errors of x feed back into v, so no formula tells how good times are (docs/notes/solver-plan.md): every
 candidate runs on the recorded samples, n evaluations each, and the one that ends nearest to the target is
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .closed_loop import FitSettings, StageFit, Trajectory
+from .closed_loop import FitSettings, Recording, StageFit, Trajectory, mean_snr
 from .follow import Steps
 from .timeplan import Array, TimePlan
 from .universal import WARPS, Warp, universal_plan
@@ -20,11 +20,8 @@ CANDIDATES: dict[str, tuple[Warp, ...]] = {
     "exact": (WARPS["exact"], (1.7, 1.0), (0.5, 1.0), (1.0, 1.0), (3.0, 1.0)),
 }
 """Warps of the times by target, in the order in which they are tried."""
-FEW = 6
-"""Up to so many evaluations weights are fitted to the exact solution; from there on Adams-Bashforth's are as
-good (docs/notes/solver-plan.md)."""
-HELD, FREE, STATE = FitSettings(passes=2, order=2), FitSettings(), FitSettings(state=True)
-"""How far weights may leave Adams-Bashforth's: not at all; freely; freely, x among the regressors."""
+FREE = FitSettings()
+"""Weights of plans to the dense run are fitted freely; those to the exact solution are bent (`refine.py`)."""
 
 Run = Callable[[Steps], object]
 """Runs the recorded samples along a plan, a fit or a recording."""
@@ -38,16 +35,18 @@ class Fitted:
     snr: float
 
 
-def freedom(evaluations: int, target: str) -> FitSettings:
-    """How far a plan's weights are fitted."""
-    return FREE if target == "dense" else STATE if evaluations <= FEW else HELD
-
-
 def fit(run: Run, near: TimePlan, target: Trajectory, settings: FitSettings) -> Fitted:
     """One candidate: the weights of a plan's steps, near its own."""
     stages = StageFit(near.times, target, settings, near)
     run(stages)
     return Fitted(stages.plan, stages.snr)
+
+
+def measure(run: Run, plan: TimePlan, target: Trajectory) -> Fitted:
+    """A candidate as it is."""
+    recording = Recording(plan, len(target.states[0]))
+    run(recording)
+    return Fitted(plan, mean_snr(recording.trajectory.states[-1], target.states[-1]))
 
 
 def choose(
@@ -58,6 +57,6 @@ def choose(
     for warp in warps:
         near = universal_plan(grid, evaluations, target, warp)
         if tuple(near.times) not in fitted:
-            found = fit(run, near, recorded, freedom(evaluations, target))
+            found = fit(run, near, recorded, FREE) if target == "dense" else measure(run, near, recorded)
             fitted[tuple(near.times)] = warp, found
     return dict(sorted(fitted.values(), key=lambda pair: -pair[1].snr))

@@ -1,10 +1,8 @@
-"""A plan bent as a whole, so that the run's end comes nearer to the exact solution.
+"""Which bend of a plan brings the run's end nearest to the exact solution: Gauss-Newton on recorded samples.
 
 Weights fitted step by step bring each state nearer and the end not (docs/notes/solver-plan.md): errors move
-what the model says next. So the end itself is what is made small here. Weights and times bend smoothly along
-the run, by ten numbers that are 0 for Adams-Bashforth's plan, so that a handful of samples fix them and one
-set serves every number of evaluations. They are found by Gauss-Newton, with one run for each number in the
-place of a derivative: nothing but runs of the pipeline is needed.
+what the model says next. So the end itself is what is made small here, with one run for each number of a bend
+in the place of a derivative: nothing but runs of the pipeline is needed.
 
 Shapes: M samples, D latent values, B numbers.
 """
@@ -18,13 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .timeplan import Array, TimePlan, adams_bashforth
+from .bends import BENDS, bent
+from .timeplan import Array, TimePlan
 
-BENDS = 10
-"""Numbers of a bend: log of the shift, bend of the times towards both ends, then two for each of slope, scale,
-curve and state: where the run begins, and how that changes until its end."""
-PASSES = 3
-"""Outputs that a step is made from."""
 NUDGE = 0.05
 """By how much each number is changed to see what that does."""
 DAMPING = (0.01, 0.1, 1.0)
@@ -34,34 +28,6 @@ SMALL = 1e-9
 
 Ends = Callable[[TimePlan], Tensor]
 """Where the recorded samples end along a plan: [M, ...]."""
-
-
-def bent(plan: TimePlan, numbers: Array) -> TimePlan:
-    """A plan of Adams-Bashforth's, of order two, bent. Raises ValueError if that moves times across another.
-
-    slope: relative change of the weight on v_i - v_{i-1}. scale: added to the newest output's weight. curve:
-    added to that of v_i - 2 v_{i-1} + v_{i-2}. state: added to that of x.
-    """
-    shift, bend, *rest = np.asarray(numbers, float).tolist()
-    times = _bent_times(plan.times, shift, bend)
-    own = adams_bashforth(times, 2).weights
-    weights, state = np.zeros((len(own), PASSES)), np.zeros(len(own))
-    weights[:, :2] = own
-    for step, done in enumerate(np.linspace(0, 1, len(own))):
-        slope, scale, curve, state[step] = (a + b * done for a, b in zip(rest[::2], rest[1::2], strict=True))
-        weights[step, :2] += slope * own[step, 1] * np.array([-1, 1])
-        weights[step, 0] += scale
-        if step >= 2:
-            weights[step] += curve * np.array([1, -2, 1])
-    return TimePlan(times, weights, state)
-
-
-def _bent_times(times: Array, shift: float, bend: float) -> Array:
-    """Times whose log odds, as shares of the run's span, are stretched and moved."""
-    share = (times[1:-1] - times[-1]) / (times[0] - times[-1])
-    odds = np.log(share / (1 - share))
-    moved = times[-1] + (times[0] - times[-1]) / (1 + np.exp(-(shift + (1 + bend) * odds)))
-    return np.concatenate([times[:1], moved, times[-1:]])
 
 
 @dataclass(frozen=True)
@@ -78,14 +44,14 @@ class Bent:
 def refine(near: TimePlan, ends: Ends, target: Tensor, rounds: int, start: Array | None = None) -> Bent:
     """Bend a plan so that its runs end near a target [M, ...]. start: numbers to begin with, default none.
 
-    The mean *logarithm* of the samples' errors is made small: one whose run comes to a fork would outweigh all
-    others in a sum of squares.
+    The mean *logarithm* of the samples' errors is made small: one whose run comes to a fork would outweigh
+    all others in a sum of squares.
     """
     numbers = np.zeros(BENDS) if start is None else np.asarray(start, float)
     truth = target.double().flatten(1)
 
     def error_at(tried: Array) -> Tensor:
-        return ends(bent(near, tried)).double().flatten(1).to(truth.device) - truth
+        return ends(bent(near, tried, near.evaluations)).double().flatten(1).to(truth.device) - truth
 
     def size_of(error: Tensor) -> float:
         return float((10 * torch.log10(_energy(error, truth) / truth.square().sum(dim=1))).mean())
@@ -100,7 +66,7 @@ def refine(near: TimePlan, ends: Ends, target: Tensor, rounds: int, start: Array
         moment = torch.einsum("m,mdb,md->b", weight_M, slopes_MDB, error).cpu().numpy()
         runs += BENDS
         for damping in DAMPING:
-            step = np.linalg.solve(gram + damping * np.diag(np.diag(gram)), moment)
+            step = np.linalg.lstsq(gram + damping * np.diag(np.diag(gram)), moment)[0]  # some may do nothing
             moved = error_at(numbers - step)
             runs += 1
             if size_of(moved) < best:

@@ -1,9 +1,10 @@
 """A plan for any budget with nothing measured: times warped, and Adams-Bashforth's weights.
 
-Towards the exact solution a plan moves the run's own times towards the noise. Towards the run of all steps
-("dense") it takes some of that run's own times, and its weights are summed on that grid, so that a plan
-goes astray as Euler's run does: nearer to it by several dB than to the exact solution, at the same price, and
-at the full budget it is that run.
+Towards the exact solution a plan moves the run's own times towards the noise, and is bent (`bends.py`) as the
+packaged picture models want it; times of meshes move towards the data, and such a plan is left as it is.
+Towards the run of all steps ("dense") it takes some of that run's own times, and its weights are summed on
+that grid, so that a plan goes astray as Euler's run does: nearer to it by several dB than to the exact
+solution, at the same price, and at the full budget it is that run.
 
 Pipelines of large models bring times that are shifted already; those are moved no further than `WARPS` says.
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..spec import TARGETS
+from .bends import COMMON, COMMON_AT, bent
 from .spent import EXACT_EVALUATIONS, EXACT_SHARE, evaluations_for
 from .timeplan import Array, TimePlan, adams_bashforth, euler, moving, resampled, shifted
 
@@ -26,11 +28,18 @@ WARPS: dict[str, Warp] = {"dense": (1.3, 1.2), "exact": (2.2, 1.0)}
 
 def universal_plan(grid: Array, evaluations: int, target: str, warp: Warp | None = None) -> TimePlan:
     """The plan for a run's own times [N + 1]. warp: default that of `WARPS`."""
-    grid, (shift, bend) = moving(grid), warp or WARPS[target]
     if target == "exact":
-        return adams_bashforth(shifted(resampled(grid, evaluations), missing_shift(grid, shift)), 2)
+        plan = solver_plan(grid, evaluations, warp)
+        return bent(plan, COMMON, COMMON_AT) if (warp or WARPS[target])[0] > 1 else plan
+    grid, (shift, bend) = moving(grid), warp or WARPS[target]
     steps = grid_steps(len(grid) - 1, evaluations, shift, bend)
     return adams_bashforth(grid[[*steps, -1]], 2, grid)
+
+
+def solver_plan(grid: Array, evaluations: int, warp: Warp | None = None) -> TimePlan:
+    """Adams-Bashforth's weights at shifted times: with many evaluations, the exact solution."""
+    grid, (shift, _) = moving(grid), warp or WARPS["exact"]
+    return adams_bashforth(shifted(resampled(grid, evaluations), missing_shift(grid, shift)), 2)
 
 
 def grid_steps(steps: int, evaluations: int, shift: float, bend: float) -> list[int]:
@@ -76,7 +85,7 @@ def universal_planner(
 
 def exact_planner(grid: Array) -> TimePlan:
     """A planner for the exact solution: so many evaluations that more of them change nothing that is seen."""
-    return universal_plan(grid, max(EXACT_EVALUATIONS, EXACT_SHARE * (len(grid) - 1)), "exact")
+    return solver_plan(grid, max(EXACT_EVALUATIONS, EXACT_SHARE * (len(grid) - 1)))
 
 
 def fewer_steps(budget: float) -> Callable[[Array], TimePlan | None]:

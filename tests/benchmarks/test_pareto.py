@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import pareto, pareto_report, pareto_run, scores
+from benchmarks import pareto, pareto_run, samplers, scores
 from benchmarks.caches import unpack
-from benchmarks.pareto_bars import accuracy_lines, all_bars, verdicts
-from benchmarks.pareto_report import RATIOS, at_time, equal_time, frontier
+from benchmarks.pareto_bars import all_bars, verdicts
+from benchmarks.pareto_report import RATIOS, aimed, at_time, enough_lines, frontier, ratio_rows
 from benchmarks.pareto_run import thinned, with_quality
 from benchmarks.pareto_store import Point, Store, point_key
 from benchmarks.rivals import Rival
+from routers.planned.closed_loop import Recording
+from routers.planned.follow import follow
+from routers.planned.timeplan import euler
 
 # -- what rivals work on ------------------------------------------------------------------------
 
@@ -53,45 +57,98 @@ def test_scores_between_points_are_linear_and_none_below_the_fastest() -> None:
     assert at_time(curve, 0.9) == pytest.approx([30, 32])
 
 
-def test_elastic_is_compared_prompt_by_prompt() -> None:
-    spread = np.linspace(10, 50, 40)
-    points = [
-        point("elastic", 0.4, list(spread + 1.0)), point("slow", 0.9, list(spread + 5)),
-        point("rival", 0.4, list(spread)), point("close", 0.4, list(spread + 1.0 + 0.5 * np.cos(spread * 9))),
-    ]  # fmt: skip
-    found = {(row.rival, row.ratio): row for row in equal_time(points, "psnr")}
-    mean, low, high = found["rival", 0.5].behind
-    assert (mean, low, high) == pytest.approx((1, 1, 1)), "the same prompts: their spread cancels"
-    assert found["rival", 0.5].high - found["rival", 0.5].low > 4
-    assert found["elastic", 0.5].behind is None and ("slow", 0.5) not in found
-    behind = {row.rival: row.behind for row in found.values() if row.ratio == 0.5}
-    assert behind["close"][1] < 0 < behind["close"][2]
-
-
-def test_bars_count_ratios_outside_the_interval_and_name_the_largest_deficit() -> None:
-    ours = [Point("elastic", {"at": t}, t, {"psnr": [20 + 20 * t] * 8, "top1": [1, 1, 1, 1, 1, 1, 1, 0]},
-                  {8: [t]}) for t in (0.3, 0.9)]  # fmt: skip
-    rival = [Point("rival", {"at": t}, t, {"psnr": [d] * 8}, {8: [t]}) for t, d in ((0.4, 27.0), (0.8, 36.5))]
-    weak = [Point("elastic, plan alone", {}, 0.3, {"psnr": [90] * 8}, {8: [0.3]})]
-    dense = Point("dense", {}, 1.0, {"psnr": [60] * 8, "top1": [1] * 8})
-    found = all_bars([*ours, *rival, *weak], dense, "psnr")
-    assert [(bar.rows, bar.ratio) for bar in found] == [(n, r) for n in (8, None) for r in RATIOS]
-    assert [bar.lead for bar in found[:5]] == pytest.approx([1, 0.625, 0.25, -0.125, -0.5])
-    assert {bar.rival for bar in found} == {"rival"}, "the bundle's own variations are no rivals"
+def test_elastic_is_compared_prompt_by_prompt_and_its_largest_deficit_is_named() -> None:
+    spread = np.linspace(10, 50, 8)
+    ours = [Point("elastic", {"at": t}, t, {"psnr": list(spread + 20 * t)}, {8: [t]}) for t in (0.25, 0.8)]
+    rival = [
+        Point("rival", {"at": t}, t, {"psnr": list(spread + d)}, {8: [t]}) for t, d in ((0.4, 7), (0.6, 12.5))
+    ]
+    weak = [Point("elastic, no bundle", {}, 0.2, {"psnr": [90] * 8}, {8: [0.2]})]
+    found = all_bars([*ours, *rival, *weak], "psnr")
+    reached = (0.4, 0.5, 0.6, 0.8)
+    assert [(bar.rows, bar.ratio) for bar in found] == [(n, r) for n in (8, None) for r in reached]
+    assert [bar.lead for bar in found[:4]] == pytest.approx([1, 0.25, -0.5, 3.5])
+    assert all((bar.low, bar.high) == pytest.approx((bar.lead,) * 2) for bar in found), "the spread cancels"
+    assert {bar.rival for bar in found} == {"rival"}, "other ways of elastic are no rivals"
     text = verdicts(found, "psnr")[0]
-    assert "ahead outside the interval at 3 of 5" in text and "deficit 0.50 at 0.8, to rival" in text
-    assert text.endswith("bar not met")
-    assert verdicts([bar for bar in found if bar.ratio < 0.8], "psnr")[0].endswith("bar not met"), "3 of 5"
-    lines = accuracy_lines(ours, dense)
-    assert "top-1 87.5 %, dense 100.0 %, difference -12.5 points" in lines[0] and lines[0].endswith("not met")
+    assert "at time, batch 8: ahead outside the interval at 3 of 4" in text
+    assert "deficit 0.50 at 0.6, to rival" in text
 
 
 def test_of_chamfer_distances_the_least_is_best() -> None:
     points = [Point(n, {"at": t}, t, {"chamfer": [v] * 4}, {1: [t]})
               for n, t, v in (("elastic", 0.3, 0.02), ("elastic", 0.6, 0.01), ("a", 0.4, 0.05))]  # fmt: skip
     assert [v.mean() for _, v in frontier(points, 1, "chamfer")] == pytest.approx([0.02, 0.01])
-    first, second = (row for row in equal_time(points, "chamfer") if row.ratio == 0.4)
-    assert (first.rival, second.rival) == ("elastic", "a") and second.behind[0] > 0
+    assert all(bar.low > 0 for bar in all_bars(points, "chamfer"))
+    _, rows = ratio_rows(points[:1] + points[2:], points[0], None, "chamfer")
+    cells = dict(zip(("rival", *RATIOS), rows[0], strict=False))
+    assert (cells["rival"], cells[0.25], cells[0.4]) == ("elastic", "-", "**0.0200**")
+
+
+def test_a_point_with_a_target_counts_where_it_aims() -> None:
+    scores_of = {"psnr": [30.0], "psnr_truth": [20.0]}
+    points = [
+        Point("a", {"target": t, "budget": b}, b, scores_of) for t in ("dense", "exact") for b in (0.3, 0.5)
+    ]
+    points.append(Point("b", {}, 0.4, scores_of))
+    assert [p.rival for p in aimed(points, "psnr")] == ["a", "a", "b"]
+    assert {p.setting.get("target") for p in aimed(points, "psnr_truth")} == {"exact", None}
+
+
+def test_the_least_share_that_is_as_near_as_the_dense_run_is_named() -> None:
+    points = [
+        Point("a", {"at": t}, t, {"psnr_truth": [v]}) for t, v in ((0.3, 28.0), (0.4, 32.0), (0.6, 40.0))
+    ]
+    points.append(Point("b", {}, 0.5, {"psnr_truth": [29.0]}))
+    dense = Point("dense", {}, 1.0, {"psnr_truth": [30.0]})
+    assert [line[line.index("share") :] for line in enough_lines(points, dense, "psnr_truth")] == [
+        "share of 0.35 on: a"
+    ]
+
+
+# -- samplers ----------------------------------------------------------------------------------
+
+
+def gaussian(x: torch.Tensor, s: float) -> torch.Tensor:
+    """The flow to Gaussian data, of another variance in each column."""
+    variance = torch.tensor([0.05, 0.5, 3.0], dtype=torch.float64)
+    return (s - (1 - s) * variance) / ((1 - s) ** 2 * variance + s**2) * x
+
+
+NOISE = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+GRID = np.linspace(1, 0, 21)
+
+
+@pytest.mark.parametrize("name", samplers.SOLVERS)
+def test_samplers_converge_at_their_order(name: str) -> None:
+    exact = follow(gaussian, NOISE, samplers.SOLVERS["AB2"](GRID, 600, 1.5))
+
+    def error(solver: str, evaluations: int) -> float:
+        end = follow(gaussian, NOISE, samplers.SOLVERS[solver](GRID, evaluations, 1.5))
+        return float((end - exact).norm())
+
+    assert error(name, 160) < error(name, 40) / 3
+    assert name == "Euler" or error(name, 160) < error("Euler", 160) / 3
+
+
+def test_dpm_solver_is_the_one_that_pipelines_get() -> None:
+    from backbones.solvers import DpmSolver2M
+
+    plan, own, x = samplers.SOLVERS["DPM++(2M)"](GRID, 8, 1.5), DpmSolver2M(), NOISE
+    for now, then in itertools.pairwise(plan.times.tolist()):
+        x = own.advance(x, gaussian(x, now), now, then)
+    assert torch.allclose(follow(gaussian, NOISE, plan), x)
+
+
+def test_optimal_steps_are_nearer_than_even_ones() -> None:
+    recording = Recording(samplers.SOLVERS["AB2"](GRID, 100, 1.5))
+    end = follow(gaussian, NOISE, recording)
+    times = samplers.optimal_steps(recording.trajectory, 6)
+    assert len(times) == 7 and (times[0], times[-1]) == (1.0, 0.0)
+    near, even = (
+        float((follow(gaussian, NOISE, euler(t)) - end).norm()) for t in (times, np.linspace(1, 0, 7))
+    )
+    assert near < even
 
 
 def test_settings_are_thinned_evenly_with_both_ends() -> None:
@@ -179,7 +236,6 @@ BAD = [
     (["--count", "0"], "--count is 0; allowed is 1 or more"),
     (["--rounds", "-1"], "--rounds is -1; allowed is 0 or more"),
     (["--settings", "0"], "--settings is 0; allowed is 1 or more"),
-    (["--phase", "none"], "argument --phase: invalid choice: 'none'"),
     (["--images", "missing"], "makes pictures: use `edit generate -m"),
     (["--steps", "2"], "--steps is 2; allowed is 4 or more"),
     (["--batch-sizes", "1", "0"], "--batch-sizes holds 0; allowed is 1 or more"),
@@ -233,11 +289,12 @@ def attributes(pipe) -> list[set[str]]:
 
 
 OURS = {
-    "elastic", "elastic, no bundle", "elastic, no bundle, exact", "fewer steps, Euler", "fewer steps, AB2",
-    "fewer steps, DPM++(2M)", "whole-step reuse", "random skip", "TeaCache-style",
+    "elastic", "elastic, no bundle", *samplers.SOLVERS, "OptimalSteps", "whole-step reuse", "random skip",
+    "TeaCache-style",
 }  # fmt: skip
 """Ways that run on every model."""
-DIFFUSERS_CACHES = {"FirstBlockCache", "MagCache", "TaylorSeer", "TaylorSeer lite", "SeaCache"}
+CACHES = ("FirstBlockCache", "MagCache", "TaylorSeer", "TaylorSeer lite", "SeaCache")
+DIFFUSERS_CACHES = {*CACHES, *(f"{name} + AB2" for name in CACHES)}
 """diffusers' own, which know the blocks of the picture models."""
 
 
@@ -298,8 +355,9 @@ def dense_flops(bench) -> float:
 @pytest.mark.slow
 def test_a_quick_comparison_runs_and_resumes(qwen_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """The whole command; a second call measures nothing anew and writes the same points."""
+    monkeypatch.chdir(tmp_path)  # references are kept in the present folder
     folder = tmp_path / "results"
-    rivals = ["elastic", "fewer steps, Euler", "TeaCache-style"]
+    rivals = ["elastic", "Euler", "OptimalSteps", "TeaCache-style"]
     command = [
         str(qwen_folder),
         "--quick",
@@ -312,20 +370,24 @@ def test_a_quick_comparison_runs_and_resumes(qwen_folder: Path, tmp_path: Path, 
         "--markdown",
     ]
     assert pareto.main(command) == 0
+    assert "| elastic |" in capsys.readouterr().out
+    assert pareto.main([*command, "--timing"]) == 0
     printed = capsys.readouterr().out
-    assert "| elastic |" in printed and "time, batch 2" in printed
+    assert "PSNR to exact, dB, at time, batch 2" in printed and "Fréchet distance to dense" in printed
     data = json.loads((folder / "pareto.json").read_text())
     assert [row["rival"] for row in data["points"]] == rivals
     assert set(data["points"][0]["time"]) == {"1", "2"}
-    fewer = data["points"][1]
-    assert fewer["flops"] == pytest.approx(fewer["setting"]["steps"] / 6, rel=1e-6)
+    euler_point = data["points"][1]
+    assert euler_point["flops"] == pytest.approx(
+        int(euler_point["setting"]["budget"] * 6 + 1e-6) / 6, rel=1e-6
+    )
     assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    (key,) = json.loads((folder / "chosen.json").read_text())
+    assert key.startswith("shift of Euler")
     lines = (folder / "points.jsonl").read_text()
     monkeypatch.setattr(pareto_run, "run_quality", None)  # calling it again would fail
     monkeypatch.setattr(pareto_run, "run_timed", None)
-    assert pareto.main(command) == 0
+    for more in ([], ["--timing"]):
+        assert pareto.main([*command, *more]) == 0
     assert (folder / "points.jsonl").read_text() == lines
     assert point_key("dense", {}) in json.loads(lines.splitlines()[0])["rival"]
-    assert pareto_report.batch_sizes(
-        Store(folder, json.loads((folder / "run.json").read_text())).load().values()
-    )

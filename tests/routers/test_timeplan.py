@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from routers.planned import timeplan
-from routers.planned.choose_times import CANDIDATES, FEW, choose, fit, freedom
+from routers.planned.bends import BENDS, bent
+from routers.planned.choose_times import CANDIDATES, FREE, choose, fit
 from routers.planned.closed_loop import FitSettings, Recording, StageFit, Trajectory, mean_snr, solve_weights
 from routers.planned.flow import Point
 from routers.planned.follow import follow
+from routers.planned.refine import refine
 from routers.planned.timeplan import TimePlan, adams_bashforth, euler, resampled, shifted
-from routers.planned.universal import universal_plan
+from routers.planned.universal import solver_plan, universal_plan
 
 TIMES = shifted(np.linspace(1, 0, 9), 2.2)
 START = torch.randn(2, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -202,10 +204,10 @@ def test_the_warp_that_ends_nearest_is_kept() -> None:
     def run(plan: object) -> None:
         follow(velocity, START, plan)
 
-    fitted = choose(run, fine_run(6.0), grid, FEW + 1, "exact", warps)
+    fitted = choose(run, fine_run(6.0), grid, 7, "exact", warps)
     assert next(iter(fitted)) == (3.0, 1.0) and len(fitted) == 3
     for (shift, _), each in fitted.items():
-        assert np.allclose(each.plan.times, shifted(resampled(grid, FEW + 1), shift))
+        assert np.allclose(each.plan.times, shifted(resampled(grid, 7), shift))
         end = follow(velocity, START, each.plan)
         assert each.snr == pytest.approx(mean_snr(end, solution(0.0)), abs=0.1)
 
@@ -222,24 +224,58 @@ def test_warps_that_give_the_same_times_are_run_once() -> None:
     assert len(choose(run, fine_run(1.5), np.linspace(1, 0, 21), 7, "dense", warps)) == len(runs) - 1 > 2
 
 
-@pytest.mark.parametrize("target", ["dense", "exact"])
-def test_fitted_weights_end_nearer_than_the_universal_ones(target: str) -> None:
+def test_fitted_weights_end_nearer_than_the_universal_ones() -> None:
     velocity, _ = decay(3.0)
     grid, recording = np.linspace(1, 0, 13), Recording(euler(np.linspace(1, 0, 13)))
     follow(velocity, START, recording)
-    goal = recording.trajectory if target == "dense" else fine_run(3.0)
-    if target == "dense":
-        goal.velocities = []  # pieces of it are straight
-    near = universal_plan(grid, 4, target)
-    fitted = fit(lambda plan: follow(velocity, START, plan), near, goal, freedom(4, target))
+    goal = recording.trajectory
+    goal.velocities = []  # pieces of it are straight
+    near = universal_plan(grid, 4, "dense")
+    fitted = fit(lambda plan: follow(velocity, START, plan), near, goal, FREE)
     before = mean_snr(follow(velocity, START, near), goal.states[-1])
     assert fitted.snr > before + 6 and np.array_equal(fitted.plan.times, near.times)
 
 
-def test_adams_bashforths_weights_are_left_alone_where_they_are_as_good() -> None:
-    near = universal_plan(np.linspace(1, 0, 13), FEW + 1, "exact")
-    fitted = fit(lambda plan: follow(decay()[0], START, plan), near, fine_run(1.5), freedom(FEW + 1, "exact"))
-    assert np.allclose(fitted.plan.weights, near.weights, atol=1e-9) and not fitted.plan.state.any()
+# -- plans bent as a whole ----------------------------------------------------------------------
+
+
+def two_points(x: torch.Tensor, s: float) -> torch.Tensor:
+    """The flow to data at -a or a, of another a in each column."""
+    a, s = torch.tensor([0.15, 0.5, 1.0, 1.7], dtype=torch.float64), max(s, 1e-3)
+    mean = a * torch.tanh((1 - s) * a * x / s**2)
+    return (x - (1 - s) * mean) / s - mean
+
+
+def test_a_bend_of_one_plan_serves_other_samples_and_other_numbers_of_evaluations() -> None:
+    noise = torch.randn(2, 6, 200, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    known, other = noise
+    grid = np.linspace(1, 0, 21)
+    exact = [follow(two_points, x, solver_plan(grid, 400)) for x in (known, other)]
+    runs: list[TimePlan] = []
+
+    def ends(plan: TimePlan) -> torch.Tensor:
+        runs.append(plan)
+        return follow(two_points, known, plan)
+
+    near = solver_plan(grid, 7)
+    found = refine(near, ends, exact[0], rounds=2)
+    assert found.runs == len(runs) <= 1 + 2 * 13
+    assert found.error == pytest.approx(-mean_snr(ends(bent(near, found.numbers, 7)), exact[0]), abs=0.01)
+    for evaluations in (5, 7, 12):
+        plan = solver_plan(grid, evaluations)
+        before, after = (
+            mean_snr(follow(two_points, other, p), exact[1]) for p in (plan, bent(plan, found.numbers, 7))
+        )
+        assert after > before + 3
+
+
+def test_a_bend_of_nothing_is_adams_bashforths_plan_and_is_kept_if_nothing_is_nearer() -> None:
+    plan = solver_plan(np.linspace(1, 0, 13), 5)
+    same = bent(plan, np.zeros(BENDS), 8)
+    assert np.allclose(same.times, plan.times) and np.allclose(same.weights[:, :2], plan.weights)
+    goal = follow(decay()[0], START, plan)
+    found = refine(plan, lambda p: follow(decay()[0], START, p), goal, rounds=2)
+    assert not found.numbers.any() and found.error < -80
 
 
 # -- other schedules ----------------------------------------------------------------------------
