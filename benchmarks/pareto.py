@@ -22,6 +22,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,16 @@ def choose(bench: Bench, args: argparse.Namespace) -> tuple[list[Rival], dict[st
         )
     asked = [rival for rival in every if not args.rivals or rival.name in args.rivals]
     reasons = {rival.name: reason for rival in asked if (reason := rival.why_not(bench)) is not None}
-    able = [rival for rival in asked if rival.name not in reasons and rival.settings]
+    able = [at_budgets(rival, args.budgets) for rival in asked if rival.name not in reasons]
+    able = [rival for rival in able if rival.settings]
     return [thinned(rival, 1 if args.quick else args.settings) for rival in able], reasons
+
+
+def at_budgets(rival: Rival, budgets: Sequence[float] | None) -> Rival:
+    """The rival at these budgets alone, if it has any."""
+    if budgets is None:
+        return rival
+    return replace(rival, settings=tuple(s for s in rival.settings if s.get("budget", budgets[0]) in budgets))
 
 
 def show(store: Store, about: dict[str, Any], reasons: dict[str, str], as_markdown: bool) -> None:
@@ -120,9 +129,9 @@ def show(store: Store, about: dict[str, Any], reasons: dict[str, str], as_markdo
     tables = {}
     for score in report.EQUAL_SCORES:
         if score in points[0].scores or score in points[0].whole:
-            for rows in (*report.batch_sizes(points), None):
-                title = f"{report.LABELS[score]}, at {bars.what(rows)}"
-                tables[title] = report.ratio_rows(rivals, points[0], rows, score)
+            for size in (*report.batch_sizes(points), None):
+                title = f"{report.LABELS[score]}, at {bars.what(size)}"
+                tables[title] = report.ratio_rows(rivals, points[0], size, score)
     lines = []
     for score in (main_score, f"{main_score}_truth"):
         found = bars.all_bars(rivals, score)
@@ -204,6 +213,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=3, help="rounds of timing; 0 for none (%(default)s)")
     parser.add_argument("--timing", action="store_true", help="measure seconds of the points that are there")
+    parser.add_argument("--budgets", type=float, nargs="+", help="of rivals that have budgets, these alone")
     parser.add_argument("--settings", type=int, help="at most so many settings per rival, evenly chosen")
     parser.add_argument("--redo", nargs="+", metavar="NAME", help="measure these rivals anew")
     parser.add_argument(

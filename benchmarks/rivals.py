@@ -40,7 +40,7 @@ Setting = Mapping[str, float | int | str]
 BUDGETS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8)
 ON_TOP = "AB2"
 """The solver that caches are put on, at its best shift to the exact result."""
-FINAL = {"budget": 1.0, "target": "exact"}
+FINAL: Setting = {"budget": 1.0, "target": "exact"}
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,10 @@ def all_rivals(bench: Bench, *, release_file: Path | None = None) -> list[Rival]
 
     release_file: a checkpoint in the paper's layout, to run its fixed thresholds.
     """
-    budgets = tuple({"budget": budget} for budget in BUDGETS)
-    aimed = tuple({**setting, "target": target} for target in TARGETS for setting in budgets)
+    budgets: tuple[Setting, ...] = tuple({"budget": budget} for budget in BUDGETS)
+    aimed: tuple[Setting, ...] = tuple(
+        {**setting, "target": target} for target in TARGETS for setting in budgets
+    )
     found = [
         Rival("elastic", aimed, elastic, elastic=True),
         Rival("elastic, no bundle", aimed, plan_alone, note="the plan that needs nothing measured"),
@@ -211,7 +213,7 @@ def _release(bench: Bench, setting: Setting) -> Iterator[Attached]:
         Path(str(setting["file"])),
         lambda: kind.from_config(config),
         spec,
-        dtype=loading.pick_dtype("auto", bench.backbone),
+        dtype=loading.pick_dtype("auto", bench.backbone, bench.pipe.device),
     )
     release.use_sigmoid_gelu(transformer, spec)
     bench.pipe.transformer = transformer.to(bench.pipe.device)

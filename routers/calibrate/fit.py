@@ -141,7 +141,7 @@ class Fit:
     def _end(self, plan: TimePlan) -> Tensor:
         """Where the samples end along a plan, as the scheduler sees them."""
         recording = Recording(plan)
-        self.run(lambda grid: recording)
+        self.run(always(recording))
         return recording.trajectory.states[-1].cpu()
 
     def narrow(self, plans: Mapping[str, Mapping[int, TimePlan]]) -> dict[str, list[NarrowPlan]]:
