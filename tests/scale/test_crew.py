@@ -1,0 +1,56 @@
+"""Processes that share one command: identical files, each made once, one report; and a restart."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROMPTS = ["a cat", "a dog", "a red car", "a house", "two apples", "a tree"]
+COMMAND = ("generate", "--prompts", "prompts.txt", "--budget", "0.3", "--batch-size", "2", "--steps", "4")
+
+
+def start(folder: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "edit_cli"]
+    if processes > 1:
+        launcher = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+            "-m", "edit_cli",
+        ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, *COMMAND, *arguments], cwd=folder, env=environment, text=True, capture_output=True
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.png")}
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes_and_a_restart_makes_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    alone = start(tmp_path, 1, "-o", "one/")
+    assert alone.returncode == 0, alone.stderr
+    shared = start(tmp_path, 2, "-o", "two/", "--json")
+    assert shared.returncode == 0, shared.stderr
+    (line,) = shared.stdout.splitlines()  # one report for both
+    report = json.loads(line)
+    assert len(report["outputs"]) == len(report["spent"]) == len(PROMPTS)
+    assert files(tmp_path / "two") == files(tmp_path / "one") and len(files(tmp_path / "one")) == len(PROMPTS)
+
+    lost = sorted((tmp_path / "two").glob("*.png"))[:3]
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "two").glob("*.png") if file not in lost}
+    for file in lost:
+        file.unlink()
+    again = start(tmp_path, 2, "-o", "two/", "--json", "--resume", "--batch-size", "1")
+    assert again.returncode == 0, again.stderr
+    assert len(json.loads(again.stdout)["outputs"]) == len(lost)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert set(files(tmp_path / "two")) == set(files(tmp_path / "one"))
+    nothing = start(tmp_path, 2, "-o", "two/", "--json", "--resume", "--batch-size", "1")
+    assert nothing.returncode == 0, nothing.stderr
