@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from edit_cli.console import print_note, print_result, print_warnings, show_file, working
@@ -30,6 +31,7 @@ from edit_cli.request import Request, command
 
 if TYPE_CHECKING:
     from edit_cli.generate.result import Result
+    from edit_cli.scale.crew import Crew
 
 
 @command(
@@ -63,7 +65,16 @@ def generate(request: Request) -> None:
 
 def carry_out(request: Request, medium: Medium) -> None:
     """Plan, then run or only count, then report. Raises EditError."""
-    plan = make_plan(request, medium)
+    plan, crew = make_plan(request, medium), None
+    if "WORLD_SIZE" in os.environ:
+        from edit_cli.scale.crew import crew_of
+
+        crew = crew_of(request)
+    if crew is not None and not crew.leads:  # the first process reports for all
+        left = crew.share(plan)
+        if left.jobs:
+            run(left, request.but(quiet=True), crew)
+        return
     print_warnings(plan.warnings, request)
     if "dry_run" in request:
         from edit_cli.generate import dryrun
@@ -81,11 +92,12 @@ def carry_out(request: Request, medium: Medium) -> None:
 
     with claimed(plan) as left:
         done = len(plan.jobs) - len(left.jobs)
+        left = left if crew is None else crew.share(left)
         if done:
             print_warnings([f"{done} of {len(plan.jobs)} {plan.medium.things} were there already"], request)
         if not left.jobs:
             return
-        result = run(left, request)
+        result = run(left, request, crew)
     print_warnings(result.notes, request)
     print_result(report.as_json(result), report.as_table(result), request)
     pages = write_galleries(result) if "gallery" in request else []
@@ -95,13 +107,16 @@ def carry_out(request: Request, medium: Medium) -> None:
         show_file((pages or result.written)[0])
 
 
-def run(plan: Plan, request: Request) -> Result:
-    """Make and save what is planned: here, or on Ray's cluster. Raises EditError, RunError, Interrupted."""
+def run(plan: Plan, request: Request, crew: Crew | None = None) -> Result:
+    """Make and save what is planned: here, with other processes, or on Ray's cluster.
+
+    Raises EditError, RunError, Interrupted.
+    """
     show_progress = "quiet" not in request
     if request.get("engine") != "ray":
         from edit_cli.generate.loop import run_plan
 
-        return run_plan(plan, show_progress)
+        return run_plan(plan, show_progress, crew)
     if plan.compare or plan.peers:
         raise EditError("--engine ray neither compares nor replays; leave it out")
     from edit_cli.scale.places import check_shared

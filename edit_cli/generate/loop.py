@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,22 +19,30 @@ from edit_cli.generate.result import Result, StageClock
 from edit_cli.generate.routers import settle
 from edit_cli.generate.session import Batch, Session
 
+if TYPE_CHECKING:
+    from edit_cli.scale.crew import Crew
+
 Batches = Sequence[tuple[tuple[Job, ...], Sequence[int]]]
 
 
-def run_plan(plan: Plan, show_progress: bool) -> Result:
+def run_plan(plan: Plan, show_progress: bool, crew: Crew | None = None) -> Result:
     """Make and save every result of a plan; with `plan.compare` also the dense model's, to compare.
 
+    crew: of processes that share the plan; this one makes its part of it.
     Raises EditError for bad input, RunError for a failed run, Interrupted (naming kept files) on Ctrl-C.
     """
     clock = StageClock(plan.medium.stages)
+    if crew is not None:
+        plan = replace(plan, placement=crew.own_device(plan.placement))
     result, session = Result(plan), None
     try:
         with clock.stage("load"), working(f"loading {plan.backbone.name}", show_progress):
             session = open_session(result, clock)
         with progress(show_progress) as bars:
-            dense = _run_batches(session, list(session.plan.batches()), result, bars)
+            dense = _run_batches(session, list(session.plan.batches()), result, bars, crew)
         result.note(*session.notes)
+        if crew is not None:
+            crew.gather(result)
         result.finish(clock.report(), dense.seconds)
     except KeyboardInterrupt:
         raise Interrupted(result.written) from None
@@ -76,15 +85,17 @@ def make_batch(
     return batch
 
 
-def _run_batches(session: Session, batches: Batches, result: Result, bars: Any) -> StageClock:
+def _run_batches(
+    session: Session, batches: Batches, result: Result, bars: Any, crew: Crew | None
+) -> StageClock:
     """Run, save and compare. Returns what the dense runs took."""
     medium, compare = session.plan.medium, session.plan.compare
-    on_step = _task(bars, "denoising", [session.evaluations(jobs[0]) for jobs, _ in batches])
+    on_step = _task(bars, "denoising", [session.evaluations(jobs[0]) for jobs, _ in batches], crew)
     dense_steps = [jobs[0].denoising_steps for jobs, _ in batches] if compare else []
     on_dense_step = _task(bars, "dense, to compare", dense_steps)
     exactly = compare == "exact"
     taken = StageClock(medium.stages)
-    for number, (jobs, rows) in enumerate(batches):
+    for number, (jobs, rows) in enumerate(batches if crew is None else crew.taken(batches)):
         references: dict[str, Batch] = {}
         if compare:
             with session.dense(), session.timed_by(taken):
@@ -102,12 +113,17 @@ def _run_batches(session: Session, batches: Batches, result: Result, bars: Any) 
     return taken
 
 
-def _task(bars: Any, label: str, steps: Iterable[int]) -> OnStep:
+def _task(bars: Any, label: str, steps: Iterable[int], crew: Crew | None = None) -> OnStep:
+    """Counts a step, of all processes where there are several."""
     total = sum(steps)
-    if bars is None or not total:
-        return lambda: None
-    task = bars.add_task(label, total=total)
-    return lambda: bars.advance(task)
+    task = None if bars is None or not total else bars.add_task(label, total=total)
+
+    def advance() -> None:
+        done = None if crew is None else crew.step()
+        if task is not None:
+            bars.update(task, completed=done, advance=1 if done is None else None)
+
+    return advance
 
 
 def _save(batch: Batch, rows: Sequence[int], session: Session, result: Result) -> None:

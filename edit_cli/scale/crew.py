@@ -14,14 +14,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from backbones.spec import Placement
 from edit_cli.generate.plan import Plan
 from edit_cli.generate.result import Result
-from edit_cli.scale.places import placed, places
+from edit_cli.request import Request
+from edit_cli.scale.places import check_shared, placed, places
 
 TOLD_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(days=7)
@@ -42,15 +43,23 @@ class Crew:
         """Whether this process settles names and reports."""
         return self.rank == 0
 
-    def share(self, plan: Plan | None) -> Plan | None:
-        """The leader's plan, told to the others. plan: the leader's after names were settled, None where
-        nothing is left to do; the others' as they made it. Raises RunError for processes whose plans differ.
+    def share(self, plan: Plan) -> Plan:
+        """The leader's plan, told to the others. plan: the leader's after names were settled; the others' as
+        they made it. Raises RunError for processes whose plans differ.
         """
         if self.leads:
-            self.store.set("plan", json.dumps([] if plan is None else places(plan)))
+            self.store.set("plan", json.dumps(places(plan)))
             return plan
-        settled = json.loads(self.store.get("plan"))
-        return placed(plan, settled) if plan is not None and settled else None
+        return placed(plan, json.loads(self.store.get("plan")))
+
+    def own_device(self, placement: Placement) -> Placement:
+        """A card of its own for every process of a machine, where there are cards and none was named."""
+        import torch
+
+        if placement.device not in ("auto", "cuda") or not torch.cuda.is_available():
+            return placement
+        card = int(os.environ.get("LOCAL_RANK", self.rank)) % torch.cuda.device_count()
+        return replace(placement, device=f"cuda:{card}")
 
     def taken(self, batches: Sequence[T]) -> Iterator[T]:
         """Batches that this process makes: each time the next one that nobody has."""
@@ -61,36 +70,22 @@ class Crew:
         """Count a step; returns the steps of all processes so far."""
         return int(self.store.add("steps", 1))
 
-    def gather(self, result: Result | None) -> None:
+    def gather(self, result: Result) -> None:
         """Hand over what this process made; the leader's result becomes that of all."""
         if not self.leads:
-            self.store.set(f"part {self.rank}", json.dumps(None if result is None else result.part()))
-            self.store.get("the end")  # the store goes with the leader
+            self.store.set(f"part {self.rank}", json.dumps(result.part()))
+            self.store.get("the end")  # the store may go with the leader
             return
         for rank in range(1, self.size):
-            part = json.loads(self.store.get(f"part {rank}"))
-            if result is not None and part is not None:
-                result.join(part)
+            result.join(json.loads(self.store.get(f"part {rank}")))
         self.store.set("the end", "")
 
 
-@contextmanager
-def crew_of(environment: Any = os.environ) -> Iterator[Crew | None]:
-    """The crew that a launcher's environment tells of; None for a process alone."""
-    if not all(name in environment for name in TOLD_BY_LAUNCHERS) or int(environment["WORLD_SIZE"]) < 2:
-        yield None
-        return
+def crew_of(request: Request) -> Crew | None:
+    """The crew that a launcher's environment tells of; None for a process alone. Raises EditError."""
+    if not all(name in os.environ for name in TOLD_BY_LAUNCHERS) or int(os.environ["WORLD_SIZE"]) < 2:
+        return None
     from torch.distributed.rendezvous import rendezvous
 
-    yield Crew(*next(iter(rendezvous("env://", timeout=PATIENCE))))
-
-
-def own_device(plan: Plan, environment: Any = os.environ) -> Plan:
-    """A card of its own for every process of a machine, where there are cards and none was named."""
-    import torch
-
-    placement = plan.placement
-    if placement.device not in ("auto", "cuda") or not torch.cuda.is_available():
-        return plan
-    card = int(environment.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-    return replace(plan, placement=replace(placement, device=f"cuda:{card}"))
+    check_shared(request)
+    return Crew(*next(iter(rendezvous("env://", timeout=PATIENCE))))

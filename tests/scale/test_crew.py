@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PROMPTS = ["a cat", "a dog", "a red car", "a house", "two apples", "a tree"]
-COMMAND = ("generate", "--prompts", "prompts.txt", "--budget", "0.3", "--batch-size", "2", "--steps", "4")
+COMMAND = ("generate", "--prompts", "prompts.txt", "--budget", "0.3", "--batch-size", "2")
 
 
 def start(folder: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
