@@ -165,13 +165,14 @@ def load_bundle(path: str | Path) -> Bundle:
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable bundle: {type(error).__name__}: {error}") from error
     where = f"{path}: {DESCRIPTION}"
-    form = schema.decode(stored.description, dict[str, Any], where).get("format")
+    head: dict[str, Any] = schema.decode(stored.description, dict[str, Any], where)
+    form = head.get("format")
     if form not in (FORMAT, TRAINED_FORMAT):
         raise ValueError(
             f"{where}: format {form!r:.20}, this version reads {FORMAT} and {TRAINED_FORMAT}; "
             "make it again with: edit calibrate"
         )
-    data = schema.decode(stored.description, Described, where)
+    data: Described = schema.decode(stored.description, Described, where)
     if data.sha256 not in ("", stored.weights):
         raise ValueError(
             f"{where}: sha256: {WEIGHTS} is not the file that it was written with; "

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from edit_cli.errors import EditError
 from edit_cli.files import TAKEN, Claims
@@ -73,7 +74,8 @@ def _numbered(plan: Plan, job: Job, number: int) -> Job:
     """The job with a number in those of its paths that may have one."""
     names = ("path", *side_files(job, plan.medium))
     paths = {name: Output(path, path in plan.free) for name in names if (path := getattr(job, name))}
-    return replace(job, **{name: place.numbered(number) for name, place in paths.items()})
+    changes: dict[str, Any] = {name: place.numbered(number) for name, place in paths.items()}
+    return replace(job, **changes)
 
 
 def _fixed(plan: Plan, job: Job) -> set[Path]:

@@ -56,7 +56,7 @@ class StaticShape:
     @classmethod
     def from_dict(cls, data: Any) -> StaticShape:
         """Rebuild from JSON data. Raises ValueError, one line, for anything else."""
-        parts = schema.convert(data, dict[schema.Name, _Part], "not a static shape")
+        parts: dict[str, _Part] = schema.convert(data, dict[schema.Name, _Part], "not a static shape")
         for path, part in parts.items():
             if len(part.kept) != len(part.units) or list(part.kept) != sorted(set(part.kept)):
                 raise ValueError(
