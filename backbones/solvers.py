@@ -104,18 +104,18 @@ def solver(pipe: Any, name: str) -> Iterator[None]:
 
 
 def _diffusers_step(scheduler: FlowMatchEulerDiscreteScheduler, kind: type[Multistep]) -> Callable[..., Any]:
-    run, times, count = kind(), [0.0], getattr(scheduler, "on_step", uncounted)
+    run, count = kind(), getattr(scheduler, "evaluated", uncounted)
 
     def step(
         model_output: Tensor, timestep: Any, sample: Tensor, *, return_dict: bool = True, **_kwargs: Any
     ) -> Any:
         """One step from sigma[i] to sigma[i + 1], in float32."""
-        nonlocal run, times
+        nonlocal run
         if scheduler.step_index is None:  # set_timesteps was called: a new run
             scheduler._init_step_index(timestep)
-            run, times = kind(), scheduler.sigmas.tolist()
+            run = kind()
         count(scheduler.step_index + 1)
-        now, then = times[scheduler.step_index : scheduler.step_index + 2]
+        now, then = scheduler.sigmas[scheduler.step_index : scheduler.step_index + 2].tolist()
         after = run.advance(sample.float(), model_output.float(), now, then).to(model_output.dtype)
         scheduler._step_index += 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=after) if return_dict else (after,)
@@ -124,7 +124,7 @@ def _diffusers_step(scheduler: FlowMatchEulerDiscreteScheduler, kind: type[Multi
 
 
 def _hunyuan3d_step(scheduler: FlowMatchEulerScheduler, kind: type[Multistep]) -> Callable[..., Tensor]:
-    run, count = kind(), getattr(scheduler, "on_step", uncounted)
+    run, count = kind(), getattr(scheduler, "evaluated", uncounted)
 
     def step(velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         """One step in float32; a step of size zero, the last of every run, changes nothing."""

@@ -28,6 +28,8 @@ NONE = "none"
 """What takes out a recorded picture or LoRA."""
 
 BUDGET_HINT = "it is the share of the dense model's compute to spend, 0 < budget <= 1, for example 0.6"
+DURATION_HINT = "write a number with its unit, like 5s, 800ms or 2m; a day is the most"
+MAX_SECONDS = 86_400.0
 DEVICES = "auto, cuda, cuda:N, mps, cpu"
 
 
@@ -164,6 +166,18 @@ def picture_name(where: str, value: Any) -> str:
     if Path(text(where, value)).suffix.lower() not in PICTURE_NAMES:
         raise EditError(f"{where} {value!r} is not the name of a picture; give a PNG, JPEG or WebP file")
     return str(value)
+
+
+def duration(where: str, value: Any) -> float:
+    """Seconds of "5s", "800ms" or "2m", or of a number."""
+    given = (
+        str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else text(where, value)
+    )
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(ms|s|m|)\s*", given.lower())
+    result = 0.0 if found is None else float(found[1]) / {"ms": 1000, "m": 1 / 60}.get(found[2], 1)
+    if not 0 < result <= MAX_SECONDS:
+        raise EditError(f"{where} {value!r} is no time; {DURATION_HINT}")
+    return result
 
 
 def budgets(where: str, value: Any) -> tuple[float, ...]:

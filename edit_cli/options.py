@@ -113,6 +113,8 @@ ROUTERS: Options = under("Model and routers", {
     "budget": Option("--budget -b", "X", "Share of the dense FLOPs to spend, 0 < X <= 1. "
                      "[dim]default: what the model's bundle recommends, else 1[/]", checks.budget,
                      line="value"),
+    "time": Option("--time", "5s", "Seconds to spend on each result once the model is loaded: 5s, 800ms, 2m. "
+                   "The plan is chosen that ends in time, within --budget.", checks.duration, line="value"),
     "target": Option("--target", "NAME", "dense: near to the run of all steps; exact: to the solution that "
                      "ever more steps tend to. [dim]default dense[/]", choice(*TARGETS), line="value"),
     "force": Option("--force", "", "Use routers fitted on other weights of the same architecture "

@@ -34,6 +34,7 @@ def attach(
     *,
     budget: float | None = None,
     target: str = "dense",
+    seconds: float | None = None,
     num_steps: int | None = None,
     spec: TransformerSpec | None = None,
     force: bool = False,
@@ -45,38 +46,45 @@ def attach(
     measured.
     budget: ratio of dense FLOPs, default the bundle's recommended one, or 1. target: what the result is near
     to: "dense", the run of all steps, or "exact", the solution that ever more steps tend to.
+    seconds: for a whole call of the pipeline on this machine; a plan within the budget is chosen that ends in
+    time. The first call of a size shows what decoding takes, and may be late by that.
     num_steps: denoising steps where no pipeline's scheduler tells them: of a loop of your own.
     spec: with it and without a bundle, every block is put under control, open, and counted.
     force: accept a bundle that was fitted on other weights of the same architecture (a fine-tune).
     Returns a handle with `scope`, `trace`, `summary` and `detach`: `Sampled` where the plan takes the
     scheduler's place, `OnGrid` where steps have to stay as they are, `Elastic` where routers decide.
-    Raises ValueError, one line, if the bundle does not fit the transformer or the budget.
+    Raises ValueError, one line, if the bundle does not fit the transformer or the budget, and for seconds
+    where no plan takes the scheduler's place.
     """
     pipe, transformer = (None, model) if isinstance(model, nn.Module) else (model, model.transformer)
     check_free(getattr(pipe, "scheduler", None))
+    loaded = bundle if isinstance(bundle, Bundle) or bundle is None else load_bundle(bundle)
+    routed = loaded is not None and loaded.trained is not None
+    if seconds is not None and (routed or pipe is None or not takes_plans(pipe.scheduler)):
+        raise ValueError("seconds are kept by plans, and here none takes the sampler's place: give a budget")
     if bundle is None and spec is not None:
         return Elastic(transformer, spec, OpenPolicy, budget=budget, num_steps=num_steps or 20, pipe=pipe)
-    loaded = bundle if isinstance(bundle, Bundle) or bundle is None else load_bundle(bundle)
     if loaded is None:
         budget = 1.0 if budget is None else budget
-        return _planned(pipe, transformer, universal_planner, budget, target, num_steps or 20)
-    budget = loaded.recommended_budget if budget is None else budget
+        return _planned(pipe, transformer, universal_planner, budget, target, num_steps or 20, seconds)
+    if budget is None:
+        budget = loaded.recommended_budget if seconds is None else 1.0
     loaded.check_budget(budget)
     if loaded.trained is not None:
         return _routed(pipe, transformer, loaded, loaded.trained, budget, num_steps, force)
     check_fits(loaded, transformer, force)
-    steps = num_steps or loaded.num_steps
-    return _planned(pipe, transformer, loaded.planner, budget, target, steps, loaded.narrow_plans())
+    steps, narrow = num_steps or loaded.num_steps, loaded.narrow_plans()
+    return _planned(pipe, transformer, loaded.planner, budget, target, steps, seconds, narrow)
 
 
 def _planned(
     pipe: Any, transformer: nn.Module, planner_for: PlannerFor, budget: float, target: str, num_steps: int,
-    narrow: NarrowPlans | None = None,
+    seconds: float | None, narrow: NarrowPlans | None = None,
 ) -> Sampled | OnGrid:  # fmt: skip
     """The sampler on a plan in time where it can be, else on its own steps."""
     check_wishes(budget, target)
     if pipe is not None and takes_plans(pipe.scheduler):
-        return Sampled(pipe, planner_for, budget, target, narrow)
+        return Sampled(pipe, planner_for, budget, target, narrow, seconds)
     if target != "dense":
         raise ValueError(
             f"target {target!r} needs a sampler that can be given other times; leave the target out"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from routers.planned.follow import Follower, Steps
-from routers.planned.serving import OnStep, own_steps, uncounted
+from routers.planned.serving import OnStep, Serving
 
 if TYPE_CHECKING:
     from routers.planned.follow import Planner
@@ -89,7 +89,7 @@ class ConsistencyFlowMatchEulerScheduler(FlowMatchEulerScheduler):
         self._store(self._anchors[chosen])
 
 
-class ElasticMeshScheduler(FlowMatchEulerScheduler):
+class ElasticMeshScheduler(Serving, FlowMatchEulerScheduler):
     """Another scheduler's times, replaced by a planner's: the counterpart of `routers.planned.scheduler`.
 
     own: the scheduler. plan: what the present run follows, None for the own steps. A plan's times run from 1
@@ -97,11 +97,14 @@ class ElasticMeshScheduler(FlowMatchEulerScheduler):
     changes nothing, and no plan makes it.
     """
 
+    own: FlowMatchEulerScheduler
+
     def __init__(self, own: FlowMatchEulerScheduler, planner: Planner, on_step: OnStep) -> None:
         self.own, self.planner, self.on_step = own, planner, on_step
         self.num_train_timesteps, self.shift = own.num_train_timesteps, own.shift
         self.sigmas, self.timesteps = own.sigmas, own.timesteps
         self.plan: Steps | None = None
+        self._patched = []
 
     def set_timesteps(
         self, num_steps: int | None = None, sigmas: Sequence[float] | np.ndarray | None = None
@@ -112,18 +115,18 @@ class ElasticMeshScheduler(FlowMatchEulerScheduler):
         if self.plan is None:
             self.sigmas, self.timesteps = self.own.sigmas, self.own.timesteps
             return
-        self.sigmas = torch.tensor((1 - self.plan.times).tolist())
-        self.timesteps = self.sigmas[:-1] * self.num_train_timesteps
+        self._follow(self.plan)
         self._run = Follower(self.plan)
+
+    def _follow(self, steps: Steps) -> None:
+        self.plan = steps
+        self.sigmas = torch.tensor((1 - steps.times).tolist())
+        self.timesteps = self.offered(self.sigmas[:-1] * self.num_train_timesteps)
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         """One step of the plan in float32."""
-        self.on_step(index + 1)
+        self.evaluated(index + 1)
         if self.plan is None:
             return self.own.step(velocity, index, sample)
         size = (self.sigmas[index] - self.sigmas[index + 1]).item()
         return self._run.step(index, sample, -velocity, size).to(velocity.dtype)
-
-    def leave(self) -> None:
-        """Make the own steps from now on; nothing of the pipeline was replaced."""
-        self.planner, self.on_step = own_steps, uncounted

@@ -84,6 +84,8 @@ def as_table(dry: DryRun) -> RenderableType:
         f"{flops(report['flops']['dense'])} dense, in {report['transformer_calls']} transformer calls",
         "weights": f"{weights} GiB in {memory['dtype']}, {memory['total']:.2f} GiB together",
     }
+    if first.time is not None:
+        rows["time"] = f"{first.time:g} s asked for each: what of this compute it buys is measured then"
     if memory["cache"]:
         rows["cache"] = f"at most {memory['cache'] * 1024:.0f} MiB of earlier steps' outputs"
     rows["on device"] = f"about {memory['device']:.2f} GiB with --offload {plan.placement.offload}"

@@ -80,6 +80,8 @@ def make_batch(
     on_step: OnStep = lambda: None,
 ) -> Batch:
     """Run a batch and save its results. rows: those that were asked for. Raises RunError."""
+    with session.clock.stage("load", session.device):
+        session.probe(jobs)
     batch = session.run(jobs, on_step)
     _save(batch, rows, session, result)
     return batch

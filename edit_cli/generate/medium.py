@@ -37,7 +37,11 @@ OnStep = Callable[[], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One result to make. budget, target, solver None: what is recommended, "dense", the model's own."""
+    """One result to make. budget, target, solver None: what is recommended, "dense", the model's own.
+
+    time: seconds to spend on it, None for as many as it takes. turns: how the plan of a replayed result came
+    about, where it was not chosen at once (`routers.planned.course`).
+    """
 
     index: int
     path: Path
@@ -47,6 +51,8 @@ class Job:
     budget: float | None
     solver: str | None
     target: str | None = None
+    time: float | None = None
+    turns: tuple[tuple[int, int], ...] = ()
 
     @property
     def denoising_steps(self) -> int:

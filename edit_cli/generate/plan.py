@@ -29,6 +29,10 @@ SAME_RESULT = (
     "workers",
 )  # fmt: skip
 """Options beside which a replayed record counts as unchanged; where it runs is noted on its own."""
+OTHER_WAY = (
+    "steps", "budget", "time", "target", "solver", "strength", "model", "routers", "image", "prompts_file",
+)  # fmt: skip
+"""Options beside which a recorded plan, chosen while it ran, is not followed again."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,9 @@ def make_plan(request: Request, medium: Medium, *, kept: bool = True, listed: Se
         jobs.append(medium.job(**each))
     if "compare" in request:
         _check_comparisons(jobs, medium, request["compare"])
+    if record.get("turns") and not set(request) & set(OTHER_WAY):
+        turns = _turns(request["replay"], record["turns"], min(job.denoising_steps for job in jobs))
+        jobs = [replace(job, turns=turns) for job in jobs]
     replayed = record if record and not set(request) - set(SAME_RESULT) else None
     rows = () if replayed is None or len(jobs) > 1 else replayed.get("batch", ())
     return Plan(
@@ -119,6 +126,19 @@ def make_plan(request: Request, medium: Medium, *, kept: bool = True, listed: Se
         overwrite="overwrite" in request,
         resume="resume" in request,
     )
+
+
+def _turns(file: str, recorded: Any, steps: int) -> tuple[tuple[int, int], ...]:
+    """How a recorded plan came about. Raises EditError for anything else."""
+    try:
+        turns = tuple((int(made), int(evaluations)) for made, evaluations in recorded)
+        if not 0 < len(turns) <= steps or not all(0 <= i < steps and 1 <= n <= steps for i, n in turns):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise EditError(
+            f"--from {file}: turns are not those of a plan; give --budget to replace them"
+        ) from None
+    return turns
 
 
 def _requests(
@@ -182,6 +202,7 @@ def _fields(
             "budget": fields.get("budget"),
             "solver": fields.get("solver"),
             "target": fields.get("target"),
+            "time": fields.get("time"),
         }
         if fields.get("guidance") and not backbone.takes_guidance:
             warnings.append(f"{backbone.name} has no guidance embedding: --guidance has no effect")

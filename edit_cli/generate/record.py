@@ -62,6 +62,8 @@ def make_record(batch: Batch, row: int, session: Session) -> dict[str, Any]:
         **{name: getattr(job, name) for name in medium.recorded_fields},
         "budget": job.budget,
         "target": job.target,
+        **({"turns": job.turns} if job.turns else {}),
+        **({} if job.time is None else {"asked_time": job.time}),
         "spent": round(batch.trace.spent[row], 4),
         "model": backbone.name,
         "model_source": backbone.address,
@@ -94,7 +96,8 @@ def same_request(record: Mapping[str, Any], plan: Plan, job: Job) -> bool:
     medium, placement = plan.medium, plan.placement
     asked = {
         **{name: getattr(job, name) for name in medium.recorded_fields},
-        **{name: getattr(job, name) for name in ("budget", "target", "solver")},
+        **{name: getattr(job, name) for name in ("target", "solver")},
+        **({"budget": job.budget} if job.time is None else {"asked_time": job.time}),
         **medium.inputs(job),
         "model": plan.backbone.name,
         "model_source": plan.backbone.address,

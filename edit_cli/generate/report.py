@@ -33,6 +33,9 @@ def as_json(result: Result) -> dict[str, Any]:
         "flops": result.flops,
         "seconds": result.seconds,
     }
+    if any(result.took):
+        took = [None if seconds is None else round(seconds, 4) for seconds in result.took]
+        report["time"] = {"asked": one_or_all([job.time for job in jobs]), "spent": took}
     if result.decisions is not None:
         report["decisions"] = result.decisions
     else:
@@ -60,9 +63,12 @@ def as_table(result: Result) -> RenderableType:
     work = sum(value for name, value in result.seconds.items() if name not in ("load", "total"))
     share = result.seconds["denoise"] / max(work, 1e-9)
     budget = one_or_all([job.budget for job in result.jobs])
+    timed = [seconds for seconds in result.took if seconds is not None]
+    asked = f"asked {_budget(budget)}, spent" if len(timed) < len(result.took) else "came to"
     summary = {
         "model": _model(result),
-        "budget": f"asked {_budget(budget)}, spent {spread(result.spent)} of the dense FLOPs",
+        **({"asked": _time(result, timed)} if timed else {}),
+        "budget": f"{asked} {spread(result.spent)} of the dense FLOPs",
         "compute": f"{_flops_line(result)}{_made(result)}",
         **({} if result.decisions is None else {"decisions": decision_line(result.decisions)}),
         "time": " · ".join(f"{names[name]} {value:.2f} s" for name, value in result.seconds.items()),
@@ -112,6 +118,13 @@ def _made(result: Result) -> str:
         return f"in {result.calls} transformer calls"
     made, dense = result.evaluations["made"], result.evaluations["dense"]
     return f"{made} evaluations in the place of {dense} steps" if made < dense else f"in {dense} steps"
+
+
+def _time(result: Result, took: Sequence[float]) -> str:
+    asked = sorted({job.time for job in result.jobs if job.time is not None})
+    seconds = " to ".join(f"{each:g}" for each in dict.fromkeys((asked[0], asked[-1])))
+    span = " to ".join(f"{each:.2f}" for each in dict.fromkeys((min(took), max(took))))
+    return f"{seconds} s for each, took {span} s"
 
 
 def _budget(budget: Any) -> str:

@@ -60,7 +60,7 @@ def job_flops(plan: Plan, job: Job) -> float:
     return job.denoising_steps * sum(call_flops(plan.backbone, size) for size in calls)
 
 
-PARTS = ("spent", "facts", "flops", "decisions", "evaluations", "calls", "comparison")
+PARTS = ("spent", "took", "facts", "flops", "decisions", "evaluations", "calls", "comparison")
 """Of a result, what adds up over processes."""
 
 
@@ -68,8 +68,8 @@ PARTS = ("spent", "facts", "flops", "decisions", "evaluations", "calls", "compar
 class Result:
     """Finished jobs in order, with what was spent on each and facts about each; sums over all of them.
 
-    decisions, calls: of routers over blocks, where they decide. evaluations: of plans, made and of the dense
-    run.
+    took: seconds of each, None where it was given none. decisions, calls: of routers over blocks, where they
+    decide. evaluations: of plans, made and of the dense run.
     """
 
     plan: Plan
@@ -80,6 +80,7 @@ class Result:
     flops: dict[str, float] = field(default_factory=lambda: {"dense": 0.0, "spent": 0.0})
     decisions: dict[str, Any] | None = None
     evaluations: dict[str, int] = field(default_factory=lambda: {"made": 0, "dense": 0})
+    took: list[float | None] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     calls: int = 0
     comparison: dict[str, Any] | None = None
@@ -90,6 +91,8 @@ class Result:
         trace = batch.trace
         self.jobs += [batch.jobs[row] for row in rows]
         self.spent += [trace.spent[row] for row in rows]
+        seconds = getattr(trace, "seconds", None)
+        self.took += [None if seconds is None else trace.took / len(batch.jobs) for _ in rows]
         self.facts += [self.plan.medium.facts(batch.results[row]) for row in rows]
         for name, value in batch.flops.items():
             self.flops[name] += value
@@ -133,7 +136,7 @@ class Result:
         """Put in the seconds of the run and of the dense runs beside it; sort by the plan's order."""
         self.seconds, comparison = seconds, self.comparison
         order = sorted(range(len(self.jobs)), key=lambda i: self.jobs[i].index)
-        lists = [(vars(self), name) for name in ("jobs", "spent", "facts")]
+        lists = [(vars(self), name) for name in ("jobs", "spent", "facts", "took")]
         lists += [(comparison, name) for name in comparison] if comparison else []
         for owner, name in lists:
             owner[name] = [owner[name][i] for i in order]

@@ -138,6 +138,10 @@ class RouterSource:
 def settle(plan: Plan) -> tuple[Plan, RouterSource]:
     """Read the routers, and fill in the budget that they recommend. Raises EditError."""
     source = RouterSource.read(plan.routers)
-    return replace(
-        plan, jobs=tuple(replace(job, budget=source.budget(job.budget)) for job in plan.jobs)
-    ), source
+    if any(job.time for job in plan.jobs) and not source.plans:
+        raise EditError("--time is kept by plans, and these routers decide otherwise; add --routers none")
+    jobs = tuple(
+        replace(job, budget=1.0 if job.time and job.budget is None else source.budget(job.budget))
+        for job in plan.jobs
+    )
+    return replace(plan, jobs=jobs), source

@@ -27,9 +27,13 @@ from routers.paper import checkpoint as release
 from routers.paper import policy as release_policy
 from routers.planned.sampled import Sampled
 from routers.planned.scheduler import elastic_scheduler
+from routers.planned.seconds import TooFewSecondsError
+from routers.planned.spent import PlanTrace
 from routers.planned.universal import exact_planner, fewer_steps
 from routers.trace import Trace
 
+PROBED = 2
+"""Evaluations by which the seconds of a size are known: the first of a process is slow."""
 RELEASE_NOTE = (
     "routers in the paper's released layout: exact mode with fixed compute; "
     "the MLP activation was switched to x * sigmoid(1.702 x)"
@@ -141,25 +145,62 @@ class Session:
             self.elastic.detach()
             self.elastic = None
 
-    def run(self, jobs: Sequence[Job], on_step: OnStep = lambda: None) -> Batch:
-        """One pipeline call for jobs of one group. Raises RunError when memory runs out."""
+    def run(self, jobs: Sequence[Job], on_step: OnStep = lambda: None, size: Any = None) -> Batch:
+        """One pipeline call for jobs of one group. size: what it takes is kept for others of this size.
+
+        Raises RunError when memory runs out.
+        """
         first, medium = jobs[0], self.plan.medium
         pipe = medium.pipe(self, first)
         pipe.scheduler = self.pipe.scheduler
-        scope = nullcontext() if self.elastic is None else self._scope(first, len(jobs))
+        scope = nullcontext() if self.elastic is None else self._scope(jobs, size)
         seeds = [job.seed for job in jobs]
         stepping = seeded(pipe.scheduler, seeds) if first.solver is None else solver(pipe, first.solver)
-        size = f"at {medium.size(jobs)}, batch {len(jobs)}"
-        with memory_errors(size, medium.smaller), loading.quiet_libraries(), stepping, scope as trace:
-            results = medium.call(self, pipe, jobs, on_step)
+        room = f"at {medium.size(jobs)}, batch {len(jobs)}"
+        with memory_errors(room, medium.smaller), loading.quiet_libraries(), stepping, scope as trace:
+            try:
+                results = medium.call(self, pipe, jobs, on_step)
+            except TooFewSecondsError as error:
+                raise EditError(str(error)) from error
+        if first.time is not None and trace is not None:
+            turns = _settled(trace, self.elastic)
+            jobs = [replace(job, budget=trace.share, turns=turns) for job in jobs]
         return Batch(tuple(jobs), results, trace, {} if trace is None else self._flops(jobs, trace))
 
-    def _scope(self, job: Job, samples: int) -> Any:
+    def _scope(self, jobs: Sequence[Job], size: Any = None) -> Any:
+        job, samples = jobs[0], len(jobs)
         wishes: dict[str, Any] = {"budget": job.budget, "samples": samples}
-        if isinstance(self.elastic, Sampled):
-            planner = None if job.solver is None else fewer_steps(job.budget or self.elastic.budget)
-            return self.elastic.scope(target=job.target, planner=planner, **wishes)
-        return self.elastic.scope(num_steps=job.denoising_steps, **wishes)
+        if not isinstance(self.elastic, Sampled):
+            return self.elastic.scope(num_steps=job.denoising_steps, **wishes)
+        if job.solver is not None:
+            wishes["planner_for"] = lambda budget, _target: fewer_steps(budget)
+        if job.time is not None:
+            wishes["seconds"], size = job.time * samples, self._size(jobs)
+        return self.elastic.scope(target=job.target, turns=job.turns, size=size, **wishes)
+
+    def _size(self, jobs: Sequence[Job]) -> Any:
+        """Batches of equal size take equal seconds."""
+        plain = [replace(job, time=None, budget=None, turns=()) for job in jobs]
+        return self.plan.group(plain[0]), self.plan.medium.size(plain), len(plain)
+
+    def probe(self, jobs: Sequence[Job]) -> None:
+        """Two evaluations of a batch that is to end in time, to know what a batch of this size takes.
+
+        Raises EditError where no plan takes the sampler's place.
+        """
+        job = jobs[0]
+        if job.time is None:
+            return
+        if not isinstance(self.elastic, Sampled):
+            raise EditError(
+                f"--time needs a sampler that a plan can take the place of, and this model's "
+                f"({self.sampler}) keeps its steps; give --budget instead"
+            )
+        if self._size(jobs) in self.elastic.pace.known:
+            return
+        few = ((0, min(PROBED, job.denoising_steps)),)
+        with self.timed_by(StageClock(self.clock.seconds)):
+            self.run([replace(job, time=None, turns=few) for job in jobs], size=self._size(jobs))
 
     def _flops(self, jobs: Sequence[Job], trace: Any) -> dict[str, float]:
         """Routers count what they decide; of a plan it is the share of what the dense run takes."""
@@ -185,7 +226,7 @@ class Session:
     def warm_up(self, jobs: Sequence[Job]) -> None:
         """One denoising step whose result and time are thrown away, so that comparisons start warm."""
         with self.timed_by(StageClock(self.clock.seconds)):
-            self.run([self.plan.medium.shortest(jobs[0])])
+            self.run([replace(self.plan.medium.shortest(jobs[0]), time=None, turns=())])
 
     @contextmanager
     def timed_by(self, clock: StageClock) -> Iterator[None]:
@@ -211,6 +252,13 @@ def overflows() -> Iterator[None]:
         yield
     except TooStrongError as error:
         raise RunError(str(error)) from error
+
+
+def _settled(trace: PlanTrace, elastic: Sampled) -> tuple[tuple[int, int], ...]:
+    """How a plan came about, if its share of the dense FLOPs does not tell."""
+    (_, only), *others = trace.turns
+    told = not others and only < trace.steps and elastic.narrow is None
+    return () if told else tuple(trace.turns)
 
 
 def _load_release(plan: Plan, file: Path) -> tuple[Any, Any]:

@@ -85,19 +85,26 @@ class ElasticOdeScheduler(Serving):
     def _offer(self, first: int) -> None:
         own, ratios = self.own.timesteps[first:], self._ratios()[first:]
         grid = ratios / (1 + ratios)
+        self._begun = first
         self.plan, self._index = self.planner(grid), 0
         if self.plan is None:
             self.timesteps = own
             if hasattr(self.own, "set_begin_index"):
                 self.own.set_begin_index(first)
             return
-        times = np.asarray(self.plan.times)
+        self._follow(self.plan)
+        self._run = Follower(self.plan)
+
+    def _follow(self, steps: Steps) -> None:
+        self.plan = steps
+        own, ratios = self.own.timesteps[self._begun :], self._ratios()[self._begun :]
+        grid, times = ratios / (1 + ratios), np.asarray(steps.times)
         self.points = [self._point(float(s / max(1 - s, FINISHED))) for s in times]
         known, at = own.double().cpu().numpy(), grid[: len(own)]
         moved = np.interp(-times[:-1], -at, known)
         exact = np.isin(times[:-1], at).all()
-        self.timesteps = torch.from_numpy(moved).to(own.dtype if exact else torch.float32).to(own.device)
-        self._run = Follower(self.plan)
+        moved = torch.from_numpy(moved).to(own.dtype if exact else torch.float32).to(own.device)
+        self.timesteps = self.offered(moved)
 
     def _ratios(self) -> Array:
         """[N + 1]: noise over signal, sigma / alpha, at the own steps and at the end."""
@@ -128,7 +135,7 @@ class ElasticOdeScheduler(Serving):
         **kwargs: Any,
     ) -> Any:  # fmt: skip
         """One step of the plan, in float32. Raises ValueError for noise of its own (eta)."""
-        self.on_step(self._index + 1)
+        self.evaluated(self._index + 1)
         if self.plan is None:
             return self.own.step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
         if kwargs.get("eta"):

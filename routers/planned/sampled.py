@@ -7,26 +7,34 @@ Where a plan's evaluations are narrow its blocks are under the engine for that r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+
 from ..patching import check_whole
 from ..trace import Trace
-from .follow import Planner
+from .course import Course, Turn
+from .follow import Planner, Steps
 from .narrow import Narrowing, NarrowPlans
 from .scheduler import elastic_scheduler
+from .seconds import Pace, fitting
 from .spent import PlanTrace, evaluations_for
 from .timeplan import Array, TimePlan
 from .universal import Warp, check_wishes, universal_planner
 
 PlannerFor = Callable[[float, str], Planner]
 """From a budget and a target to a planner: `universal_planner`, or a bundle's."""
+BEGINS, ENDS = ("check_inputs", "prepare"), ("maybe_free_model_hooks", "clean")
+"""What a pipeline's call begins and ends with, diffusers' and the mesh pipeline's."""
 
 
 class Sampled:
     """Made by `routers.attach`. budget: ratio of dense FLOPs. target: "dense" or "exact" (`universal.py`).
-    narrow: a bundle's plans with narrow evaluations.
+    narrow: a bundle's plans with narrow evaluations. seconds: for a whole call of the pipeline, None for as
+    many as it takes.
 
     trace: of the last run, None before the first. Raises ValueError for a scheduler that a plan cannot stand
     in for, and for a transformer with a cache of its own.
@@ -39,19 +47,27 @@ class Sampled:
         budget: float,
         target: str,
         narrow: NarrowPlans | None = None,
+        seconds: float | None = None,
     ) -> None:
         check_wishes(budget, target)
+        _check_seconds(seconds)
         if "_edit_elastic" in pipe.transformer.__dict__:
             raise ValueError("routers are already attached to this transformer: detach them first")
         check_whole(pipe.transformer)
         self.pipe, self.planner_for, self.budget, self.target = pipe, planner_for, budget, target
-        self.narrow = narrow
+        self.narrow, self.seconds = narrow, seconds
+        self.pace = Pace(lambda: _device_of(pipe))
         self.trace: PlanTrace | None = None
-        self._planner: Planner | None = None
+        self._course: Course | None = None
+        self._given: dict[int, int] = {}
+        self._decided: tuple[int, Steps | None] = (0, None)
         self._scope: PlanTrace | None = None
+        self._scoped: dict[str, Any] = {}
         self._narrowing = None if narrow is None else Narrowing(pipe, narrow.spec)
         self._undo = ExitStack()
         self.scheduler = self._undo.enter_context(elastic_scheduler(pipe, self._plan, self._count))
+        if seconds is not None:
+            self._time_calls()
 
     @contextmanager
     def scope(
@@ -60,25 +76,35 @@ class Sampled:
         budget: float | None = None,
         target: str | None = None,
         samples: int = 1,
-        planner: Planner | None = None,
+        planner_for: PlannerFor | None = None,
+        seconds: float | None = None,
+        size: Hashable = None,
+        turns: Sequence[Turn] = (),
     ) -> Iterator[PlanTrace]:
-        """A run with wishes of its own: its trace. samples: pictures that it makes. planner: instead of the
-        bundle's or the universal one. Raises RuntimeError if a scope is open, ValueError as `attach`.
+        """A run with wishes of its own: its trace. samples: pictures that it makes. planner_for: instead of
+        the bundle's or the universal plan. seconds: from here to the end of the scope. size: runs of equal
+        size take equal seconds; default: of equal steps and samples. turns: of an earlier run's trace, to go
+        the same way again. Raises RuntimeError if a scope is open, ValueError as `attach`.
         """
         if self._scope is not None:
             raise RuntimeError("a scope is already open on this pipeline; scopes do not nest")
+        _check_seconds(seconds)
         trace = self._trace(budget, target, samples)
+        trace.seconds, trace.turns = self.seconds if seconds is None else seconds, [*turns]
         check_wishes(trace.requested, trace.target)
-        self._scope, self._planner = trace, planner
+        self._scope, self._scoped = trace, {"planner_for": planner_for, "size": size, "turns": turns}
+        self.pace.start()
         try:
             yield trace
+            trace.took = self.pace.finish()
         finally:
             self._end()
-            self._scope = self._planner = None
+            self.pace.drop()
+            self._scope, self._scoped = None, {}
             self.trace = trace
 
     def evaluations(self, steps: int, budget: float | None = None, target: str | None = None) -> int:
-        """How many evaluations a run of so many steps makes."""
+        """How many evaluations a run of so many steps makes, at most."""
         budget = self.budget if budget is None else budget
         found = None if self.narrow is None else self.narrow.at(budget, target or self.target, steps)
         return evaluations_for(budget, steps) if found is None else found.plan.evaluations
@@ -93,26 +119,36 @@ class Sampled:
         self._undo.close()
 
     def _trace(self, budget: float | None, target: str | None, samples: int) -> PlanTrace:
-        return PlanTrace(self.budget if budget is None else budget, target or self.target, samples)
+        budget = self.budget if budget is None else budget
+        return PlanTrace(budget, target or self.target, samples, seconds=self.seconds)
 
     def _plan(self, grid: Array) -> Any:
         """A run begins. grid: the times that the pipeline would have taken."""
         self._end()  # an interrupted run's
         check_whole(self.pipe.transformer)
         trace = self.trace = self._scope or self._trace(None, None, 1)
-        steps = len(grid) - 1
-        all_of_them = self.evaluations(steps, trace.requested) == steps
-        if getattr(self.scheduler, "higher_order", False) and not all_of_them:
+        steps, size = len(grid) - 1, self._scoped.get("size")
+        self._given = dict(self._scoped.get("turns", ()))
+        timed, turning = trace.seconds is not None, trace.seconds is not None or bool(self._given)
+        self._most = evaluations_for(trace.requested, steps)
+        if getattr(self.scheduler, "higher_order", False) and (turning or self._most < steps):
             trace.target = "exact"  # its dense run is as good as exact
-        plan = self._narrow_plan(trace, grid) or (self._planner or self._planner_for(trace))(grid)
         trace.steps = trace.of = steps
-        trace.planned, trace.made = (steps if plan is None else len(plan.times) - 1), 0
+        trace.made, self._course, self._decided = 0, None, (0, None)
+        if timed or size is not None:
+            self.pace.begin(size or (steps, trace.samples), trace.seconds or float("inf"))
+        self.scheduler.live = turning
+        trace.widths, trace.blocks = (), None
+        if turning:
+            plan = self._course_of(grid, trace)
+        else:
+            plan = self._narrow_plan(trace, grid) or self._planner(trace.requested, trace)(grid)
+        trace.planned = steps if plan is None else len(plan.times) - 1
         return plan
 
     def _narrow_plan(self, trace: PlanTrace, grid: Array) -> TimePlan | None:
         """The plan whose evaluations are narrow, its run begun; None where they are whole."""
-        trace.widths, trace.blocks = (), None
-        if self.narrow is None or self._planner is not None:
+        if self.narrow is None or self._scoped.get("planner_for") is not None:
             return None
         found = self.narrow.for_times(trace.requested, trace.target, grid)
         if found is None:
@@ -133,16 +169,93 @@ class Sampled:
         if self._narrowing is not None:
             self._narrowing.end()
 
-    def _planner_for(self, trace: PlanTrace) -> Planner:
-        """A scheduler may know which warps of its times serve where nothing was measured."""
-        known: dict[str, Warp] = getattr(self.scheduler, "warps", {})
-        if self.planner_for is universal_planner:
-            return universal_planner(trace.requested, trace.target, known.get(trace.target))
-        return self.planner_for(trace.requested, trace.target)
+    def _course_of(self, grid: Array, trace: PlanTrace) -> Any:
+        """The first plan of a run that may turn to others."""
+        steps = len(grid) - 1
+        if self._given:
+            first = next(iter(self._given.values()))
+        else:
+            first = max(1, fitting(self.pace.room(0), self._most, self._most))
 
-    def _count(self, number: int) -> None:
+        def plan_of(evaluations: int) -> Any:
+            return self._planner(evaluations / steps, trace)(grid)
+
+        self._course = Course(grid, trace.target, plan_of, first)
+        if not self._given:
+            trace.turns = self._course.turns
+        return self._course.plan
+
+    def _planner(self, budget: float, trace: PlanTrace) -> Planner:
+        """A scheduler may know which warps of its times serve where nothing was measured."""
+        planner_for = self._scoped.get("planner_for") or self.planner_for
+        known: dict[str, Warp] = getattr(self.scheduler, "warps", {})
+        if planner_for is universal_planner:
+            return universal_planner(budget, trace.target, known.get(trace.target))
+        return planner_for(budget, trace.target)
+
+    def _count(self, number: int) -> Steps | None:
         """An evaluation was made: copies of a scheduler, one for every frame, make it together."""
         assert self.trace is not None
-        self.trace.made = max(self.trace.made, number)
+        if number <= self.trace.made:
+            return self._decided[1] if self._decided[0] == number else None
+        self.trace.made = number
+        if self.pace.running:
+            self.pace.evaluated()
+        self._decided = number, None if self._course is None else self._turn(number, self._course)
         if number == self.trace.planned:
             self._end()
+        return self._decided[1]
+
+    def _turn(self, made: int, course: Course) -> Steps | None:
+        """What is followed from here, where that changes."""
+        assert self.trace is not None
+        chosen = self._given.get(made) if self._given else self._chosen(made, course)
+        if chosen is None:
+            return None
+        plan = course.turn(made, chosen)
+        self.trace.planned = plan.evaluations
+        if not self._given:
+            self.trace.turns = course.turns
+        return plan
+
+    def _chosen(self, made: int, course: Course) -> int | None:
+        """The number of evaluations of the plan that ends in time from here, None for the present one.
+
+        A loop that took all its times at once cannot be given others.
+        """
+        left, most = course.left(made), max(self._most - made, 0)
+        fits = fitting(self.pace.room(made), left, most)
+        if fits == left or self.scheduler.read != made:
+            return None
+        number = course.plan_with(made, fits)
+        return None if course.ahead(made, number) == left else number
+
+    def _time_calls(self) -> None:
+        """Know where each call of the pipeline begins and ends."""
+
+        def begins(function: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._scope is None:
+                self.pace.start()
+            return function(*args, **kwargs)
+
+        def ends(function: Any, *args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            if self._scope is None and self.pace.running and self.trace is not None:
+                self.trace.took = self.pace.finish()
+            return result
+
+        for names, around in ((BEGINS, begins), (ENDS, ends)):
+            for name in names:
+                if hasattr(self.pipe, name):
+                    self.pipe.__dict__[name] = functools.partial(around, getattr(self.pipe, name))
+                    self._undo.callback(self.pipe.__dict__.pop, name, None)
+
+
+def _device_of(pipe: Any) -> str:
+    device: Any = getattr(pipe, "_execution_device", None) or getattr(pipe, "device", "cpu")
+    return torch.device(device).type
+
+
+def _check_seconds(seconds: float | None) -> None:
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise ValueError(f"{seconds:g} seconds are no time to make anything in")

@@ -65,12 +65,18 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
         self.plan = self.planner(grid)
         if first:
             self.set_begin_index(0)
-        times = grid if self.plan is None else self.plan.times
+        self._take(grid if self.plan is None else self.plan.times)
+
+    def _take(self, times: Array) -> None:
         self.sigmas = torch.tensor(times.tolist(), dtype=torch.float32, device=self.sigmas.device)
         self._sizes = np.diff(times.astype(np.float32).astype(np.float64)).tolist()
         scale = self.config.num_train_timesteps
-        self.timesteps = (self.sigmas[:-1] * scale).to(self.timesteps.device)
+        self.timesteps = self.offered((self.sigmas[:-1] * scale).to(self.timesteps.device))
         self.num_inference_steps = len(self.timesteps)
+
+    def _follow(self, steps: Steps) -> None:
+        self.plan = steps
+        self._take(steps.times)
 
     def _init_step_index(self, timestep: Any) -> None:
         super()._init_step_index(timestep)
@@ -89,7 +95,7 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
         if self.step_index is None:
             self._init_step_index(timestep)
         step = self.step_index
-        self.on_step(step - self._first + 1)
+        self.evaluated(step - self._first + 1)
         if self.plan is None:
             return super().step(model_output, timestep, sample, return_dict=return_dict, **kwargs)
         if kwargs.get("per_token_timesteps") is not None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .follow import Follower, Planner
+from .follow import Follower, Planner, Steps
 
-OnStep = Callable[[int], None]
-"""Called at each evaluation of a run with its number, from 1."""
+OnStep = Callable[[int], Steps | None]
+"""Called at each evaluation of a run with its number, from 1; returns what is followed from here, if that is
+something else than so far."""
 
 
 def uncounted(number: int) -> None:
@@ -24,9 +26,43 @@ def own_steps(grid: object) -> None:
     """The planner of a scheduler that follows no plan any more: a pipeline made meanwhile may hold it."""
 
 
-class Serving:
-    """Part of a scheduler that takes another's place."""
+class LiveTimes(Tensor):
+    """A scheduler's timesteps for a loop that asks for one after the other: they may change meanwhile."""
 
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    owner: Any
+
+    @classmethod
+    def of(cls, owner: Any, times: Tensor) -> LiveTimes:
+        """Of a scheduler, whose `timesteps` may be replaced by others."""
+        live = times.as_subclass(cls)
+        live.owner = owner
+        return live
+
+    def __len__(self) -> int:
+        return int(self._now().shape[0])
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._now()[at]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.owner.read = 0
+        while self.owner.read < len(self):
+            self.owner.read += 1
+            yield self._now()[self.owner.read - 1]
+
+    def _now(self) -> Tensor:
+        return self.owner.timesteps.as_subclass(Tensor)  # type: ignore[no-any-return]
+
+
+class Serving:
+    """Part of a scheduler that takes another's place.
+
+    live: whether a run's times may change on the way. read: how many of them its loop has asked for.
+    """
+
+    live = False
+    read = 0
     planner: Planner
     on_step: OnStep
     timesteps: Tensor
@@ -34,6 +70,8 @@ class Serving:
     """Of the pipeline's own run."""
     _offer: Callable[[int], None]
     """Plan the own run from this step on, and offer the plan's times."""
+    _follow: Callable[[Steps], None]
+    """Offer the times of something else, of which those up to the present one are as they were."""
     _patched: list[Any]
     _run: Follower
     own: Any
@@ -53,6 +91,17 @@ class Serving:
         """A run that begins at the step of its own grid that `strength` means; returns its times."""
         self._offer(int(max(self._steps - min(self._steps * strength, self._steps), 0)))
         return self.timesteps
+
+    def evaluated(self, number: int) -> None:
+        """An evaluation was made; what follows may change."""
+        steps = self.on_step(number)
+        if steps is not None:
+            self._run.plan = steps
+            self._follow(steps)
+
+    def offered(self, times: Tensor) -> Tensor:
+        """Timesteps for the pipeline."""
+        return LiveTimes.of(self, times) if self.live else times
 
     def serve(self) -> None:
         """Answer for the pipeline that sets timesteps where a run from a picture begins, until `leave`."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .course import Turn
+
 if TYPE_CHECKING:
     from ..trace import Trace
 
@@ -31,7 +33,9 @@ class PlanTrace:
     """requested: share of the dense run's FLOPs. target: see `universal.py`. samples: results of the run.
     steps: what the dense run takes; planned: how many of them the plan evaluates. made, of: evaluations made
     so far, and how many the dense run would have made. widths: of narrow evaluations, in turn; blocks: what
-    the engine counted of them, None where all are whole. remarks: see `notes`.
+    the engine counted of them, None where all are whole. remarks: see `notes`. seconds: that the run was
+    given, None for as many as it takes; took: that it took. turns: how a plan came about that was chosen on
+    the way (`course.py`).
     """
 
     requested: float
@@ -45,6 +49,9 @@ class PlanTrace:
     widths: tuple[float, ...] = ()
     blocks: Trace | None = None
     remarks: list[str] = field(default_factory=list)
+    seconds: float | None = None
+    took: float = 0.0
+    turns: list[Turn] = field(default_factory=list)
 
     @property
     def num_steps(self) -> int:
@@ -72,6 +79,9 @@ class PlanTrace:
     @property
     def notes(self) -> list[str]:
         """What a user should know of this run, in plain words."""
+        if self.seconds is not None:
+            late = self.took > self.seconds
+            return [f"asked {self.seconds:.3g} s, took {self.took:.3g} s"] if late else []
         share = self.planned / self.steps if self.steps else self.requested
         share = self.share if self.blocks is not None else share
         if abs(share - self.requested) <= GRAIN and not self.widths:
@@ -92,7 +102,10 @@ class PlanTrace:
         """One paragraph: budget asked and spent, evaluations, notes."""
         if not self.of:
             return "no run yet"
-        spent = f"budget asked {self.requested:g}, spent {self.share:.3f} of dense FLOPs"
+        asked = f"budget asked {self.requested:g}"
+        if self.seconds is not None:
+            asked = f"asked {self.seconds:g} s, took {self.took:.3g} s"
+        spent = f"{asked}, spent {self.share:.3f} of dense FLOPs"
         return "\n".join(
             [f"{spent}: {self.made} evaluations of {self.of}, target {self.target}", *self.notes]
         )

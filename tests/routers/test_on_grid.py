@@ -261,7 +261,7 @@ def test_the_mesh_models_transformer_alone() -> None:
 
     sampled = routers.attach(pipe, budget=0.5)
     assert isinstance(sampled, Sampled)
-    with sampled.scope(planner=planner):
+    with sampled.scope(planner_for=lambda *_: planner):
         planned = make(pipe, STEPS)
     sampled.detach()
     with attached(pipe.transformer) as on_grid, own_calls(pipe.transformer) as calls:

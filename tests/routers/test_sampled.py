@@ -226,10 +226,13 @@ def test_another_pipeline_that_shares_the_scheduler(when: str) -> None:
 def test_a_solver_that_is_asked_for_steps_along_the_plan() -> None:
     """As `edit generate --solver` does: its own weights at the plan's times, every evaluation counted."""
     with attached(QWEN, 0.5) as (pipe, sampled), counted(pipe) as calls:
-        with sampled.scope(planner=lambda grid: euler(resampled(grid, 4))), solver(pipe, "ab2"):
+        with (
+            sampled.scope(planner_for=lambda *_: lambda grid: euler(resampled(grid, 4))),
+            solver(pipe, "ab2"),
+        ):
             made = make(pipe, 8)
         check_spent(sampled, calls, 0.5, 8)
-        with sampled.scope(planner=lambda grid: euler(resampled(grid, 4))):
+        with sampled.scope(planner_for=lambda *_: lambda grid: euler(resampled(grid, 4))):
             assert not torch.equal(make(pipe, 8), made)
 
 
