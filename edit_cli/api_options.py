@@ -40,6 +40,7 @@ class GenerateOptions(TypedDict, total=False):
     base: str | PathLike[str]
     routers: str | PathLike[str]
     budget: float
+    time: str | PathLike[str]
     target: Literal["dense", "exact"]
     force: bool
     lora: str | PathLike[str] | Sequence[str | PathLike[str]]
@@ -62,6 +63,7 @@ class Generate3dOptions(TypedDict, total=False):
     model: str | PathLike[str]
     routers: str | PathLike[str]
     budget: float
+    time: str | PathLike[str]
     target: Literal["dense", "exact"]
     force: bool
     steps: int

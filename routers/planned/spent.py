@@ -50,7 +50,7 @@ class PlanTrace:
     blocks: Trace | None = None
     remarks: list[str] = field(default_factory=list)
     seconds: float | None = None
-    took: float = 0.0
+    took: float = field(default=0.0, compare=False)
     turns: list[Turn] = field(default_factory=list)
 
     @property
