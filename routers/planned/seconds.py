@@ -123,8 +123,8 @@ class Pace:
             least = self.watch.now() + self._size.typical() + self._size.after
             if seconds < least:
                 raise TooFewSecondsError(
-                    f"a time of {seconds:.3g} s is less than the least possible, which is about {least:.3g} s here: "
-                    "one evaluation, and what comes before and after it"
+                    f"a time of {seconds:.3g} s is less than the least possible, about {least:.3g} s "
+                    "here: one evaluation, and what comes before and after it"
                 )
 
     def evaluated(self) -> None:

@@ -155,7 +155,7 @@ def test_less_than_the_least_possible_is_refused_once_it_is_known(clock: Clock, 
     with sampled.scope(seconds=0.5) as trace:
         make(pipe, 8)
     assert trace.made == 1 and trace.notes == ["asked 0.5 s, took 1 s"]
-    least = "less than the least possible, which is about 1 s"
+    least = "less than the least possible, about 1 s"
     with pytest.raises(ValueError, match=least), sampled.scope(seconds=0.5):
         make(pipe, 8)
     with sampled.scope(seconds=2.1) as trace:
