@@ -54,8 +54,7 @@ class Elastic(Watch):
         leader: Elastic | None = None,
     ) -> None:
         super().__init__()
-        if "_edit_elastic" in transformer.__dict__:
-            raise ValueError("routers are already attached to this transformer: detach them first")
+        _check_attachable(transformer)
         self.transformer = transformer
         self.budget, self.num_steps, self.make_policy = budget, num_steps, policy
         self.trace: Trace | None = None
@@ -63,7 +62,6 @@ class Elastic(Watch):
         self.blocks: list[Block] = []
         if spec is not None:
             self._describe(spec, routers)
-        check_run(transformer)
         self.names = argument_names(transformer)
         self._runs: Runs = Runs(transformer, self._start_run, pipe) if leader is None else leader._runs
         self._scope: _Scope | None = None
@@ -164,7 +162,12 @@ class Elastic(Watch):
     # -- patches -------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Put the transformer under control again after `detach`, with what is known of its costs."""
+        """Put the transformer under control again after `detach`, with what is known of its costs.
+
+        Raises ValueError, as when it was made, for what has been done to the transformer since.
+        """
+        for half in self._halves:
+            _check_attachable(half.transformer)
         for half in self._halves:
             half._attach()
 
@@ -289,6 +292,12 @@ class _Scope:
         self.policy, self.num_steps, self.samples = policy or elastic.make_policy(), num_steps, samples
         kinds = [block.spec.kind for block in elastic.blocks]
         self.trace = Trace(requested=budget, num_steps=num_steps or elastic.num_steps, kinds=kinds)
+
+
+def _check_attachable(transformer: nn.Module) -> None:
+    if "_edit_elastic" in transformer.__dict__:
+        raise ValueError("routers are already attached to this transformer: detach them first")
+    check_run(transformer)
 
 
 def _refuse_compile(_original: Callable[..., Any], *_args: Any, **_kwargs: Any) -> None:

@@ -90,7 +90,7 @@ class Narrowing:
         transformer whose blocks cannot be narrowed (compiled as a whole).
         """
         self.end()
-        if self._elastic is None:
+        if self._elastic is None or self._elastic.transformer is not self.pipe.transformer:
             self._elastic = Elastic(self.pipe.transformer, self.spec, OpenPolicy, pipe=self.pipe)
         else:
             self._elastic.attach()

@@ -122,10 +122,13 @@ def test_an_interrupted_narrow_run_leaves_nothing_behind(calibrated) -> None:
         sampled.detach()
 
 
-def test_what_cannot_be_narrowed_runs_whole_and_says_so(calibrated) -> None:
+@pytest.mark.parametrize("used", [False, True])
+def test_what_cannot_be_narrowed_runs_whole_and_says_so(calibrated, used: bool) -> None:
     workload, bundle = calibrated
     budget = bundle.narrow["dense"][0].share
     sampled = routers.attach(workload.pipe, bundle, budget=budget)
+    if used:
+        workload.run(0)
     workload.pipe.transformer._compiled_call_impl = workload.pipe.transformer._call_impl
     try:
         with sampled.scope(samples=workload.rows) as trace:
