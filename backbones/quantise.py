@@ -36,7 +36,7 @@ def check_quantise(how: str, backbone: Backbone, device: str = "cuda") -> None:
 
 def quantised(name: str) -> bool:
     """Whether a component's weights are packed."""
-    return name.startswith((ENCODER, TRANSFORMER))
+    return name.replace(" ", "_").startswith((ENCODER, TRANSFORMER))
 
 
 def quantisation(placement: Placement, index: Mapping[str, Any], dtype: Any) -> Any:

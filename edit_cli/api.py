@@ -159,6 +159,11 @@ def make(name: str, subjects: Subject | Sequence[Subject], given: Mapping[str, A
         listed, plain = [_fields(item, f"item {i}", medium) for i, item in enumerate(items)], []
     request, _ = command.request({**_values(command, given), medium.subject: plain})
     plan = make_plan(request, medium, kept=False, listed=listed)
+    if "fit" in request:
+        from edit_cli.generate.forecast import fitted
+
+        plan, note = fitted(plan)
+        plan = replace(plan, warnings=(*plan.warnings, note))
     results = _run(plan)
     for note in dict.fromkeys((*plan.warnings, *results.notes)):
         warnings.warn(note, stacklevel=3)

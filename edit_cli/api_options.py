@@ -52,6 +52,7 @@ class GenerateOptions(TypedDict, total=False):
     engine: Literal["local", "ray"]
     workers: int
     quantize: Literal["fp8", "int8", "nf4"]
+    fit: bool
     vae_tiling: bool
 
 

@@ -141,6 +141,7 @@ MACHINE: Options = under("Machine", {
 MEMORY: Options = under("Machine", {
     "quantize": Option("--quantize", "HOW", f"{', '.join(QUANTISED)}: transformer and text encoders in fewer "
                        "bits (extra quantised).", choice(*QUANTISED)),
+    "fit": Option("--fit", "", "As much of --vae-tiling, --quantize and --offload as it takes to fit."),
     "vae_tiling": Option("--vae-tiling", "", "Decode in tiles: less memory, faint seams."),
 })
 MESH_MACHINE: Options = {

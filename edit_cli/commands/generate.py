@@ -76,6 +76,11 @@ def carry_out(request: Request, medium: Medium) -> None:
             run(left, request.but(quiet=True), crew)
         return
     print_warnings(plan.warnings, request)
+    if "fit" in request:
+        from edit_cli.generate.forecast import fitted
+
+        plan, note = fitted(plan)
+        print_warnings([note], request)
     if "dry_run" in request:
         from edit_cli.generate import dryrun
 

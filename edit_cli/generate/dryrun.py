@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from backbones import registry
 from backbones.spec import GIB
 from edit_cli.console import readable_count, two_columns
 from edit_cli.errors import bad_input
+from edit_cli.generate.forecast import BYTES, stages, weight_bytes
 from edit_cli.generate.plan import Plan
 from edit_cli.generate.report import flops, one_or_all
 from edit_cli.generate.result import job_flops
@@ -20,7 +20,6 @@ from edit_cli.generate.routers import RouterSource, settle
 from routers.planned.timeplan import PASSES
 from routers.spec import TARGETS
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 OUTPUT_BYTES = 4
 """Of a value of a model's output, as a plan keeps it."""
 
@@ -88,7 +87,10 @@ def as_table(dry: DryRun) -> RenderableType:
         rows["time"] = f"{first.time:g} s asked for each: what of this compute it buys is measured then"
     if memory["cache"]:
         rows["cache"] = f"at most {memory['cache'] * 1024:.0f} MiB of earlier steps' outputs"
-    rows["on device"] = f"about {memory['device']:.2f} GiB with --offload {plan.placement.offload}"
+    peaks = ", ".join(f"{name} {gib:.2f}" for name, gib in memory["stages"].items())
+    rows["on device"] = (
+        f"about {memory['device']:.2f} GiB at most ({peaks}) with --offload {plan.placement.offload}"
+    )
     rows |= {name: text for name, (_, text) in plan.medium.needs(plan.jobs).items()}
     rows["would write"] = ", ".join(report["outputs"][:8]) + (" ..." if len(report["outputs"]) > 8 else "")
     return Group(Text("dry run: nothing was loaded or written", style="bold"), Text(), two_columns(rows))
@@ -101,22 +103,18 @@ def _memory(plan: Plan, source: RouterSource) -> Mapping[str, Any]:
     device = loading.pick_device(plan.placement.device)
     dtype = loading.dtype_name(loading.pick_dtype(plan.placement.dtype, backbone, device))
     size = BYTES[dtype]
-    weights = {name: n * size / GIB for name, n in registry.component_parameters(backbone).items()}
+    weights = {name: size / GIB for name, size in weight_bytes(plan, dtype).items()}
     blocks = loading.blocks(loading.meta_transformer(backbone), backbone)
-    block = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0) * size / GIB
-    cache = _kept(plan, source, len(blocks), size) / GIB
-    on_device = {
-        "none": sum(weights.values()),
-        "model": max(weights.values(), default=0.0),
-        "sequential": block,
-        "group": 2 * block,
-    }[plan.placement.offload]
+    block = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0)
+    cache = _kept(plan, source, len(blocks), size)
+    peaks = {name: peak / GIB for name, peak in stages(plan, dtype, cache, block).items()}
     return {
         "dtype": dtype,
         "weights": {name: round(gib, 3) for name, gib in weights.items()},
         "total": round(sum(weights.values()), 3),
-        "cache": round(cache, 3),
-        "device": round(on_device + cache, 3),
+        "cache": round(cache / GIB, 3),
+        "stages": {name: round(gib, 4) for name, gib in peaks.items()},
+        "device": round(max(peaks.values()), 4),
         **{name: round(gib, 3) for name, (gib, _) in plan.medium.needs(plan.jobs).items()},
     }
 

@@ -26,7 +26,7 @@ from edit_cli.request import Request
 SAME_RESULT = (
     "replay", "output", "format", "preview", "compare", "dry_run", "json", "quiet", "force", "device",
     "dtype", "offload", "compile", "batch_size", "gallery", "open", "overwrite", "resume", "engine",
-    "workers",
+    "workers", "fit",
 )  # fmt: skip
 """Options beside which a replayed record counts as unchanged; where it runs is noted on its own."""
 OTHER_WAY = (

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import routers
 from backbones import loading, registry
 from backbones.quantise import check_quantise
 from backbones.spec import Placement
+from edit_cli.generate.dryrun import dry_run
+from edit_cli.generate.picture import PICTURE
+from edit_cli.generate.plan import make_plan
 from edit_cli.generate.record import read_picture
+from edit_cli.request import Request
 
 
 def test_tiles_are_recorded(edit_here, tmp_path: Path) -> None:
@@ -70,3 +76,71 @@ def test_a_card_by_number_becomes_the_current_one(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(loading, "_load_diffusers", lambda *_: None)
     loading.load(registry.resolve("qwen-image-tiny"), Placement(device="cuda:1"))
     assert current == [torch.device("cuda:1")]
+
+
+def allocated(run, folder: Path) -> int:
+    """Most bytes at once that PyTorch's CPU allocator gave out during a call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    trace = folder / "trace.json"
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    profiled.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("name", ["flux-tiny", pytest.param("qwen-image-tiny", marks=pytest.mark.slow)])
+def test_the_forecast_is_what_is_measured(name: str, edit_here, tmp_path: Path) -> None:
+    typed = ("generate", "a cat", "-m", name, "--budget", "0.5", "--steps", "4", "--dry-run", "--json")
+    forecast = edit_here(*typed, cwd=tmp_path).json["memory_gib"]["stages"]
+    pipe = loading.load(registry.resolve(name), Placement())
+    limit = registry.resolve(name).defaults.max_sequence_length
+    weights = sum(p.nbytes for part in pipe.components.values() if hasattr(part, "parameters")
+                  for p in part.parameters())  # fmt: skip
+    elastic = routers.attach(pipe, budget=0.5)
+    try:
+        arguments = {"prompt": "a cat", "num_inference_steps": 4, "output_type": "latent"}
+        if "qwen" in name:
+            arguments |= {"max_sequence_length": limit}
+            arguments |= {"negative_prompt": " ", "true_cfg_scale": 4.0}
+        else:  # of text encoders the weights alone are forecast
+            embeds, pooled, _ = pipe.encode_prompt("a cat", None, max_sequence_length=limit)
+            arguments |= {"prompt": None, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        pipe(**arguments, width=128, height=128)  # what is made once is there
+        found = {"denoise": allocated(lambda: pipe(**arguments, width=128, height=128), tmp_path)}
+    finally:
+        elastic.detach()
+    channels = pipe.vae.config.get("z_dim") or pipe.vae.config.latent_channels
+    latents = torch.randn(1, channels, *([1] if "qwen" in name else []), 16, 16)
+    found["decode"] = allocated(lambda: pipe.vae.decode(latents, return_dict=False), tmp_path)
+    for stage, measured in found.items():
+        assert forecast[stage] * 2**30 == pytest.approx(weights + measured, rel=0.1), stage
+
+
+def test_fit_takes_the_fastest_way_and_says_which(edit_here, tmp_path: Path, monkeypatch) -> None:
+    typed = ("generate", "a cat", "--dry-run", "--fit", "--width", "512", "--height", "512", "--json")
+    whole = edit_here(*typed, cwd=tmp_path)
+    assert "--fit: nothing to change" in whole.err
+    needed = whole.json["memory_gib"]["device"] * 2**30
+    monkeypatch.setattr("edit_cli.generate.forecast.free_bytes", lambda device: needed)
+    tiled = edit_here(*typed, cwd=tmp_path)
+    assert "--fit: --vae-tiling; needs" in tiled.err
+    assert tiled.json["memory_gib"]["device"] < whole.json["memory_gib"]["device"]
+    monkeypatch.setattr("edit_cli.generate.forecast.free_bytes", lambda device: 1000.0)
+    nothing = edit_here(*typed, cwd=tmp_path)
+    assert nothing.code == 2 and "--fit: nothing fits; the least is" in nothing.err
+
+
+def test_packed_and_offloaded_models_are_forecast_smaller() -> None:
+    plan = make_plan(Request(prompt=["a cat"], model="flux-dev", budget=0.5), PICTURE)
+    peaks = {}
+    for placement in (Placement(), Placement(quantize="int8"), Placement(offload="model")):
+        peaks[placement] = dry_run(replace(plan, placement=placement)).report["memory_gib"]["device"]
+    plain, packed, offloaded = peaks.values()
+    assert packed < 0.6 * plain
+    assert offloaded < packed + 12
