@@ -41,7 +41,7 @@ class FitSettings:
 
     def leading(self, steps: int) -> int:
         """How many evaluations the plan to the exact solution makes that the others are bent like."""
-        return min(self.evaluations(steps), key=lambda n: abs(n - LEADING * steps))
+        return min(evaluations_for(LEADING, steps), max(self.evaluations(steps)))
 
     def tries_for(self, evaluations: int, steps: int, first: bool) -> int:
         """How many candidates a plan has: all, if it is the first of many and tells which are good; one, if

@@ -143,6 +143,7 @@ def test_a_scheduler_that_a_plan_cannot_stand_in_for_is_refused(pictures: Pipeli
 def test_one_budget_costs_two_pictures_and_all_of_them_twenty(steps: int) -> None:
     for budget in [*np.linspace(0.01, 0.99, 99), 1 / steps, 0.5]:
         assert FitSettings(budgets=(float(budget),)).cost(steps) <= 2.2
+        assert FitSettings(budgets=(float(budget),), targets=("exact",)).cost(steps) <= 16
     assert FitSettings().cost(steps) <= 20
     assert FitSettings(targets=BOTH).cost(steps) <= 42
 
