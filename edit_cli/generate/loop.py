@@ -122,8 +122,10 @@ def _task(bars: Any, label: str, steps: Iterable[int], crew: Crew | None = None)
 
     def advance() -> None:
         done = None if crew is None else crew.step()
-        if task is not None:
-            bars.update(task, completed=done, advance=1 if done is None else None)
+        if task is not None and done is None:
+            bars.advance(task)
+        elif task is not None:
+            bars.update(task, completed=done)
 
     return advance
 
