@@ -10,7 +10,7 @@ from edit_cli.errors import EditError
 from edit_cli.generate.claims import claimed
 from edit_cli.generate.medium import Medium
 from edit_cli.generate.picture import PICTURE
-from edit_cli.generate.plan import Plan, make_plan
+from edit_cli.generate.plan import Plan, make_plan, side_files
 from edit_cli.options import (
     DRY_RUN,
     KEEP,
@@ -105,6 +105,10 @@ def carry_out(request: Request, medium: Medium) -> None:
         result = run(left, request, crew)
     print_warnings(result.notes, request)
     print_result(report.as_json(result), report.as_table(result), request)
+    if "quiet" not in request and "json" not in request:
+        from edit_cli import inline
+
+        inline.show([side_files(job, plan.medium).get("preview", job.path) for job in result.jobs])
     pages = write_galleries(result) if "gallery" in request else []
     if pages and "quiet" not in request:
         print_note(f"gallery: {', '.join(map(str, pages))}")
