@@ -180,6 +180,13 @@ def duration(where: str, value: Any) -> float:
     return result
 
 
+def preview_file(where: str, value: Any) -> str:
+    """A path of a picture that can be written again and again."""
+    if Path(text(where, value)).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise EditError(f"{where} {value!r} is not the name of a .png or .jpg file")
+    return str(value)
+
+
 def budgets(where: str, value: Any) -> tuple[float, ...]:
     """One budget "0.5", or evenly spaced ones from "0.35:1.0" or, with how many, "0.35:1.0:8"."""
     parts, points = text(where, value).split(":"), POINTS

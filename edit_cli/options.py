@@ -158,6 +158,8 @@ OUTPUT: Options = under("Output", {
     "compare": Option("--compare", "[dense|exact]", "Also run dense with the same seeds: side-by-side "
                       "picture, PSNR, SSIM, measured time ratio; exact: both beside the exact solution.",
                       choice(*TARGETS), bare="dense"),
+    "preview": Option("--preview", "FILE", "Show what the picture is going to be, in this .png "
+                      "or .jpg, every few steps; takes about 1 % of the time.", checks.preview_file),
     "gallery": Option("--gallery", "", "Also write index.html: all pictures of edit in the "
                       "folder on one page."),
 })

@@ -38,6 +38,11 @@ def run_plan(plan: Plan, show_progress: bool, crew: Crew | None = None) -> Resul
     try:
         with clock.stage("load"), working(f"loading {plan.backbone.name}", show_progress):
             session = open_session(result, clock)
+        if session.plan.preview is not None and session.plan.jobs:
+            from edit_cli.generate.preview import Preview
+
+            session.preview = Preview(session.plan.preview)
+            session.preview.prepare(session, session.plan.jobs[0])
         with progress(show_progress) as bars:
             dense = _run_batches(session, list(session.plan.batches()), result, bars, crew)
         result.note(*session.notes)

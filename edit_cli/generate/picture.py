@@ -169,9 +169,11 @@ class Picture:
         call, last = known_call(jobs[0].pipeline), {}
         given = arguments(call, session.plan.backbone, jobs)
 
-        def after_step(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def after_step(called: Any, step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             last.update(tensors)
             on_step()
+            if session.preview is not None:
+                session.preview.after_step(called, step, tensors.get("latents"))
             return {}
 
         if "callback_on_step_end" in call.defaults:

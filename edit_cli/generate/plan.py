@@ -43,7 +43,7 @@ class Plan:
     anything: "dense", or with both that and "exact".
     replayed: the record that is replayed unchanged, else None; peers: the batch that it came from.
     free: paths whose names are ours, so that a number may be added. overwrite: other paths may be replaced.
-    resume: what is there already is not made again.
+    resume: what is there already is not made again. preview: where to show a picture under way.
     """
 
     medium: Medium
@@ -60,6 +60,7 @@ class Plan:
     free: frozenset[Path] = frozenset()
     overwrite: bool = False
     resume: bool = False
+    preview: Path | None = None
 
     def group(self, job: Job) -> tuple[Any, ...]:
         """Jobs with equal groups may share a batch: these fields exist once per pipeline call."""
@@ -125,6 +126,7 @@ def make_plan(request: Request, medium: Medium, *, kept: bool = True, listed: Se
         free=free,
         overwrite="overwrite" in request,
         resume="resume" in request,
+        preview=_preview(request, medium, jobs),
     )
 
 
@@ -139,6 +141,23 @@ def _turns(file: str, recorded: Any, steps: int) -> tuple[tuple[int, int], ...]:
             f"--from {file}: turns are not those of a plan; give --budget to replace them"
         ) from None
     return turns
+
+
+PREVIEW_MARK = "preview by edit"
+"""What such a picture says of itself, so that it may be replaced."""
+
+
+def _preview(request: Request, medium: Medium, jobs: Sequence[Job]) -> Path | None:
+    """Where a picture under way is shown; meshes have a preview beside them instead. Raises EditError."""
+    if "preview" not in request or "preview" in medium.beside:
+        return None
+    if medium.makes != "picture":
+        raise EditError(f"--preview is for pictures and this model makes {medium.things}; leave it out")
+    file = Path(request["preview"]).expanduser()
+    mine = not file.exists() or "overwrite" in request or PREVIEW_MARK.encode() in file.read_bytes()
+    if not mine or file in [job.path for job in jobs]:
+        raise EditError(f"--preview would replace {str(file)!r}, which is another file; give another name")
+    return file
 
 
 def _requests(

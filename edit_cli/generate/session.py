@@ -67,6 +67,8 @@ class Session:
     """Class of the pipeline's own scheduler, which a plan replaces."""
     pipes: dict[str, Any] = field(default_factory=dict)
     """Other pipelines around the same components."""
+    preview: Any = None
+    """A `preview.Preview`, where one is asked for."""
     _release_routers: Any = None
 
     @classmethod

@@ -32,6 +32,10 @@ def test_a_picture_is_the_commands_own(edit_here, qwen_folder, tmp_path):
     assert ran.code == 0, ran.err
     for seed in (3, 4):
         assert (tmp_path / f"cli-{seed}.png").read_bytes() == (tmp_path / f"a-cat-{seed}.png").read_bytes()
+    again = [made.save(f"{tmp_path}/new/") for _ in range(2)]
+    assert [file.name for files in again for file in files] == [
+        "a-cat-3.png", "a-cat-4.png", "a-cat-3-2.png", "a-cat-4-2.png",
+    ]  # fmt: skip
     one = edit_cli.generate("a cat", replay=files[0])
     assert one.value.tobytes() == made[0].value.tobytes()
     with pytest.raises(ValueError, match="too many values"):
