@@ -37,8 +37,11 @@ COMMANDS = (
     'generate-3d|cat.png|-b|0.5|--octree-resolution|48|-o|cat.glb',
     'generate-3d|--from|cat.glb|--seed|2|--faces|400|--steps|12|-o|second.glb',
 )  # fmt: skip
-VOLATILE = ("versions", "image", "images", "threads", "routers_hash", "seconds")
-"""Record entries that say where and with which versions a file was made."""
+VOLATILE = (
+    "versions", "image", "images", "image_hash", "image_hashes", "threads", "routers_hash", "seconds",
+)  # fmt: skip
+"""Record entries that say where and with which versions a file was made, as a start picture's own record does,
+which is part of the file that is hashed."""
 SUMS = ("spent", "flops", "evaluations")
 """Entries of --json that say what was computed."""
 THUMBNAIL = 12
