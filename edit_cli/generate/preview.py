@@ -51,7 +51,8 @@ class Preview:
     """Writes a file now and then while a session runs; see `after_step`. seconds: spent on it so far."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.weights = file, None
+        self.file = file
+        self.weights: Floats | None = None
         self.seconds, self.written = 0.0, 0
         self._last: tuple[Any, float] | None = None
         self._next = 0.0

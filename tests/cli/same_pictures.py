@@ -40,8 +40,8 @@ COMMANDS = (
 VOLATILE = (
     "versions", "image", "images", "image_hash", "image_hashes", "threads", "routers_hash", "seconds",
 )  # fmt: skip
-"""Record entries that say where and with which versions a file was made, as a start picture's own record does,
-which is part of the file that is hashed."""
+"""Record entries that say where and with which versions a file was made, as a start picture's own does, which
+is part of the file that is hashed."""
 SUMS = ("spent", "flops", "evaluations")
 """Entries of --json that say what was computed."""
 THUMBNAIL = 12
