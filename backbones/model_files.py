@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 import math
 import os
 import socket
@@ -34,16 +33,16 @@ class ModelError(ValueError):
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object of a model folder. Raises ModelError."""
+    from routers import schema  # `edit --help` reads nothing
+
     try:
-        data = json.loads(file.read_text())
+        return schema.decode(file.read_bytes(), dict[str, Any], repr(str(file)))
     except FileNotFoundError:
         raise ModelError(f"the model folder is incomplete: {str(file)!r} is missing") from None
-    except (OSError, ValueError) as error:
-        reason = LFS if is_pointer(file) else first_line(error)
-        raise ModelError(f"{str(file)!r} cannot be read as JSON: {reason}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{str(file)!r} does not hold a JSON object")
-    return data
+    except OSError as error:
+        raise ModelError(f"{str(file)!r} cannot be read: {first_line(error)}") from error
+    except ValueError as error:
+        raise ModelError(f"{str(file)!r}: {LFS}" if is_pointer(file) else str(error)) from None
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -69,14 +68,15 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=64)
 def _read_header(file: Path, _stamp: Stamp) -> dict[str, tuple[int, ...]]:
+    from routers import schema
+
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    except (
-        OSError, ValueError, struct.error, MemoryError, OverflowError, AttributeError, TypeError, KeyError,
-    ) as error:  # fmt: skip
+            text = stream.read(min(length, schema.MAX_BYTES + 1))
+        entries = schema.header(text, "its header")
+        return {name: tuple(entry.shape) for name, entry in entries.items()}
+    except (OSError, ValueError, struct.error) as error:
         reason = LFS if is_pointer(file) else first_line(error)
         raise ModelError(f"{str(file)!r} is not a complete safetensors file: {reason}") from error
 
@@ -116,7 +116,10 @@ def folder_defaults(folder: Path, base: Defaults, makes: Makes) -> Defaults:
     unknown = sorted(set(data) - set(allowed))
     if unknown:
         raise ModelError(f"{file}: unknown keys {unknown}; allowed are {', '.join(allowed)}")
-    return replace(base, **data)
+    from routers import schema
+
+    given = schema.convert(data, schema.FolderDefaults, str(file))
+    return replace(base, **{name: getattr(given, name) for name in data})
 
 
 def static_entry(folder: Path) -> Any:

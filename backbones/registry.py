@@ -184,7 +184,13 @@ def _read_folder(folder: Path, _stamp: Stamp) -> Backbone:
         )
     index = folder / layout
     family = _family(layout, read_json(index) if layout == DIFFUSERS else read_yaml(index), str(folder))
-    traits, counts = family.traits(_read_configs(folder, layout)), _count_parameters(folder, layout)
+    configs, counts = _read_configs(folder, layout), _count_parameters(folder, layout)
+    try:
+        traits = family.traits(configs)
+    except Exception as error:  # configurations of others hold anything
+        raise ModelError(
+            f"{str(folder)!r}: its components' config.json are not those of a {family.name}: {error!r:.200}"
+        ) from error
     backbone = Backbone(
         name=folder.name,
         family=family,

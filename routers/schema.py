@@ -28,9 +28,37 @@ Steps = Annotated[int, Meta(ge=1, le=1000)]
 Guidance = Annotated[float, Meta(ge=-100, le=1000)]
 
 
-def decode(data: bytes | str, kind: type[T] | Any, where: str) -> T:
+class Entry(msgspec.Struct):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: list[Annotated[int, Meta(ge=0)]]
+    data_offsets: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]]
+
+
+class FolderDefaults(msgspec.Struct):
+    """What a model folder says of requests."""
+
+    steps: Steps = 1
+    guidance: Guidance = 1.0
+    width: Annotated[int, Meta(ge=1, le=16384)] | None = None
+    height: Annotated[int, Meta(ge=1, le=16384)] | None = None
+    max_sequence_length: Annotated[int, Meta(ge=1, le=10**6)] | None = None
+    octree_resolution: Annotated[int, Meta(ge=8, le=1024)] | None = None
+    frames: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+    fps: Annotated[float, Meta(ge=1, le=240)] | None = None
+    seconds: Annotated[float, Meta(ge=0.1, le=3600)] | None = None
+
+
+def header(text: bytes, where: str) -> dict[str, Entry]:
+    """The tensors that the header of a safetensors file names. Raises ValueError, one line."""
+    entries = decode(text, dict[str, msgspec.Raw], where)
+    return {name: decode(raw, Entry, where) for name, raw in entries.items() if name != "__metadata__"}
+
+
+def decode(data: bytes | str | msgspec.Raw, kind: type[T] | Any, where: str) -> T:
     """A value from JSON. where: for messages, the file. Raises ValueError, one line."""
-    if len(data) > MAX_BYTES:
+    if len(data) > MAX_BYTES:  # type: ignore[arg-type] - a Raw is a buffer
         raise ValueError(f"{where} is larger than {MAX_BYTES >> 20} MiB")
     try:
         value: T = msgspec.json.decode(data, type=kind)

@@ -152,7 +152,7 @@ class Picture:
 
     def peer(self, row: Mapping[str, Any]) -> Fields:
         """Another row of a recorded batch."""
-        return {name: row[name] for name in self.recorded_rows}
+        return {name: row.get(name) for name in self.recorded_rows}
 
     def pipe(self, session: Session, job: Any) -> Any:
         """The model's pipeline, or another class around the same components."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,12 +66,12 @@ def _read_text(source: str, option: str) -> str:
 
 def _parse_json(line: str, where: str, medium: Medium) -> Fields:
     """An object's fields; null stands for what is not given, except for what every line needs."""
+    from routers import schema  # a list of plain prompts does without
+
     try:
-        data: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise EditError(f"{where} is not JSON ({error}); write {medium.example}") from None
-    if not isinstance(data, dict):
-        raise EditError(f"{where} is not a JSON object; write {medium.example}")
+        data = schema.decode(line, dict[str, Any], where)
+    except ValueError as error:
+        raise EditError(f"{error}; write {medium.example}") from None
     return checked_fields(data, where, medium)
 
 

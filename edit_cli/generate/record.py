@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edit_cli import __version__
-from edit_cli.errors import EditError
+from edit_cli.errors import EditError, is_out_of_memory
+from edit_cli.files import reason
 from edit_cli.generate.routers import routers_name
 
 if TYPE_CHECKING:
@@ -194,33 +195,42 @@ def _read_comment(path: Path, marker: bytes, skip: int) -> dict[str, Any]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
         raise EditError(
-            f"--from {str(path)!r} cannot be read: {reason}; give a file made by `edit generate`"
+            f"--from {str(path)!r} cannot be read: {reason(error)}; give a file made by `edit generate`"
         ) from None
-    start = data.rfind(marker) + len(marker) + skip
+    text = (
+        data[data.rfind(marker) + len(marker) + skip :].decode("utf-8", "replace") if marker in data else ""
+    )
     try:
-        record, _ = json.JSONDecoder().raw_decode(data[start:].decode("utf-8", "replace"))
-    except ValueError:
-        record = None
-    if marker not in data or not isinstance(record, dict) or "prompt" not in record:
-        raise EditError(f"--from {str(path)!r} has no `edit` metadata; it was not made by `edit generate`")
-    return record
+        text = text[: json.JSONDecoder().raw_decode(text)[1]]
+    except (ValueError, RecursionError):
+        text = ""
+    return _checked(text, "PictureRecord", path, "has no `edit` metadata; it was not made by `edit generate`")
+
+
+def _checked(
+    data: Any, kind: str, path: object, none: str, size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    from edit_cli.generate import recorded  # what schemas are made of, which commands do without
+
+    return recorded.checked(data, getattr(recorded, kind), path, none, size)
 
 
 def read_picture(path: str | Path) -> dict[str, Any]:
     """The record of a picture made by `edit`. Raises EditError if there is none."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as picture:
             picture.load()
-            info = dict(picture.info)
+            info, size = dict(picture.info), picture.size
     except FileNotFoundError:
         raise EditError(
             f"--from {str(path)!r} does not exist; give a picture made by `edit generate`"
         ) from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
+    except Exception as error:  # Pillow's plugins raise anything on damaged files
+        if is_out_of_memory(error):
+            raise
         raise EditError(
             f"--from {str(path)!r} is not a readable picture; give one made by `edit generate`"
         ) from None
@@ -229,15 +239,8 @@ def read_picture(path: str | Path) -> dict[str, Any]:
         packet = xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else str(xmp)
         stored = re.search(r'edit:request="([^"]*)"', packet)
         text = html.unescape(stored[1]) if stored else None
-    try:
-        record = json.loads(text) if text is not None else None
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or "prompt" not in record:
-        raise EditError(
-            f"--from {str(path)!r} has no `edit` metadata; it was not made by `edit`, or was re-saved"
-        )
-    return record
+    none = "has no `edit` metadata; it was not made by `edit`, or was re-saved"
+    return _checked(text, "PictureRecord", path, none, size)
 
 
 def encode_mesh(mesh: Any, suffix: str, record: Mapping[str, Any]) -> bytes:
@@ -260,21 +263,23 @@ def encode_mesh(mesh: Any, suffix: str, record: Mapping[str, Any]) -> bytes:
 
 def read_mesh(path: str | Path) -> dict[str, Any]:
     """The record of a GLB made by `edit`, from its JSON chunk. Raises EditError if there is none."""
+    from routers import schema
+
     try:
         with Path(path).expanduser().open("rb") as file:
-            header = file.read(20)
-            magic, _, _, length, kind = struct.unpack("<4sIII4s", header)
-            tree = json.loads(file.read(length)) if (magic, kind) == (GLB_MAGIC, JSON_CHUNK) else None
+            magic, _, _, length, kind = struct.unpack("<4sIII4s", file.read(20))
+            text = file.read(length) if (magic, kind) == (GLB_MAGIC, JSON_CHUNK) else b""
+        tree = schema.decode(text, dict[str, Any], "")
     except FileNotFoundError:
         raise EditError(
             f"--from {str(path)!r} does not exist; give a .glb made by `edit generate-3d`"
         ) from None
     except (OSError, ValueError, struct.error, MemoryError):
-        tree = None
-    if not isinstance(tree, dict):
-        raise EditError(f"--from {str(path)!r} is not a readable GLB; give one made by `edit generate-3d`")
-    extras = (tree.get("asset") or {}).get("extras")
-    record = extras.get("edit") if isinstance(extras, dict) else None
-    if not isinstance(record, dict) or "images" not in record:
-        raise EditError(f"--from {str(path)!r} has no `edit` metadata; it was not made by `edit generate-3d`")
-    return record
+        raise EditError(
+            f"--from {str(path)!r} is not a readable GLB; give one made by `edit generate-3d`"
+        ) from None
+    found: Any = tree
+    for name in ("asset", "extras", "edit"):
+        found = found.get(name) if isinstance(found, dict) else None
+    none = "has no `edit` metadata; it was not made by `edit generate-3d`"
+    return _checked(found, "MeshRecord", path, none)

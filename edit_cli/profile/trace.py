@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from edit_cli.errors import EditError
 from edit_cli.files import reason
 from edit_cli.options import DENSE_METRICS, ELASTIC_METRICS
+from routers import schema
 
 FORMAT, VERSION = "edit-trace", 1
 CODES = "-=1234"
@@ -43,6 +44,9 @@ EXPLAINED = {
 FIXED = {"skip": (0.0, 1.0), "reuse": (0.0, 1.0), "width": (0.0, 1.0), "similarity": (0.0, 1.0)}
 """Metrics with a scale of their own; the others end at their 95th percentile."""
 
+NEEDED = {"seconds": ("load", "denoise"), "parts": ("call", "decide", "block", "cache", "router")}
+"""Of every run."""
+
 Grid = NDArray[np.float64]
 
 
@@ -55,77 +59,61 @@ def read_trace(path: str) -> dict[str, Any]:
     """A trace.json. Raises EditError for what is missing, damaged, foreign, or of another version."""
     where = f"--from {path!r}"
     try:
-        text = Path(path).expanduser().read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        raise EditError(f"{where} is not a text file; give a trace.json made by edit profile") from None
+        text = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise EditError(
             f"{where} cannot be read: {reason(error)}; give a trace.json made by edit profile"
         ) from None
     try:
-        trace = json.loads(text)
+        trace = schema.decode(text, dict[str, Any], where)
+        if trace.get("format") != FORMAT:
+            raise ValueError(f"{where} is not a trace of edit profile: it does not have format {FORMAT!r}")
+        if trace.get("version") != VERSION:
+            raise ValueError(
+                f"{where} has trace version {trace.get('version')!r:.20}, this program reads {VERSION}"
+            )
+        check_trace(trace, f"{where} is a damaged trace")
     except ValueError as error:
-        raise EditError(f"{where} is not a complete JSON file ({error}); profile again") from None
-    if not isinstance(trace, dict) or trace.get("format") != FORMAT:
-        raise EditError(f"{where} is not a trace of edit profile: it does not have format {FORMAT!r}")
-    if trace.get("version") != VERSION:
-        raise EditError(
-            f"{where} has trace version {trace.get('version')!r}, this program reads {VERSION}; profile again"
-        )
-    try:
-        check_trace(trace)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise EditError(f"{where} is a damaged trace: {what}; profile again") from None
+        raise EditError(f"{error}; profile again") from None
     return trace
 
 
-def check_trace(trace: Mapping[str, Any]) -> None:
-    """Raises ValueError, TypeError or KeyError where a trace is not what docs/profile.md says."""
-    steps, blocks = trace["request"]["steps"], len(trace["blocks"])
-    if trace["kind"] not in ("elastic", "dense"):
-        raise ValueError(f"kind {trace['kind']!r} is neither elastic nor dense")
-    if not isinstance(steps, int) or steps < 1 or not blocks:
-        raise ValueError(f"{steps!r} steps of {blocks} blocks")
-    for block in trace["blocks"]:
-        block["kind"].strip()
-    if not trace["runs"] or trace["runs"][0]["name"] != "dense":
-        raise ValueError("its first run is not the dense one")
-    for run in trace["runs"]:
-        _check_run(run, steps, blocks, len(trace["request"]["samples"]))
-    for name in ("adds", "similarity", "cost") if trace["kind"] == "dense" else ():
-        _check_grid(f"maps: {name}", trace["maps"][name], steps, blocks)
-    for name in ("model", "made", "timing", "limits", "warnings", "bundle", "branches"):
-        trace[name]
+def check_trace(trace: Mapping[str, Any], where: str = "trace") -> None:
+    """Raises ValueError where a trace is not what docs/profile.md says; `where` begins the message."""
+    from edit_cli.profile.traced import Traced
 
-
-def _check_run(run: Mapping[str, Any], steps: int, blocks: int, samples: int) -> None:
-    where = f"run {run['name']!r}"
-    _check_grid(f"{where}: block_seconds", run["block_seconds"], steps, blocks)
-    if run["drift"] is not None:
-        _check_grid(f"{where}: drift", run["drift"], steps, blocks)
-    if len(run["actions"]) != samples:
-        raise ValueError(f"{where} has decisions of {len(run['actions'])} samples, not {samples}")
-    for branch, rows in (each for sample in run["actions"] for each in sample.items()):
-        if len(rows) != steps or any(len(row) != blocks or set(row) - set(CODES) for row in rows):
-            raise ValueError(f"{where}, branch {branch!r}: decisions are not {steps} x {blocks} codes")
-    for name in ("seconds", "flops", "parts"):
-        if not all(isinstance(v, (int, float)) and v >= 0 for v in run[name].values()):
-            raise ValueError(f"{where}: {name} holds values that are not numbers")
-    for span in run["spans"]:
-        if len(span) != 6:
-            raise ValueError(f"{where}: a span has {len(span)} entries, not 6")
-        if span[0] not in run["parts"] or not -1 <= span[3] < blocks:
-            raise ValueError(f"{where}: a span of {span[0]!r}, block {span[3]!r}")
-    for name in ("spent", "host_reads", "cache_bytes", "peak_bytes", "block_flops", "quality", "pictures"):
-        run[name]
-
-
-def _check_grid(where: str, rows: Any, steps: int, blocks: int) -> None:
-    if len(rows) != steps or any(len(row) != blocks for row in rows):
-        raise ValueError(f"{where} is not {steps} x {blocks}")
-    if not all(value is None or isinstance(value, (int, float)) for row in rows for value in row):
-        raise ValueError(f"{where} holds values that are not numbers")
+    read = schema.convert(trace, Traced, where)
+    steps, blocks, dense = read.request.steps, len(read.blocks), read.runs[0]
+    if dense.name != "dense":
+        raise ValueError(f"{where}: runs[0]: its first run is not the dense one")
+    for run in read.runs:
+        at = f"{where}: run {run.name!r}"
+        if len(run.actions) != len(read.request.samples):
+            raise ValueError(f"{at} has decisions of {len(run.actions)} samples, not the request's")
+        for branch, rows in (each for sample in run.actions for each in sample.items()):
+            if len(rows) != steps or any(len(row) != blocks or set(row) - set(CODES) for row in rows):
+                raise ValueError(f"{at}, branch {branch!r}: decisions are not {steps} x {blocks} codes")
+        for name, maps in (("block_seconds", run.block_seconds), ("drift", run.drift)):
+            if maps is not None and (len(maps) != steps or any(len(row) != blocks for row in maps)):
+                raise ValueError(f"{at}: {name} is not {steps} x {blocks}")
+        for name in ("seconds", "parts"):
+            if not getattr(run, name).keys() >= {*getattr(dense, name), *NEEDED[name]}:
+                raise ValueError(
+                    f"{at}: {name} lacks {', '.join(NEEDED[name])} or another of the dense run's"
+                )
+        if len(run.block_flops) != blocks or not run.seconds["denoise"] or not all(run.quality.values()):
+            raise ValueError(
+                f"{at}: block_flops, seconds.denoise or quality are not of {blocks} blocks that ran"
+            )
+        for part, step, _, block, *_ in run.spans:
+            if part not in run.parts or step >= steps or block >= blocks:
+                raise ValueError(f"{at}: a span of {part!r}, step {step}, block {block}")
+    if not read.limits.keys() >= {"share", "fastest"}:
+        raise ValueError(f"{where}: limits lacks share or fastest")
+    for name in ("adds", "similarity", "cost") if read.kind == "dense" else ():
+        rows = read.maps.get(name, [])
+        if len(rows) != steps or any(len(row) != blocks for row in rows):
+            raise ValueError(f"{where}: maps: {name} is not {steps} x {blocks}")
 
 
 def metrics_of(trace: Mapping[str, Any]) -> tuple[str, ...]:

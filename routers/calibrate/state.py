@@ -8,20 +8,23 @@ Each file appears whole or not at all.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import schema
 from ..files import TEMPORARY, write_whole
 
 REQUEST = "request.json"
+ANEW = "leave out --resume and give --overwrite to start anew"
 
 
 class State:
@@ -37,7 +40,11 @@ class State:
         """
         file = self.folder / REQUEST
         if resume and file.is_file():
-            self._check(_read_json(file), json.loads(json.dumps(request)))
+            try:
+                before = schema.decode(file.read_bytes(), dict[schema.Name, Any], str(file))
+            except ValueError as error:
+                raise ValueError(f"{error}; {ANEW}") from None
+            self._check(before, json.loads(json.dumps(request)))
             for unfinished in self.folder.glob(f".*{TEMPORARY}"):
                 unfinished.unlink()
             return True
@@ -58,23 +65,28 @@ class State:
         if not file.is_file():
             return None
         try:
-            return dict(load_file(file))
-        except SafetensorError as error:
-            raise _damaged(file) from error
+            with safe_open(file, framework="pt") as kept:
+                # cloned: the file may go away before the tensors do
+                tensors = {key: kept.get_tensor(key).clone() for key in kept.keys()}  # noqa: SIM118 - no mapping
+                same = (kept.metadata() or {}).get("sha256") == digest(tensors)
+        except SafetensorError:
+            same = False
+        if not same:
+            raise ValueError(f"{str(file)!r} is damaged; {ANEW}")
+        return tensors
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Remember a finished part."""
         # cloned: rows may share memory
         apart = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
-        write_whole({self.file(name): partial(save_file, apart)})
+        metadata = {"sha256": digest(apart)}
+        write_whole({self.file(name): lambda path: save_file(apart, path, metadata=metadata)})
 
     def file(self, name: str) -> Path:
         """Where a part is kept."""
         return self.folder / f"{name}.safetensors"
 
-    def _check(self, before: Any, now: Mapping[str, Any]) -> None:
-        if not isinstance(before, dict):
-            raise _damaged(self.folder / REQUEST)
+    def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for name in {**now, **before}:
             old, new = before.get(name), now.get(name)
             if old != new:
@@ -82,16 +94,14 @@ class State:
                 change = f": it was {old!r}, now it is {new!r}" if short else ""
                 raise ValueError(
                     f"the unfinished calibration in {str(self.folder)!r} has another {name}{change}; "
-                    "ask for the same, or leave out --resume to start anew"
+                    f"ask for the same, or {ANEW}"
                 )
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _damaged(file) from error
-
-
-def _damaged(file: Path) -> ValueError:
-    return ValueError(f"{str(file)!r} is damaged; leave out --resume to start anew")
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes and values."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import msgspec
+
+from .. import schema
 
 ROUTER_PREFIX = "gate_mlps."
 """Key prefix of the routers in a released file; every other key belongs to the transformer."""
@@ -70,11 +72,11 @@ def read_release(path: str | os.PathLike[str]) -> ReleaseFile:
             raise ValueError(f"{shard} lacks {some(absent)}, which {located.name} promises; fetch both again")
         shards[shard] = tuple(promised or header)
         for name in shards[shard]:
-            if header[name]["dtype"] not in DTYPES:
+            if header[name].dtype not in DTYPES:
                 raise ValueError(
-                    f"{name} in {shard} is {header[name]['dtype']}; weights are {', '.join(DTYPES)}"
+                    f"{name} in {shard} is {header[name].dtype}; weights are {', '.join(DTYPES)}"
                 )
-            shapes[name] = tuple(header[name]["shape"])
+            shapes[name] = tuple(header[name].shape)
     if not any(name.startswith(ROUTER_PREFIX) for name in shapes):
         raise ValueError(f"{path} has no {ROUTER_PREFIX}* keys: it holds weights, but no released routers")
     return ReleaseFile(shards, shapes)
@@ -101,19 +103,25 @@ def _locate(path: Path) -> Path | None:
     return path if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json") else None
 
 
+class Index(msgspec.Struct):
+    """Of sharded weights."""
+
+    weight_map: dict[str, schema.Name]
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> shard file name, from an index json. Raises ValueError unless it is one."""
     try:
-        shards = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is not an index of sharded safetensors: it has no weight_map") from error
+        shards = schema.decode(index.read_bytes(), Index, str(index)).weight_map
+    except ValueError as error:
+        raise ValueError(f"{index} is not an index of sharded safetensors: {error}") from error
     for shard in set(shards.values()):
         if Path(shard).name != shard or not (index.parent / shard).is_file():
             raise ValueError(f"{index} refers to {shard!r}, which is not beside it; fetch every shard")
-    return dict(shards)
+    return shards
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def _read_header(path: Path) -> dict[str, schema.Entry]:
     """Header of a safetensors file: tensor name -> {dtype, shape, data_offsets}.
 
     Raises ValueError if the file is something else or shorter than its header promises.
@@ -130,16 +138,13 @@ def _read_header(path: Path) -> dict[str, Any]:
                 f"{path} is truncated: it has {size} bytes, its header alone {8 + length}; fetch it again"
             )
         try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} ({size} bytes) is not a safetensors file: its header is not a table"
-            ) from error
+            header = schema.header(file.read(length), "header")
+        except ValueError as error:
+            raise ValueError(f"{path} ({size} bytes) is not a safetensors file: {error}") from error
+    end = max((entry.data_offsets[1] for entry in header.values()), default=0)
     if 8 + length + end > size:
         raise ValueError(f"{path} is truncated: it has {size} bytes of {8 + length + end}; fetch it again")
-    return dict(header)
+    return header
 
 
 def misfits(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:

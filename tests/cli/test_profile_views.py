@@ -21,6 +21,12 @@ from edit_cli.profile.trace import check_trace, default_metric, grid, scale_of
 from edit_cli.profile.warnings import limits, warnings_of
 from tests.conftest import EDIT, edit_environment
 
+MADE = {"device": "cpu", "device_name": "x", "dtype": "float32", "threads": 1}
+TIMING = {
+    "method": "m", "repeats": 2, "warm_up": "w", "statistic": "s", "spans": 1, "span_seconds": 1e-6,
+    "overhead": 0.001, "overhead_compared": None,
+}  # fmt: skip
+
 
 def make_trace(**changes) -> dict:
     """A trace of 2 steps, 3 blocks and one sample, small enough to check by hand."""
@@ -39,11 +45,12 @@ def make_trace(**changes) -> dict:
         "seconds": {"load": 5.0, "text": 1.0, "denoise": 5.0, "decode": 1.0}, "quality": {"psnr": [20.0]},
     }  # fmt: skip
     trace = {
-        "format": "edit-trace", "version": 1, "kind": "elastic", "model": "toy", "family": "Toy", "made": {},
-        "bundle": {"num_steps": 2, "guidance": 4.0, "quality": []}, "maps": {}, "probed_steps": [],
+        "format": "edit-trace", "version": 1, "kind": "elastic", "model": "toy", "family": "Toy",
+        "made": MADE, "bundle": {"num_steps": 2, "guidance": 4.0},
+        "maps": {}, "probed_steps": [],
         "request": {"steps": 2, "guidance": 4.0, "size": "8x8", "samples": [{"label": "a", "seed": 0}]},
         "blocks": [{"kind": "double"}, {"kind": "double"}, {"kind": "single"}], "branches": ["main"],
-        "timing": {"overhead": 0.001, "repeats": 2}, "limits": {}, "warnings": [],
+        "timing": TIMING, "limits": {"share": 0.6, "fastest": 2.5}, "warnings": [],
         "runs": [{"name": "dense", **run}, elastic],
     }  # fmt: skip
     trace["runs"][1] |= changes
@@ -87,7 +94,7 @@ def test_warnings_of_a_run(changes, message):
 )
 def test_warnings_of_the_whole(path, value, message):
     trace = make_trace()
-    trace[path[0]][path[1]] = value
+    trace[path[0]] = trace[path[0]] | {path[1]: value}
     (found,) = warnings_of(trace, 64)
     assert message in found
 
@@ -205,16 +212,16 @@ def desk(tmp_path):
 
 NO_TRACE = [
     (["nowhere.json"], "--from 'nowhere.json' cannot be read: no such file"),
-    (["cut.json"], "--from 'cut.json' is not a complete JSON file"),
-    (["binary.json"], "--from 'binary.json' is not a text file"),
+    (["cut.json"], "--from 'cut.json' is not complete JSON"),
+    (["binary.json"], "--from 'binary.json' is not complete JSON"),
     (["foreign.json"], "--from 'foreign.json' is not a trace of edit profile"),
-    (["list.json"], "--from 'list.json' is not a trace of edit profile"),
+    (["list.json"], "--from 'list.json': expected object, got array"),
     (["newer.json"], "has trace version 2, this program reads 1; profile again"),
     (["short.json"], "is a damaged trace: run '0.5', branch 'main': decisions are not 2 x 3 codes"),
     (["code.json"], "decisions are not 2 x 3 codes; profile again"),
-    (["words.json"], "run 'dense': block_seconds holds values that are not numbers"),
-    (["headless.json"], "its first run is not the dense one"),
-    (["missing.json"], "is a damaged trace: 'spent' is missing"),
+    (["words.json"], "runs[0].block_seconds[0][0]: expected float | null, got str"),
+    (["headless.json"], "runs: expected array of length >= 1"),
+    (["missing.json"], "is a damaged trace: runs[1]: missing required field spent"),
     (
         ["good.json", "--budget", "0.5"],
         "--from shows a trace as it was measured; leave --budget out",
@@ -294,20 +301,10 @@ def test_no_space_left_keeps_no_half_file(desk, edit_here, monkeypatch):
 
     monkeypatch.setattr(profile_report, "put", full)
     trace = json.loads((desk / "good.json").read_text())
-    complete = trace | {"made": dict.fromkeys(("device", "device_name", "dtype", "threads"), "x")}
     with pytest.raises(RunError, match="no space left") as error:
-        profile_report.write(desk / "report", complete | timing(), {}, None)
+        profile_report.write(desk / "report", trace, {}, None)
     assert error.value.exit_code == 1
     assert not [path for path in desk.iterdir() if "report" in path.name]
-
-
-def timing() -> dict:
-    """What the report says of its measurement."""
-    return {
-        "timing": {"method": "m", "repeats": 2, "warm_up": "w", "statistic": "s", "spans": 1,
-                   "span_seconds": 1e-6, "overhead": 0.001, "overhead_compared": None},
-        "limits": limits(make_trace()),
-    }  # fmt: skip
 
 
 # -- what must not break ------------------------------------------------------------------------------

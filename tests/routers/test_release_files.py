@@ -249,7 +249,7 @@ def index_of_another_kind(path: Path, weights: dict[str, Tensor]) -> Path:
         (truncated_header, "is truncated: it has 500 bytes, its header alone"),
         (pickled, "is not a safetensors file; pickled checkpoints are not loaded"),
         (empty, r"\(0 bytes\) is not a safetensors file"),
-        (header_of_another_kind, "its header is not a table"),
+        (header_of_another_kind, "header: expected object"),
         (without_routers, r"has no gate_mlps\.\* keys"),
         (without_a_key, "does not fit QwenImageTransformer2DModel .1 missing: img_in.weight.; use it with"),
         (with_a_key_too_many, r"1 left over: transformer_blocks\.2\.img_mod\.1\.bias"),

@@ -1,0 +1,1 @@
+"""What the reliability bars ask for: small versions are slow tests, full ones commands."""
