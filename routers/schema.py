@@ -21,7 +21,9 @@ Text = Annotated[str, Meta(max_length=100_000, pattern=PRINTABLE)]
 Name = Annotated[str, Meta(max_length=4096, pattern=PRINTABLE)]
 """Of a model, a file, a block."""
 Positive = Annotated[float, Meta(gt=0)]
-Natural = Annotated[float, Meta(ge=0)]
+Natural = Annotated[float, Meta(ge=0, le=1e30)]
+Real = Annotated[float, Meta(ge=-1e30, le=1e30)]
+"""Numbers that may be added up."""
 Share = Annotated[float, Meta(ge=0, le=1)]
 Budget = Annotated[float, Meta(gt=0, le=1)]
 Steps = Annotated[int, Meta(ge=1, le=1000)]

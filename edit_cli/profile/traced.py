@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from routers.schema import Budget, Guidance, Name, Natural, Share, Steps, Text
+from routers.schema import Budget, Guidance, Name, Natural, Real, Share, Steps, Text
 
 Count = Annotated[int, Meta(ge=0)]
-Map = list[list[float | None]]
+Map = list[list[Real | None]]
 
 
 class Made(msgspec.Struct):
@@ -29,7 +29,7 @@ class Bundle(msgspec.Struct):
     guidance: Guidance
     min_budget: Share = 0.0
     recommended_budget: Budget = 1.0
-    quality: list[dict[Name, float | None]] = []
+    quality: list[dict[Name, Real | None]] = []
 
 
 class Sample(msgspec.Struct):
@@ -63,16 +63,16 @@ class Timing(msgspec.Struct):
     statistic: Text
     spans: Count
     span_seconds: Natural
-    overhead: float
+    overhead: Real
     overhead_compared: Compared | None
 
 
 class Compared(msgspec.Struct):
     """Timed runs to untimed ones."""
 
-    median: float
-    low: float
-    high: float
+    median: Real
+    low: Real
+    high: Real
 
 
 class Flops(msgspec.Struct):
@@ -102,7 +102,7 @@ class Run(msgspec.Struct):
     block_seconds: Map
     block_flops: list[Natural]
     drift: Map | None
-    quality: dict[Name, list[float]]
+    quality: dict[Name, list[Real]]
     pictures: list[Name]
     spans: list[tuple[Name, Count, Name, Annotated[int, Meta(ge=-1)], Natural, Natural]]
 
@@ -122,5 +122,5 @@ class Traced(msgspec.Struct):
     runs: Annotated[list[Run], Meta(min_length=1, max_length=1000)]
     maps: dict[Name, Map]
     probed_steps: list[int]
-    limits: dict[Name, float]
+    limits: dict[Name, Real]
     warnings: list[Text]
