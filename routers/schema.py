@@ -58,9 +58,9 @@ def header(text: bytes, where: str) -> dict[str, Entry]:
     return {name: decode(raw, Entry, where) for name, raw in entries.items() if name != "__metadata__"}
 
 
-def decode(data: bytes | str | msgspec.Raw, kind: type[T] | Any, where: str) -> T:
+def decode(data: bytes | str | msgspec.Raw, kind: type[T], where: str) -> T:
     """A value from JSON. where: for messages, the file. Raises ValueError, one line."""
-    if len(data) > MAX_BYTES:  # type: ignore[arg-type] - a Raw is a buffer
+    if len(data) > MAX_BYTES:  # type: ignore[arg-type]
         raise ValueError(f"{where} is larger than {MAX_BYTES >> 20} MiB")
     try:
         value: T = msgspec.json.decode(data, type=kind)
@@ -73,7 +73,7 @@ def decode(data: bytes | str | msgspec.Raw, kind: type[T] | Any, where: str) -> 
     return value
 
 
-def convert(data: Any, kind: type[T] | Any, where: str) -> T:
+def convert(data: Any, kind: type[T], where: str) -> T:
     """A value from plain data. Raises ValueError, one line."""
     try:
         value: T = msgspec.convert(data, kind)
