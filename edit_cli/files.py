@@ -77,7 +77,8 @@ def claimed_folder(output: str | Path, kind: str, mark: str, may_replace: Contai
     An earlier folder of this kind holds the JSON file `mark`. It may be replaced if the request that made it
     is one of `may_replace`, or any if `ANY` is. Raises EditError for what is in the way.
     """
-    target = Path(output).expanduser().absolute()
+    target = Path(output).expanduser()
+    target = target if target.name not in ("", "..") else target.resolve()
     with Claims() as claims:
         if not claims.take(target, output):
             raise EditError(f"--output {str(output)!r} {TAKEN}, or choose another name")

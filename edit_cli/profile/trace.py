@@ -111,8 +111,8 @@ def check_trace(trace: Mapping[str, Any], where: str = "trace") -> None:
     if not read.limits.keys() >= {"share", "fastest"}:
         raise ValueError(f"{where}: limits lacks share or fastest")
     for name in ("adds", "similarity", "cost") if read.kind == "dense" else ():
-        rows = read.maps.get(name, [])
-        if len(rows) != steps or any(len(row) != blocks for row in rows):
+        values = read.maps.get(name, [])
+        if len(values) != steps or any(len(row) != blocks for row in values):
             raise ValueError(f"{where}: maps: {name} is not {steps} x {blocks}")
 
 

@@ -278,7 +278,6 @@ BAD = [
     (["clear.png"], "IMAGE 'clear.png' is fully transparent"),
     (["white.png"], "IMAGE 'white.png' has no foreground"),
     (["alpha.png", "-o", "a.fbx"], "has suffix '.fbx'; allowed are .glb, .obj, .ply, .stl"),
-    (["alpha.png", "-o", "nowhere/a.glb"], "folder 'nowhere' does not exist"),
     (["alpha.png", "-o", "a.glb", "--format", "obj"], "disagree; leave one out"),
     (["alpha.png", "--format", "fbx"], "--format 'fbx' is unknown; allowed are glb, obj, ply, stl"),
     (["alpha.png", "--preview", "a.bmp"], "--preview 'a.bmp' has suffix '.bmp'; allowed are .png"),

@@ -229,7 +229,7 @@ def test_lists_override_options(maker, desk, edit_here):
         ('{"FIELD": "SUBJECT", "sede": 3}', "stdin line 1: sede is unknown; allowed are "),
         ('{"FIELD": "SUBJECT", "seed": [1]}', "stdin line 1: seed [1] is a list"),
         ('{"FIELD": "SUBJECT", "steps": 0}', "stdin line 1: steps 0 is out of range"),
-        ('{"FIELD": ' + "[" * 100_000, "stdin line 1 is not JSON"),
+        ('{"FIELD": ' + "[" * 100_000, "stdin line 1 is nested too deeply"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named(maker, desk, edit_here, line, message):

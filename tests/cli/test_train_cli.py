@@ -122,7 +122,7 @@ def logged(folder: Path, name: str) -> list[int]:
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(edit_here, desk, qwen_folder) -> None:
     ran = edit_here("calibrate", "-m", qwen_folder, *SHORT[2:], "-o", "/proc/b", cwd=desk)
-    assert ran.code == 2 and "bundle folder '/proc/b' cannot be written" in ran.err
+    assert ran.code == 2 and "--output '/proc/b' cannot be written" in ran.err
 
 
 @pytest.mark.slow
