@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -23,6 +25,10 @@ QWEN_TOKENS = {
 """Special tokens of Qwen models, which their configurations name by number."""
 
 RESIZE = "resize_token_embeddings"
+FEW = 64
+"""Words of a text encoder that is not made to know more: where its logits are what the transformer takes."""
+SIDE, SMALLER = 64, 256
+"""Pictures that pipelines make of a megapixel have so many px a side here; areas are divided by so much."""
 
 
 @dataclass(frozen=True)
@@ -34,30 +40,49 @@ class TestClass:
 
     def build(self) -> Any:
         """The pipeline with random weights."""
-        pipe = self.of.pipeline_class(**self._instance().get_dummy_components())  # type: ignore[attr-defined]
+        instance = self._instance()
+        if "setUp" in vars(self.of):
+            instance.setUp()
+        pipe = self.of.pipeline_class(**instance.get_dummy_components())  # type: ignore[attr-defined]
+        if hasattr(pipe, "resolutions"):
+            pipe.resolutions = [(SIDE, SIDE)]
         parts = pipe.components.values()
         words = max(
             (max(part.get_vocab().values()) + 1 for part in parts if hasattr(part, "get_vocab")), default=0
         )
         for part in parts:
-            known = (
-                getattr(part.get_input_embeddings(), "num_embeddings", words)
-                if hasattr(part, RESIZE)
-                else words
-            )
-            if known < words:  # the stand-ins know more words than the tests' tokenizers
-                part.resize_token_embeddings(words)
+            if hasattr(part, RESIZE):  # the stand-ins know more words than the tests' tokenizers
+                _know(part, words)
             if hasattr(part, "eval"):
                 part.eval()  # text encoders that the hub would have given are made by hand here
+        if hasattr(pipe, "prompt_template"):  # so many tokens come before the prompt
+            before, words_of = pipe.prompt_template.split("{}")[0], pipe.tokenizer
+            ids = getattr(words_of, "tokenizer", words_of)(before)["input_ids"]
+            pipe.prompt_template_encode_start_idx = len(ids)
         return pipe.to("cpu")
 
-    def inputs(self, _pipe: Any) -> dict[str, Any]:
+    def inputs(self, pipe: Any) -> dict[str, Any]:
         """The arguments that the tests call it with."""
         make = self._instance().get_dummy_inputs
-        return dict(make("cpu") if "device" in inspect.signature(make).parameters else make())
+        given = dict(make("cpu") if "device" in inspect.signature(make).parameters else make())
+        if "use_resolution_binning" in inspect.signature(self.of.pipeline_class.__call__).parameters:  # type: ignore[attr-defined]
+            given["use_resolution_binning"] = False  # it would make a megapixel
+        if hasattr(pipe, "prompt_template"):  # what comes after the prompt must not be cut
+            given["prompt"] = "a cat"
+        return given
 
     def _instance(self) -> Any:
         return self.of.__new__(self.of)
+
+
+def _know(encoder: Any, words: int) -> None:
+    """Let a text encoder read so many words."""
+    embedding = encoder.get_input_embeddings()
+    known = getattr(embedding, "num_embeddings", words)
+    if known < FEW:
+        embedding.register_forward_pre_hook(lambda _module, given: (given[0] % known,))
+    elif known < words:
+        encoder.resize_token_embeddings(words)
 
 
 def test_classes(checkout: Path) -> Iterator[TestClass]:
@@ -109,6 +134,7 @@ def _stand_ins() -> list[tuple[Any, str, Any]]:
         return target, "from_pretrained", classmethod(from_pretrained)
 
     return [
+        *_smaller_pictures(),
         standing_in(transformers.PreTrainedTokenizerBase, lambda cls, name: tokenizer(name)),
         standing_in(transformers.AutoTokenizer, lambda cls, name: tokenizer(name)),
         standing_in(transformers.ProcessorMixin, processor),
@@ -119,19 +145,44 @@ def _stand_ins() -> list[tuple[Any, str, Any]]:
     ]
 
 
+def _smaller_pictures() -> Iterator[tuple[Any, str, Any]]:
+    """Pipelines that scale any picture to a megapixel scale it to a 256th of that."""
+    for name in ("edit", "edit_inpaint", "edit_plus", "layered"):
+        module = importlib.import_module(f"diffusers.pipelines.qwenimage.pipeline_qwenimage_{name}")
+        made = module.calculate_dimensions
+        yield module, "calculate_dimensions", lambda area, ratio, made=made: made(area / SMALLER, ratio)
+
+
+@functools.cache
+def _words() -> str:
+    """What a tokenizer has words for: among others the chat templates of pipelines, which are not cut then."""
+    import diffusers
+
+    files = sorted((Path(diffusers.__file__).parent / "pipelines").glob("*/pipeline_*.py"))
+    lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
+    return " ".join(["a cat and a dog in a photo", *(line for line in lines if "<|im_" in line)])
+
+
 def tokenizer(name: str) -> Any:
     """A byte-level tokenizer, with the numbers of Qwen's special tokens where the name says Qwen."""
     from transformers import Qwen2Tokenizer
 
-    made = make_tokenizer("a cat and a dog in a photo")
-    if "qwen" in name.lower():
-        import json
-
-        vocab = json.loads(made.backend_tokenizer.to_str())["model"]["vocab"]
+    qwen = "qwen" in name.lower()
+    made = make_tokenizer(_words() if qwen else "a cat and a dog in a photo")
+    if qwen:
+        model = json.loads(made.backend_tokenizer.to_str())["model"]
         made = Qwen2Tokenizer(
-            vocab={**vocab, **QWEN_TOKENS}, merges=[], additional_special_tokens=list(QWEN_TOKENS),
-            unk_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
+            vocab={**model["vocab"], **QWEN_TOKENS}, merges=[tuple(merge) for merge in model["merges"]],
+            additional_special_tokens=list(QWEN_TOKENS), unk_token="<|endoftext|>", eos_token="<|im_end|>",
+            pad_token="<|endoftext|>",
         )  # fmt: skip
+    if "t5" in name.lower():
+        from tokenizers.processors import TemplateProcessing
+
+        end = (made.eos_token, made.eos_token_id)  # T5's, so that an empty text is not nothing
+        made.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"$A {end[0]}", special_tokens=[end]
+        )
     made.model_max_length = 77
     made.chat_template = CHAT
     return made
@@ -144,9 +195,24 @@ def processor(cls: Any, name: str) -> Any:
 
     from backbones.processors import NoVideo, lenient
 
+    if cls.__name__ == "GlmImageProcessor":
+        return _glm_processor(cls, name)
     made = cls if "video_processor" in inspect.signature(cls.__init__).parameters else None
-    pictures, text = Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=3136), tokenizer(name)
-    return lenient(made or transformers.Qwen2VLProcessor)(pictures, text, NoVideo(), chat_template=CHAT)
+    made, patch = made or transformers.Qwen2VLProcessor, 16 if cls.__name__.startswith("Qwen3") else 14
+    least = (2 * patch) ** 2
+    pictures = Qwen2VLImageProcessorPil(min_pixels=least, max_pixels=4 * least, patch_size=patch)
+    return lenient(made)(pictures, tokenizer(name), NoVideo(), chat_template=CHAT)
+
+
+def _glm_processor(cls: Any, name: str) -> Any:
+    from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
+
+    words, named = tokenizer(name), ("image", "grid_bos", "grid_eos")
+    words.add_special_tokens({"extra_special_tokens": [f"<|{kind}|>" for kind in named]})
+    for kind in named:
+        setattr(words, f"{kind}_token", f"<|{kind}|>")
+    words.bos_token = words.eos_token
+    return cls(GlmImageImageProcessorPil(), words, chat_template=CHAT)
 
 
 def config(made: Any) -> Any:

@@ -147,10 +147,14 @@ def elastic_scheduler(pipe: Any, planner: Planner, on_step: OnStep = uncounted) 
         scheduler = ElasticFlowScheduler.from_config(before.config)
         scheduler.set_shift(before.shift)  # it may have been set after the scheduler was made
         scheduler.planner, scheduler.on_step, scheduler._patched = planner, on_step, []
-    pipe.scheduler = scheduler
+    inside = [part for part in vars(pipe).values() if getattr(part, "scheduler", None) is before]
+    owners = [pipe, *inside]  # some pipelines run another one around the same components
+    for owner in owners:
+        owner.scheduler = scheduler
     try:
         yield scheduler
     finally:
-        if pipe.scheduler is scheduler:  # not what somebody has put there since
-            pipe.scheduler = before
+        for owner in owners:
+            if owner.scheduler is scheduler:  # not what somebody has put there since
+                owner.scheduler = before
         scheduler.leave()
