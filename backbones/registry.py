@@ -55,6 +55,9 @@ DEFAULT_MODELS: dict[Makes, str] = {"picture": "qwen-image-tiny", "mesh": "hunyu
 CONFIGURED = ("transformer", "vae")
 """Components whose configurations are read; the second may be missing."""
 
+TRANSFORMERS = ("transformer", "transformer_2")
+"""What pipelines call the transformer, and where another makes the second half of the steps, that one."""
+
 MESH_COMPONENTS = {"model": "transformer", "vae": "VAE", "conditioner": "conditioner"}
 """What the parts of a Hunyuan3D checkpoint are called in reports."""
 
@@ -107,9 +110,9 @@ def component_configs(backbone: Backbone) -> Configs:
 def component_parameters(backbone: Backbone) -> dict[str, int]:
     """Parameters per component: from the weight files of a folder, else the registry's totals."""
     if backbone.folder is None:
-        rest = "text encoder and VAE" if backbone.makes == "picture" else "conditioner and VAE"
-        counts = {"transformer": backbone.transformer_parameters}
-        return {**counts, rest: backbone.parameters - backbone.transformer_parameters}
+        rest = "conditioner and VAE" if backbone.makes == "mesh" else "text encoder and VAE"
+        counts = dict.fromkeys(TRANSFORMERS[: backbone.transformers], backbone.transformer_parameters)
+        return {**counts, rest: max(backbone.parameters - sum(counts.values()), 0)}
     counts = _count_parameters(backbone.folder, backbone.family.layout)
     return counts if backbone.file is None else {**counts, "transformer": backbone.transformer_parameters}
 
@@ -196,7 +199,8 @@ def _read_folder(folder: Path, _stamp: Stamp) -> Backbone:
         family=family,
         source=str(folder),
         parameters=sum(counts.values()),
-        transformer_parameters=counts.get("transformer", 0),
+        transformer_parameters=counts.get(TRANSFORMERS[0], 0),
+        transformers=2 if TRANSFORMERS[1] in counts else 1,
         bundle=folder_bundle(folder),
         static=static_entry(folder),
         **vars(traits),

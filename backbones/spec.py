@@ -191,7 +191,8 @@ class Backbone:
     source: absolute folder path, or hub id (owner/name, for Hunyuan3D with /subfolder).
     defaults: for requests.
     licence, summary: for people.
-    parameters: of all components together, 0 if unknown; `transformer_parameters` of the denoiser alone.
+    parameters: of all components together, 0 if unknown; `transformer_parameters` of the denoiser alone, of
+        either where two `transformers` of a kind share the steps.
     size_multiple: both sides of a picture must be divisible by this many px.
     guided: whether guidance above 1 runs a second, unconditional branch.
     takes_guidance: whether the guidance scale has any effect.
@@ -211,6 +212,7 @@ class Backbone:
     summary: str = ""
     parameters: int = 0
     transformer_parameters: int = 0
+    transformers: int = 1
     size_multiple: int = 1
     guided: bool = True
     takes_guidance: bool = True

@@ -224,6 +224,73 @@ def make_wan(folder: Path) -> Path:
     return folder
 
 
+def make_wan_halves(folder: Path) -> Path:
+    """Wan 2.2: two transformers, each for a part of the steps."""
+    make_wan(folder)
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(1)
+    config = WanTransformer3DModel.load_config(folder / "transformer")
+    WanTransformer3DModel.from_config(config).save_pretrained(folder / "transformer_2")
+    return rename(
+        folder, "WanPipeline", transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=0.6
+    )
+
+
+def make_ltx2(folder: Path) -> Path:
+    """LTX 2: a video with its sound, of one transformer with streams of both."""
+    from diffusers import (
+        AutoencoderKLLTX2Audio,
+        AutoencoderKLLTX2Video,
+        LTX2Pipeline,
+        LTX2VideoTransformer3DModel,
+    )
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+
+    torch.manual_seed(0)
+    tokenizer, width, layers = chat_tokenizer(folder), 16, 2
+    tokenizer.model_max_length = 16
+    connectors: dict[str, Any] = {}
+    for kind in ("video", "audio"):
+        connectors |= {
+            f"{kind}_connector_num_attention_heads": 2, f"{kind}_connector_attention_head_dim": 8,
+            f"{kind}_connector_num_layers": 1, f"{kind}_connector_num_learnable_registers": None,
+        }  # fmt: skip
+    pipe = LTX2Pipeline(
+        scheduler=flow_scheduler(), tokenizer=tokenizer, text_encoder=qwen3(tokenizer, width, layers),
+        vae=AutoencoderKLLTX2Video(
+            latent_channels=4, block_out_channels=(8,), decoder_block_out_channels=(8,),
+            layers_per_block=(1,), decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,),
+            decoder_spatio_temporal_scaling=(True,), decoder_inject_noise=(False, False),
+            downsample_type=("spatial",), upsample_residual=(False,), upsample_factor=(1,),
+            patch_size=1, patch_size_t=1,
+        ),
+        audio_vae=AutoencoderKLLTX2Audio(
+            base_channels=4, ch_mult=(1,), num_res_blocks=1, latent_channels=2, resolution=32, mel_bins=8,
+            sample_rate=16000, mel_hop_length=160,
+        ),
+        connectors=LTX2TextConnectors(
+            caption_channels=width, text_proj_in_factor=layers + 1, connector_rope_base_seq_len=32,
+            rope_double_precision=False, rope_type="split", **connectors,
+        ),
+        transformer=LTX2VideoTransformer3DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
+            cross_attention_dim=16, audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2,
+            audio_attention_head_dim=4, audio_cross_attention_dim=8, num_layers=2, caption_channels=width,
+            rope_double_precision=False, rope_type="split",
+        ),
+        vocoder=LTX2Vocoder(
+            in_channels=16, hidden_channels=16, out_channels=2, upsample_kernel_sizes=[4, 4],
+            upsample_factors=[2, 2], resnet_kernel_sizes=[3], resnet_dilations=[[1, 3, 5]],
+            output_sampling_rate=16000,
+        ),
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    write_defaults(folder, width=32, height=32, steps=2, frames=5, fps=25, max_sequence_length=16)
+    return folder
+
+
 def make_stable_audio(folder: Path) -> Path:
     """Stable Audio: sound of two channels at 16 kHz."""
     from diffusers import (
@@ -270,6 +337,8 @@ MAKE: Mapping[str, Callable[[Path], Path]] = {
     "z-image": make_z_image,
     "sd3": make_sd3,
     "wan": make_wan,
+    "wan-2.2": make_wan_halves,
+    "ltx2": make_ltx2,
     "stable-audio": make_stable_audio,
 }
 """Folder makers by name."""

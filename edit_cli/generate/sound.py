@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-RATES = ("sampling_rate", "sample_rate")
+RATES = ("output_sampling_rate", "sampling_rate", "sample_rate")
 """What components call the samples per second they decode to."""
 THUMBNAIL = (224, 64)
 """Size of a sound's picture in a report, px."""
@@ -68,18 +68,9 @@ class Sound(Picture):
         lengths = {f"{job.seconds:g} s" if job.seconds else "its own length" for job in jobs}
         return lengths.pop() if len(lengths) == 1 else "several lengths"
 
-    def results(self, pipe: Any, made: Any, _jobs: int) -> list[Any]:
+    def results(self, pipe: Any, output: Any, gives: str, _jobs: int) -> list[Any]:
         """One for each job."""
-        import numpy as np
-
-        rate = sampling_rate(pipe)
-        arrays = [np.asarray(one.float().cpu() if hasattr(one, "cpu") else one, np.float32) for one in made]
-        return [
-            Waves(array.reshape(-1, array.shape[-1]), rate)
-            if np.isfinite(array).all()
-            else RunError("the numbers overflowed; try --dtype bf16 or fp32")
-            for array in arrays
-        ]
+        return waves(pipe, getattr(output, gives))
 
     def encode(self, job: Any, made: Waves, record: Mapping[str, Any]) -> dict[Path, bytes]:
         """A WAV file."""
@@ -134,12 +125,26 @@ SOUND = Sound()
 
 def sampling_rate(pipe: Any) -> int:
     """Samples per second of what a pipeline gives. Raises RunError if no component says so."""
-    parts = [getattr(pipe, name, None) for name in ("vocoder", "vae")]
+    parts = [getattr(pipe, name, None) for name in ("vocoder", "audio_vae", "vae")]
     for owner in (*(getattr(part, "config", None) for part in parts), *parts, pipe):
         for name in RATES:
             if isinstance(getattr(owner, name, None), int):
                 return int(getattr(owner, name))
     raise RunError(f"{type(pipe).__name__} does not say how many samples a second has")
+
+
+def waves(pipe: Any, made: Any) -> list[Waves | RunError]:
+    """Sounds of what a pipeline gives: [C, T] or [T] each. Raises RunError if their rate is not known."""
+    import numpy as np
+
+    rate = sampling_rate(pipe)
+    arrays = [np.asarray(one.float().cpu() if hasattr(one, "cpu") else one, np.float32) for one in made]
+    return [
+        Waves(array.reshape(-1, array.shape[-1]), rate)
+        if np.isfinite(array).all()
+        else RunError("the numbers overflowed; try --dtype bf16 or fp32")
+        for array in arrays
+    ]
 
 
 def encode_wav(made: Waves, record: Mapping[str, Any]) -> bytes:

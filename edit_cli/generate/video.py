@@ -1,4 +1,7 @@
-"""The medium VIDEO: prompts to videos, a file or one picture a frame. Torch-free until the call."""
+"""The medium VIDEO: prompts to videos, a file or one picture a frame. Torch-free until the call.
+
+A model's sound goes into the MP4; the other formats have none, and get a WAV file beside them.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from edit_cli.generate.medium import Fields
 from edit_cli.generate.outputs import PICTURE_SUFFIXES
 from edit_cli.generate.picture import Picture, PictureJob
 from edit_cli.generate.record import encode_picture
+from edit_cli.generate.sound import Waves, encode_wav, waves
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,6 +33,9 @@ STILLS = (".png", ".jpg", ".jpeg")
 QUALITY = {"crf": "16"}
 """Of H.264: hardly any loss that shows."""
 
+AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+"""Samples per second that AAC has; other sounds become the last."""
+
 Frames = list["Image.Image"]
 
 
@@ -38,6 +45,14 @@ class VideoJob(PictureJob):
 
     frames: int | None
     fps: float
+
+
+@dataclass
+class Clip:
+    """A video. sound: of models that make one with it."""
+
+    frames: Frames
+    sound: Waves | None = None
 
 
 class Video(Picture):
@@ -88,48 +103,59 @@ class Video(Picture):
         frames = {f"{job.frames} frames" if job.frames else "its own length" for job in jobs}
         return f"{super().size(jobs)}, {frames.pop() if len(frames) == 1 else 'several lengths'}"
 
-    def results(self, _pipe: Any, made: Any, jobs: int) -> list[Any]:
-        """A list of pictures for each job."""
-        return [_frames(video) for video in (made if len(made) == jobs else [made])]
+    def results(self, pipe: Any, output: Any, gives: str, jobs: int) -> list[Any]:
+        """A clip for each job."""
+        made, sound = getattr(output, gives), getattr(output, "audio", None)
+        clips = [Clip(_frames(video)) for video in (made if len(made) == jobs else [made])]
+        for i, heard in enumerate([] if sound is None else waves(pipe, sound)):
+            clips[i] = replace(clips[i], sound=heard) if isinstance(heard, Waves) else heard
+        return clips
 
-    def encode(self, job: Any, made: Frames, record: Mapping[str, Any]) -> dict[Path, bytes]:
-        """One file, or one for every frame."""
-        if FRAME not in job.path.name:
-            return {job.path: encode_video(made, job.path.suffix, record, job.fps)}
-        return {
-            job.path.with_name(job.path.name.replace(FRAME, f"{i:04d}")): encode_picture(
-                frame, job.path.suffix, record
-            )
-            for i, frame in enumerate(made, 1)
-        }
+    def encode(self, job: Any, made: Clip, record: Mapping[str, Any]) -> dict[Path, bytes]:
+        """One file, or one for every frame; with a sound that they cannot hold beside them."""
+        path, files = job.path, dict[Path, bytes]()
+        if FRAME not in path.name:
+            files[path] = encode_video(made, path.suffix, record, job.fps)
+        else:
+            for i, frame in enumerate(made.frames, 1):
+                name = path.name.replace(FRAME, f"{i:04d}")
+                files[path.with_name(name)] = encode_picture(frame, path.suffix, record)
+        if made.sound is not None and path.suffix.lower() != ".mp4":
+            files[_named(path, ".wav")] = encode_wav(made.sound, record)
+        return files
 
-    def facts(self, made: Frames) -> dict[str, Any]:
+    def facts(self, made: Clip) -> dict[str, Any]:
         """What came out."""
-        return {"frames": len(made), "size": list(made[0].size)}
+        return {"frames": len(made.frames), "size": list(made.frames[0].size)}
 
-    def thumbnail(self, made: Frames) -> Image.Image:
+    def thumbnail(self, made: Clip) -> Image.Image:
         """The first frame."""
-        return made[0]
+        return made.frames[0]
 
     def comparison_path(self, path: Path, _compare: str) -> Path:
         """The side-by-side video."""
-        suffix = ".gif" if FRAME in path.name else path.suffix
-        return path.with_name(f"{path.stem.replace(FRAME, 'frames')}-compare{suffix}")
+        return _named(path, ".gif" if FRAME in path.name else path.suffix, "-compare")
 
-    def compare(self, made: Frames, dense: Frames) -> dict[str, float]:
+    def compare(self, made: Clip, dense: Clip) -> dict[str, float]:
         """Means over the frames."""
-        each = [super(Video, self).compare(a, b) for a, b in zip(made, dense, strict=True)]
+        each = [super(Video, self).compare(a, b) for a, b in zip(made.frames, dense.frames, strict=True)]
         return {name: round(fmean(values[name] for values in each), 4) for name in each[0]}
 
-    def encode_comparison(self, made: Mapping[str, Frames], suffix: str) -> bytes:
-        """The videos side by side with their names."""
+    def encode_comparison(self, made: Mapping[str, Clip], suffix: str) -> bytes:
+        """The videos side by side with their names, without sound."""
         from edit_cli.generate.closeness import side_by_side
 
-        rows = [dict(zip(made, frames, strict=True)) for frames in zip(*made.values(), strict=True)]
-        return encode_video([side_by_side(row) for row in rows], suffix, {}, FPS)
+        frames = zip(*(clip.frames for clip in made.values()), strict=True)
+        rows = [dict(zip(made, row, strict=True)) for row in frames]
+        return encode_video(Clip([side_by_side(row) for row in rows]), suffix, {}, FPS)
 
 
 VIDEO = Video()
+
+
+def _named(path: Path, suffix: str, end: str = "") -> Path:
+    """A file beside a video, or beside its frames."""
+    return path.with_name(f"{path.stem.replace(FRAME, 'frames')}{end}{suffix}")
 
 
 def _frames(video: Any) -> Frames:
@@ -145,10 +171,11 @@ def _frames(video: Any) -> Frames:
     return [Image.fromarray((frame.clip(0, 1) * 255).round().astype(np.uint8)) for frame in values]
 
 
-def encode_video(frames: Frames, suffix: str, record: Mapping[str, Any], fps: float) -> bytes:
+def encode_video(made: Clip, suffix: str, record: Mapping[str, Any], fps: float) -> bytes:
     """A video as a file's bytes, with its record inside. suffix: .mp4, .gif or .webp."""
     if suffix.lower() == ".mp4":
-        return _mp4(frames, record, fps)
+        return _mp4(made, record, fps)
+    frames = made.frames
     moving = {"save_all": True, "append_images": frames[1:], "duration": round(1000 / fps), "loop": 0}
     if suffix.lower() == ".webp":
         return encode_picture(frames[0], suffix, record, **moving)
@@ -157,21 +184,39 @@ def encode_video(frames: Frames, suffix: str, record: Mapping[str, Any], fps: fl
     return buffer.getvalue()
 
 
-def _mp4(frames: Frames, record: Mapping[str, Any], fps: float) -> bytes:
-    """H.264, the record as the file's comment. Sides are cut to even numbers."""
+def _mp4(made: Clip, record: Mapping[str, Any], fps: float) -> bytes:
+    """H.264 and AAC, the record as the file's comment. Sides are cut to even numbers."""
     from fractions import Fraction
 
     import av
 
     buffer = io.BytesIO()
-    width, height = (side - side % 2 for side in frames[0].size)
+    width, height = (side - side % 2 for side in made.frames[0].size)
     with av.open(buffer, "w", format="mp4") as file:
         file.metadata["comment"] = json.dumps(record)
         stream: Any = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=QUALITY)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for frame in frames:
+        heard = None if made.sound is None else _track(file, made.sound)
+        for frame in made.frames:
             file.mux(
                 stream.encode(av.VideoFrame.from_image(frame.convert("RGB").crop((0, 0, width, height))))
             )
         file.mux(stream.encode())
+        if heard is not None:
+            file.mux([*heard[0].encode(heard[1]), *heard[0].encode()])
     return buffer.getvalue()
+
+
+def _track(file: Any, sound: Waves) -> tuple[Any, Any]:
+    """An AAC stream of a file that is being written, and what to encode in it: at most two channels."""
+    import av
+    import numpy as np
+
+    values = np.ascontiguousarray(sound.values[:2].clip(-1, 1))
+    layout = "stereo" if len(values) == 2 else "mono"
+    stream = file.add_stream(
+        "aac", rate=sound.rate if sound.rate in AAC_RATES else AAC_RATES[-1], layout=layout
+    )
+    frame = av.AudioFrame.from_ndarray(values, format="fltp", layout=layout)
+    frame.sample_rate = sound.rate
+    return stream, frame
