@@ -26,13 +26,14 @@ class InspectError(ValueError):
 class Inspection:
     """One transformer of a folder.
 
-    component: its name in the pipeline. rows: the blocks under control. left_in_full: lists that always run
+    component: its name in the pipeline. rows: the blocks under control; counts: how many of each. left_in_full: lists that always run
     in full, with the reason. notes: for people.
     """
 
     component: str
     transformer: str
     rows: tuple[Row, ...]
+    counts: tuple[int, ...]
     left_in_full: dict[str, str]
     notes: tuple[str, ...]
 
@@ -54,8 +55,13 @@ def _inspect(component: str, path: Path) -> Inspection:
         raise InspectError(f"{path} is missing")
     transformer: Any = on_meta(json.loads(path.read_text()))
     found = _derive(transformer, dict(transformer.config))
+    described = tuple(rows(found))
+    counts = (
+        sum(type(block).__name__ == row.block for block in transformer.get_submodule(row.path))
+        for row in described
+    )
     return Inspection(
-        component, type(transformer).__name__, tuple(rows(found)), found.left_in_full, found.notes
+        component, type(transformer).__name__, described, tuple(counts), found.left_in_full, found.notes
     )
 
 

@@ -143,21 +143,19 @@ def inspect(request: Request) -> None:
     if "json" in request:
         print_json({"transformers": [asdict(inspection) for inspection in found]})
         return
-    from rich.table import Table
+    from rich.padding import Padding
     from rich.text import Text
 
     for inspection in found:
         stdout().print(Text.assemble((inspection.component, "bold"), f"  {inspection.transformer}"))
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for name in ("list", "block", "streams -> returned at", "time", "MLPs"):
-            table.add_column(name, overflow="fold")
-        for row in inspection.rows:
-            table.add_row(*map(Text, (row.path, row.block, row.streams, row.time, row.mlps)))
-        stdout().print(table)
+        for row, count in zip(inspection.rows, inspection.counts, strict=True):
+            stdout().print(Text(f"  {row.path}: {count} {row.block}"))
+            told = {"streams": row.streams, "time": row.time, "MLPs": row.mlps}
+            stdout().print(Padding(two_columns(told), (0, 0, 0, 4)))
         for path, reason in inspection.left_in_full.items():
-            stdout().print(Text(f"runs in full: {path} ({reason})", style="dim"))
+            stdout().print(Text(f"  runs in full: {path} ({reason})", style="dim"))
         for note in inspection.notes:
-            stdout().print(Text(note, style="dim"))
+            stdout().print(Text(f"  {note}", style="dim"))
 
 
 def listing(rows: Sequence[Backbone], places: Mapping[str, Local]) -> str:
