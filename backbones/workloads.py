@@ -49,38 +49,51 @@ class _Workload:
 
 @dataclass
 class PipelineWorkload(_Workload):
-    """Results of prompts. width, height: px; None: the pipeline's own. more: `ARGUMENTS` of other media."""
+    """Results of prompts. width, height: px; None: the pipeline's own. more: `ARGUMENTS` of other media.
+
+    pictures: for each prompt, arguments that hold what it starts from, edits or refers to; then one row a batch.
+    """
 
     prompts: Sequence[str]
     width: int | None = None
     height: int | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("a workload needs at least one prompt")
+        if self.pictures and self.rows > 1:
+            raise ValueError("pictures of their own are given to one result at a time")
         self._count(len(self.prompts), "cond")
 
     def run(self, batch: int, *, num_steps: int | None = None, output_type: str = "latent") -> Any:
         """Latents `[rows, ...]` float32 of a batch, or pictures with output_type "pil"."""
         family, longest = self.backbone.family, self.backbone.defaults.max_sequence_length
         indices, generators = self._batch(batch, len(self.prompts))
-        call = known_call(family.pipeline_class)
+        call = known_call(type(self.pipe).__name__)
+        prompts: Any = [self.prompts[i] for i in indices]
         arguments: dict[str, Any] = {
-            "prompt": [self.prompts[i] for i in indices],
+            "prompt": prompts[0] if self.pictures else prompts,
             str(call.guidance): self.guidance,
             "num_inference_steps": num_steps or self.num_steps,
             "width": self.width,
             "height": self.height,
-            "generator": generators,
+            "generator": generators[0] if self.pictures else generators,
             "output_type": output_type,
-            **{str(call.argument(name)): value for name, value in self.more.items() if value is not None},
+            **(self.pictures[indices[0]] if self.pictures else {}),
+            **{str(call.argument(name)): value for name, value in self.more.items()},
         }
+        if self.width and self.height:
+            arguments["max_area"] = self.width * self.height
         if len(self.branches) > 1 and family.negative_prompt:
-            arguments["negative_prompt"] = [family.negative_prompt] * self.rows
+            negative = [family.negative_prompt] * self.rows
+            arguments["negative_prompt"] = negative[0] if self.pictures else negative
         if longest is not None:
             arguments["max_sequence_length"] = longest
-        taken = {name: value for name, value in arguments.items() if name in call.defaults}
+        taken = {
+            name: value for name, value in arguments.items() if name in call.defaults and value is not None
+        }
         images = getattr(self.pipe(**taken), call.gives)
         return images.float() if isinstance(images, Tensor) else images
 

@@ -196,7 +196,7 @@ PROFILE: Options = {
                      checks.prompt, many=True),
     **only(PROMPTS, "prompts_file"),
     **under("Picture", {
-        "images": Option("--images", "FILE...", "Pictures to make meshes of (image-to-mesh models).",
+        "images": Option("--images", "FILE...", "Pictures to edit, or to make meshes of.",
                          checks.picture_name, many=True),
         **only(SAMPLING, "steps", "guidance"),
         "seed": replace(SAMPLING["seed"], metavar="N", help="Sample i starts from seed N + i. "
@@ -265,10 +265,8 @@ CALIBRATE: Options = {
     **PRESET, **only(MODEL, "model"), **only(PROMPTS, "prompts_file"),
     "steps": replace(SAMPLING["steps"], check=whole(2, checks.MAX_STEPS)),
     **only(SAMPLING, "guidance", "seed"), **only(PICTURE, "width", "height"),
-    **under("Mesh", {
-        "images": Option("--images", "DIR", "Pictures of one object each, for models that make meshes.",
-                         text),
-    }),
+    "images": Option("--images", "DIR", "Pictures, in turn with the prompts, for models that edit them; of "
+                     "one object each for models that make meshes.", text),
     **only(MESH, "remove_background"), **LORA,
     **only(MACHINE, "batch_size", "device", "dtype", "offload", "compile"), **only(MEMORY, "quantize"),
     **TRAIN, **REPORT,

@@ -13,7 +13,16 @@ from edit_cli.files import request_hash
 from edit_cli.generate.medium import Job
 from edit_cli.generate.plan import Plan
 from edit_cli.generate.routers import NO_ROUTERS
-from edit_cli.generate.samples import held_out, in_folder, medium_of, picture_files, sample_plan, take
+from edit_cli.generate.samples import (
+    alike,
+    held_out,
+    in_folder,
+    medium_of,
+    picture_files,
+    sample_plan,
+    shows_pictures,
+    take,
+)
 from edit_cli.options import TRAIN
 from edit_cli.request import Request
 from routers.calibrate.settings import FitSettings
@@ -64,13 +73,18 @@ def make_calibration_plan(request: Request) -> CalibrationPlan:
         pictures = read_data(request["data"])
         request = request.but(data=None, prompt=[prompt for _, prompt in pictures])
     plan = sample_plan(request.but(routers=NO_ROUTERS, budget=None), medium)
-    if len({plan.group(job) for job in plan.jobs}) > 1:
+    if not alike(plan):
         raise EditError("--prompts holds lines of different size, steps or guidance; a bundle needs one")
     seed = request.get("seed", [0])[0]
-    small = plan.backbone.small
-    usual = SAMPLES_TRAIN if training else SAMPLES if small else SAMPLES_LARGE
+    small, alone = plan.backbone.small, shows_pictures(plan.jobs)
+    usual = SAMPLES_TRAIN if training else SAMPLES if small and not alone else SAMPLES_LARGE
     samples = request.get("samples", usual)
-    rows = min(plan.batch_size, samples) if training else samples
+    if alone and samples > 1 and not training:
+        raise EditError(
+            f"--samples {samples} are made in one batch and results that begin with pictures are not; "
+            "leave it out"
+        )
+    rows = 1 if alone else min(plan.batch_size, samples) if training else samples
     target = request.get("target", TARGETS[0])
     fitted = FitSettings(
         budgets=request.get("budgets"),

@@ -18,7 +18,7 @@ from edit_cli.errors import EditError
 from edit_cli.export.write import Say
 from edit_cli.generate.result import StageClock
 from edit_cli.generate.routers import NO_ROUTERS, RouterSource
-from edit_cli.generate.samples import held_out, in_folder, medium_of, sample_plan, take
+from edit_cli.generate.samples import held_out, in_folder, medium_of, sample_plan, shows_pictures, take
 from edit_cli.generate.session import Session
 from edit_cli.request import Request
 from routers.attachment import attach
@@ -93,8 +93,9 @@ def open_source(request: Request, say: Say) -> Source:
     plan = sample_plan(in_folder(request), medium)
     say(f"loading {plan.backbone.name}")
     session = Session.open(plan, RouterSource(), StageClock(plan.medium.stages))
+    rows = 1 if shows_pictures(plan.jobs) else SAMPLES
     train, judge = (
-        plan.medium.workload(session, pick(plan.jobs, SAMPLES, 0), SAMPLES) for pick in (take, held_out)
+        plan.medium.workload(session, pick(plan.jobs, SAMPLES, 0), rows) for pick in (take, held_out)
     )
     if bundle is None and plan.backbone.bundle is not None:
         bundle = load_bundle(plan.backbone.bundle)

@@ -86,13 +86,13 @@ def arguments(call: PipelineCall, backbone: Backbone, jobs: Sequence[Any]) -> di
         "prompt": _rows([job.prompt for job in jobs]),
         "steps": first.steps,
         **{name: getattr(first, name) for name in PASSED if getattr(first, name, None) is not None},
-        **_pictures(call, first, len(jobs)),
     }
     if backbone.defaults.max_sequence_length is not None:
         values["max_sequence_length"] = backbone.defaults.max_sequence_length
     if backbone.branches(first.guidance) > 1 and first.negative_prompt:
         values["negative_prompt"] = _rows([job.negative_prompt for job in jobs])
     made = {argument: value for name, value in values.items() if (argument := call.argument(name))}
+    made |= shown(call, first, len(jobs))
     guidance = call.guidance
     if guidance and (call.defaults[guidance] is not None or first.guidance != backbone.defaults.guidance):
         made[guidance] = first.guidance
@@ -133,8 +133,8 @@ def _rows(values: list[Any]) -> Any:
     return values if len(values) > 1 else values[0]
 
 
-def _pictures(call: PipelineCall, job: Any, rows: int) -> dict[str, Any]:
-    """Opened pictures by name. A list is taken for pictures of one row where the call knows several."""
+def shown(call: PipelineCall, job: Any, rows: int = 1) -> dict[str, Any]:
+    """Opened pictures by argument. A list is taken for pictures of one row where the call knows several."""
     from edit_cli.generate.cutout import open_rgb
 
     opened: dict[str, Any] = {}
@@ -144,9 +144,9 @@ def _pictures(call: PipelineCall, job: Any, rows: int) -> dict[str, Any]:
             continue
         files = value if isinstance(value, tuple) else (value,)
         made = [open_rgb(file, f"--{name.replace('_', '-')}") for file in files]
-        opened[name] = made * rows if len(made) == 1 and rows > 1 else made
-        if len(opened[name]) == 1 and not argument.endswith("video"):
-            opened[name] = made[0]
+        opened[argument] = made * rows if len(made) == 1 and rows > 1 else made
+        if len(opened[argument]) == 1 and not argument.endswith("video"):
+            opened[argument] = made[0]
     return opened
 
 

@@ -22,6 +22,7 @@ from edit_cli.generate.inputs import (
     given_inputs,
     refused_inputs,
     settled_strength,
+    shown,
     steps_taken,
     stretched,
     timed_parts,
@@ -184,10 +185,10 @@ class Picture:
             timed_parts(pipe, session.clock, session.device, seen),
             refused_inputs(last, pipe, session.sampler),
         ):
-            found = getattr(pipe(**given), call.gives)
-            made = self.results(pipe, found, len(jobs))
+            output = pipe(**given)
+            made = self.results(pipe, output, call.gives, len(jobs))
         seen.values(last.get("latents"))
-        seen.values(found)
+        seen.values(getattr(output, call.gives))
         session.notes += seen.notes(
             [text or "" for job in jobs for text in (job.prompt, job.negative_prompt)]
         )
@@ -196,9 +197,9 @@ class Picture:
             for row, (each, job) in enumerate(zip(made, jobs, strict=True))
         ]
 
-    def results(self, _pipe: Any, made: Any, _jobs: int) -> list[Any]:
-        """One result for each job."""
-        return list(made)
+    def results(self, _pipe: Any, output: Any, gives: str, _jobs: int) -> list[Any]:
+        """One result for each job. gives: the field of the pipeline's output."""
+        return list(getattr(output, gives))
 
     def encode(self, job: Any, made: Any, record: Mapping[str, Any]) -> dict[Path, bytes]:
         """PNG, JPEG or WebP."""
@@ -238,18 +239,20 @@ class Picture:
         return picture
 
     def identity(self, job: Any) -> str:
-        """The prompt."""
-        return str(job.prompt)
+        """The prompt, and hashes of its pictures."""
+        files = (*job.image, *filter(None, (job.mask, job.control_image)))
+        return "\0".join([job.prompt, *map(file_hash, files)])
 
     def workload(self, session: Session, jobs: Sequence[Any], rows: int) -> PipelineWorkload:
-        """Prompts, at the size and guidance of the first."""
+        """Prompts with their pictures, at the size and guidance of the first."""
         from backbones.workloads import PipelineWorkload
 
-        first, prompts = jobs[0], [job.prompt for job in jobs]
+        first, prompts, call = jobs[0], [job.prompt for job in jobs], known_call(jobs[0].pipeline)
+        pictures = [{**given, "strength": job.strength} for job in jobs if (given := shown(call, job))]
         more = {name: getattr(first, name) for name in ("frames", "seconds") if hasattr(first, name)}
         return PipelineWorkload(
-            session.pipe, session.plan.backbone, rows, first.steps, first.guidance, prompts, first.width,
-            first.height, more, seed=first.seed,
+            self.pipe(session, first), session.plan.backbone, rows, first.steps, first.guidance, prompts,
+            first.width, first.height, more, pictures, seed=first.seed,
         )  # fmt: skip
 
     def comparison_path(self, path: Path, _compare: str) -> Path:

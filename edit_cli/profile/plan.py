@@ -10,7 +10,7 @@ from edit_cli.generate.medium import Job, Medium
 from edit_cli.generate.outputs import slug
 from edit_cli.generate.plan import Plan
 from edit_cli.generate.routers import NO_ROUTERS
-from edit_cli.generate.samples import PROMPTS, medium_of, sample_plan, take
+from edit_cli.generate.samples import PROMPTS, alike, medium_of, sample_plan, take
 from edit_cli.options import CACHE_LIMIT_MIB, DENSE_METRICS, ELASTIC_METRICS, REPEATS, SAMPLES
 from edit_cli.request import Request
 
@@ -42,7 +42,7 @@ def make_profile_plan(request: Request) -> ProfilePlan:
     medium = medium_of(request)
     routers = NO_ROUTERS if dense else request.get("routers")
     plan = sample_plan(request.but(budget=budgets[0], routers=routers), medium)
-    if len({plan.group(job) for job in plan.jobs}) > 1:
+    if not alike(plan):
         raise EditError(
             "--prompts holds lines of different size, steps, guidance or budget; "
             "a profile needs the same for all"
