@@ -26,8 +26,8 @@ class InspectError(ValueError):
 class Inspection:
     """One transformer of a folder.
 
-    component: its name in the pipeline. rows: the blocks under control; counts: how many of each. left_in_full: lists that always run
-    in full, with the reason. notes: for people.
+    component: its name in the pipeline. rows: the blocks under control; counts: how many of each.
+    left_in_full: lists that always run in full, with the reason. notes: for people.
     """
 
     component: str

@@ -51,7 +51,7 @@ class _Workload:
 class PipelineWorkload(_Workload):
     """Results of prompts. width, height: px; None: the pipeline's own. more: `ARGUMENTS` of other media.
 
-    pictures: for each prompt, arguments that hold what it starts from, edits or refers to; then one row a batch.
+    pictures: for each prompt, arguments with what it starts from, edits or refers to; then one row a batch.
     """
 
     prompts: Sequence[str]

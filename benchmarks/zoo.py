@@ -13,7 +13,7 @@ import json
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +32,11 @@ SECONDS = 400
 """Of the processor; a pipeline that takes longer is given up."""
 
 
+NEAR = 0.02
+"""How far from a budget may be spent in a run of at least `LONG` evaluations."""
+LONG = 10
+
+
 @dataclass(frozen=True)
 class Case:
     """A pipeline that can be built. inputs: a new set of a call's arguments."""
@@ -43,12 +48,16 @@ class Case:
 
 @dataclass
 class Row:
-    """What came out. opened: "equal" or why not. spent: of the budget's run, None if there was none."""
+    """What came out. opened: "equal" or why not. spent: of the budget's run, None if there was none; planned
+    of the evaluations that its dense run makes: fewer than its steps where it begins with a picture.
+    """
 
     name: str
     steps: int = 0
     opened: str = ""
     spent: float | None = None
+    planned: int = 0
+    of: int = 0
     budgeted: str = ""
     in_full: tuple[str, ...] = ()
 
@@ -56,6 +65,14 @@ class Row:
     def passed(self) -> bool:
         """Whether open gates change nothing and a budget can be set."""
         return self.opened == "equal" and self.spent is not None
+
+    def near(self, budget: float) -> bool:
+        """Whether what was spent is within 0.02 of the budget."""
+        return self.spent is not None and abs(self.spent - budget) <= NEAR
+
+    def most(self, budget: float) -> bool:
+        """Whether one evaluation more would have been over the budget."""
+        return self.spent is not None and self.planned == max(1, int(budget * self.of + 1e-6))
 
 
 def main() -> None:
@@ -75,18 +92,35 @@ def main() -> None:
                 continue
             rows.append(run_case(case, arguments.budget, arguments.steps))
             print(as_line(rows[-1]), file=sys.stderr, flush=True)
-    print(f"\n| pipeline | steps | open | spent at {arguments.budget:g} | always in full |")
-    print("|---|---|---|---|---|")
+    print(f"\n| pipeline | steps | open | spent at {arguments.budget:g} | evaluations | always in full |")
+    print("|---|---|---|---|---|---|")
     print("\n".join(as_line(row) for row in rows))
-    passed = sum(row.passed for row in rows)
-    print(f"\n{passed} of {len(rows)} pass")
-    print(json.dumps({"passed": passed, "of": len(rows), "rows": [asdict(row) for row in rows]}))
+    counts = summary(rows, arguments.budget)
+    print(
+        f"\n{counts['passed']} of {counts['of']} pass. Of the {counts['long']} whose dense run makes "
+        f"at least {LONG} evaluations, {counts['near']} spend within {NEAR:g} of {arguments.budget:g}; "
+        f"{counts['grain']} more spend the most whole evaluations that it buys."
+    )
+    print(json.dumps({**counts, "rows": [asdict(row) for row in rows]}))
+
+
+def summary(rows: Sequence[Row], budget: float) -> dict[str, int]:
+    """How many pass, how many of those are long, near to the budget, and as near as whole evaluations are."""
+    passed = [row for row in rows if row.passed]
+    long = [row for row in passed if row.of >= LONG]
+    grain = [row for row in long if not row.near(budget) and row.most(budget)]
+    near = sum(row.near(budget) for row in long)
+    return {
+        "passed": len(passed), "of": len(rows), "long": len(long), "near": near, "grain": len(grain),
+    }  # fmt: skip
 
 
 def as_line(row: Row) -> str:
     """A line of the table."""
     spent = row.budgeted if row.spent is None else f"{row.spent:.3f}"
-    return f"| {row.name} | {row.steps} | {row.opened} | {spent} | {', '.join(row.in_full)} |"
+    evaluations = f"{row.planned} of {row.of}" if row.of else ""
+    in_full = ", ".join(f"`{path}`" for path in row.in_full)
+    return f"| `{row.name}` | {row.steps} | {row.opened} | {spent} | {evaluations} | {in_full} |"
 
 
 def run_case(case: Case, budget: float, steps: int) -> Row:
@@ -114,14 +148,15 @@ def run_case(case: Case, budget: float, steps: int) -> Row:
         return row
     try:
         with at_most(SECONDS):
-            row.spent = spent_at(pipe, call, budget, finite(dense))
+            trace = trace_at(pipe, call, budget, finite(dense))
+        row.spent, row.planned, row.of = float(np.mean(trace.spent)), trace.planned, trace.steps
     except Exception as error:
         row.budgeted = _reason(error)
     return row
 
 
-def spent_at(pipe: Any, call: Callable[[], dict[str, Any]], budget: float, dense_finite: bool) -> float:
-    """What a run at a budget spends. Raises ValueError if its result is not finite and the dense one is."""
+def trace_at(pipe: Any, call: Callable[[], dict[str, Any]], budget: float, dense_finite: bool) -> Any:
+    """The trace of a run at a budget. Raises ValueError if its result is not finite and the dense one is."""
     import routers
 
     handle = routers.attach(pipe, budget=budget)
@@ -132,7 +167,7 @@ def spent_at(pipe: Any, call: Callable[[], dict[str, Any]], budget: float, dense
         handle.detach()
     if dense_finite and not finite(made):
         raise ValueError("the result is not finite")
-    return float(np.mean(trace.spent))
+    return trace
 
 
 def _with_steps(

@@ -155,7 +155,7 @@ def _smaller_pictures() -> Iterator[tuple[Any, str, Any]]:
 
 @functools.cache
 def _words() -> str:
-    """What a tokenizer has words for: among others the chat templates of pipelines, which are not cut then."""
+    """What a tokenizer has words for, among others the chat templates of pipelines."""
     import diffusers
 
     files = sorted((Path(diffusers.__file__).parent / "pipelines").glob("*/pipeline_*.py"))

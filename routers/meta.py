@@ -95,9 +95,8 @@ def meta_twin(module: nn.Module) -> nn.Module:
         state[name] = type(state[name])()
     twin.__dict__ = state
     for owner in (twin, getattr(twin, "processor", None)):
-        for name in _PER_DEVICE:
-            if getattr(owner, name, None) is not None:
-                setattr(owner, name, None)
+        for name in _PER_DEVICE:  # what was set; a class that works with one backend alone says so itself
+            getattr(owner, "__dict__", {}).pop(name, None)
     return twin
 
 

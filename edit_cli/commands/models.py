@@ -151,7 +151,7 @@ def inspect(request: Request) -> None:
         for row, count in zip(inspection.rows, inspection.counts, strict=True):
             stdout().print(Text(f"  {row.path}: {count} {row.block}"))
             told = {"streams": row.streams, "time": row.time, "MLPs": row.mlps}
-            stdout().print(Padding(two_columns(told), (0, 0, 0, 4)))
+            stdout().print(Padding(two_columns(told), (0, 0, 0, 4), expand=False))
         for path, reason in inspection.left_in_full.items():
             stdout().print(Text(f"  runs in full: {path} ({reason})", style="dim"))
         for note in inspection.notes:

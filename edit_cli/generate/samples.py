@@ -78,7 +78,7 @@ def shows_pictures(jobs: Sequence[Job]) -> bool:
 
 def alike(plan: Plan) -> bool:
     """Whether all jobs share size, steps, guidance and budget, whatever pictures they begin with."""
-    none = {"image": (), "mask": None, "control_image": None, "alone": None}
+    none: dict[str, Any] = {"image": (), "mask": None, "control_image": None, "alone": None}
     jobs = [replace(job, **none) if isinstance(job, PictureJob) else job for job in plan.jobs]
     return len({plan.group(job) for job in jobs}) <= 1
 

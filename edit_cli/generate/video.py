@@ -106,7 +106,7 @@ class Video(Picture):
     def results(self, pipe: Any, output: Any, gives: str, jobs: int) -> list[Any]:
         """A clip for each job."""
         made, sound = getattr(output, gives), getattr(output, "audio", None)
-        clips = [Clip(_frames(video)) for video in (made if len(made) == jobs else [made])]
+        clips: list[Any] = [Clip(_frames(video)) for video in (made if len(made) == jobs else [made])]
         for i, heard in enumerate([] if sound is None else waves(pipe, sound)):
             clips[i] = replace(clips[i], sound=heard) if isinstance(heard, Waves) else heard
         return clips

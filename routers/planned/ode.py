@@ -135,12 +135,12 @@ class ElasticOdeScheduler(Serving):
         **kwargs: Any,
     ) -> Any:  # fmt: skip
         """One step of the plan, in float32. Raises ValueError for noise of its own (eta)."""
-        self.evaluated(self._index + 1)
+        index, self._index = self._index, self._index + 1
+        self.evaluated(index + 1)
         if self.plan is None:
             return self.own.step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
         if kwargs.get("eta"):
             raise ValueError("a plan in time solves an ODE, and eta above 0 adds noise; leave eta out")
-        index, self._index = self._index, self._index + 1
         now, then = self.points[index : index + 2]
         x, kind = sample.float(), _kind(self.own.config)
         size = float(self.plan.times[index + 1] - self.plan.times[index])

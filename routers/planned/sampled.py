@@ -7,6 +7,7 @@ Where a plan's evaluations are narrow its blocks are under the engine for that r
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -57,7 +58,8 @@ class Sampled:
         self.pipe, self.planner_for, self.budget, self.target = pipe, planner_for, budget, target
         self.narrow, self.seconds = narrow, seconds
         self.pace = Pace(lambda: _device_of(pipe))
-        self.trace: PlanTrace | None = None
+        self._now: PlanTrace | None = None
+        self._before: PlanTrace | None = None
         self._course: Course | None = None
         self._given: dict[int, int] = {}
         self._decided: tuple[int, Steps | None] = (0, None)
@@ -100,14 +102,20 @@ class Sampled:
         finally:
             self._end()
             self.pace.drop()
-            self._scope, self._scoped = None, {}
-            self.trace = trace
+            self._scope, self._scoped, self._now = None, {}, trace
+            if not trace.made and self._before is not None:
+                vars(trace).update(vars(self._before))
 
     def evaluations(self, steps: int, budget: float | None = None, target: str | None = None) -> int:
         """How many evaluations a run of so many steps makes, at most."""
         budget = self.budget if budget is None else budget
         found = None if self.narrow is None else self.narrow.at(budget, target or self.target, steps)
         return evaluations_for(budget, steps) if found is None else found.plan.evaluations
+
+    @property
+    def trace(self) -> PlanTrace | None:
+        """Of the last run."""
+        return self._now if self._before is None or (self._now and self._now.made) else self._before
 
     def summary(self) -> str:
         """One paragraph on the last run."""
@@ -126,7 +134,9 @@ class Sampled:
         """A run begins. grid: the times that the pipeline would have taken."""
         self._end()  # an interrupted run's
         check_whole(self.pipe.transformer)
-        trace = self.trace = self._scope or self._trace(None, None, 1)
+        # some pipelines set timesteps once more when all is made: then nothing is made of them
+        self._before = copy.copy(self._now) if self._now is not None and self._now.made else None
+        trace = self._now = self._scope or self._trace(None, None, 1)
         steps, size = len(grid) - 1, self._scoped.get("size")
         self._given = dict(self._scoped.get("turns", ()))
         timed, turning = trace.seconds is not None, trace.seconds is not None or bool(self._given)
@@ -195,27 +205,27 @@ class Sampled:
 
     def _count(self, number: int) -> Steps | None:
         """An evaluation was made: copies of a scheduler, one for every frame, make it together."""
-        assert self.trace is not None
-        if number <= self.trace.made:
+        assert self._now is not None
+        if number <= self._now.made:
             return self._decided[1] if self._decided[0] == number else None
-        self.trace.made = number
+        self._now.made = number
         if self.pace.running:
             self.pace.evaluated()
         self._decided = number, None if self._course is None else self._turn(number, self._course)
-        if number == self.trace.planned:
+        if number == self._now.planned:
             self._end()
         return self._decided[1]
 
     def _turn(self, made: int, course: Course) -> Steps | None:
         """What is followed from here, where that changes."""
-        assert self.trace is not None
+        assert self._now is not None
         chosen = self._given.get(made) if self._given else self._chosen(made, course)
         if chosen is None:
             return None
         plan = course.turn(made, chosen)
-        self.trace.planned = plan.evaluations
+        self._now.planned = plan.evaluations
         if not self._given:
-            self.trace.turns = course.turns
+            self._now.turns = course.turns
         return plan
 
     def _chosen(self, made: int, course: Course) -> int | None:
@@ -240,8 +250,8 @@ class Sampled:
 
         def ends(function: Any, *args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
-            if self._scope is None and self.pace.running and self.trace is not None:
-                self.trace.took = self.pace.finish()
+            if self._scope is None and self.pace.running and self._now is not None:
+                self._now.took = self.pace.finish()
             return result
 
         for names, around in ((BEGINS, begins), (ENDS, ends)):

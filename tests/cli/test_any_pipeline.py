@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -124,6 +125,65 @@ def test_a_video_is_compared(edit_here, desk, zoo):
     assert Image.open(desk / "frames-compare.gif").n_frames == ran.json["frames"][0]
 
 
+@pytest.mark.slow
+def test_a_video_keeps_its_sound(edit_here, desk, zoo):
+    """In the file where it can hold one, else beside it."""
+    formats = ["cat.gif", *(["cat.mp4"] if importlib.util.find_spec("av") else [])]
+    for name in formats:
+        ran = edit_here("generate", "a cat", "-m", zoo("ltx2"), "--budget", 1, "-o", name, cwd=desk)
+        assert ran.code == 0, ran.err
+    with wave.open(str(desk / "cat.wav")) as file:
+        assert (file.getframerate(), file.getnchannels()) == (16000, 2)
+        length = file.getnframes() / file.getframerate()
+    if len(formats) > 1:
+        import av
+
+        with av.open(str(desk / "cat.mp4")) as file:
+            (heard,) = file.streams.audio
+            assert float(heard.duration * heard.time_base) == pytest.approx(length, abs=0.1)
+    again = edit_here("generate", "--from", "cat.gif", "-o", "again.gif", cwd=desk)
+    assert again.code == 0, again.err
+    assert (desk / "again.gif").read_bytes() == (desk / "cat.gif").read_bytes()
+
+
+def test_of_two_transformers_both_are_counted(edit_here, desk, zoo):
+    """Wan 2.2: each makes a part of the steps, and both lie in memory."""
+    asked = ("generate", "a cat", "-m", zoo("wan-2.2"), "--steps", 8, "--budget", 0.5, "--json")
+    planned = edit_here(*asked, "--dry-run", cwd=desk)
+    assert {"transformer", "transformer_2"} <= planned.json["memory_gib"]["weights"].keys()
+    ran = edit_here(*asked, "-o", "cat.gif", cwd=desk)
+    assert ran.json["evaluations"] == {"made": 4, "dense": 8}
+    assert ran.json["flops"]["spent"] == ran.json["flops"]["dense"] / 2
+
+
+EDITS = [
+    pytest.param("flux-fill", ["--prompts", "edits.jsonl"], id="lines"),
+    pytest.param("qwen-edit", ["--images", "."], id="folder", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "given"), EDITS)
+def test_models_that_edit_are_calibrated_on_pictures(edit_here, desk, zoo, name, given):
+    line = {"image": PICTURE, "mask": MASK, "width": 64, "height": 64}
+    lines = [json.dumps({"prompt": prompt, **line}) for prompt in ("a cat", "a dog")]
+    (desk / "edits.jsonl").write_text("\n".join(lines))
+    asked = ("calibrate", "-m", zoo(name), *given, "--steps", 4, "--budgets", 0.5)
+    made = edit_here(*asked, "-o", "bundle", "--json", "--quiet", cwd=desk)
+    assert made.code == 0, made.err
+    (quality,) = made.json["quality"]
+    assert quality["spent"] == 0.5 and quality["snr"] > 0
+    picture = [*INPUTS[name], "--steps", 4, "--budget", 0.5, "-o", "out.png"]
+    ran = edit_here("generate", "a cat", "-m", zoo(name), "--routers", "bundle", *picture, cwd=desk)
+    assert ran.code == 0, ran.err
+    several = edit_here(*asked, "--samples", 2, "-o", "other", cwd=desk)
+    assert several.code == 2 and "--samples 2 are made in one batch" in several.err
+
+
+def test_a_model_that_edits_asks_for_its_pictures(edit_here, desk, zoo):
+    ran = edit_here("calibrate", "-m", zoo("flux-fill"), "-o", "bundle", cwd=desk)
+    assert ran.code == 2 and "needs --image" in ran.err
+
+
 REFUSED = [
     ("sd3", ["--control-image", PICTURE], "(StableDiffusion3Pipeline) takes no --control-image"),
     ("sd3", ["--image", PICTURE, PICTURE], "takes one --image and 2 were given"),
@@ -195,7 +255,8 @@ def test_folders_that_cannot_be_run_are_refused_and_nothing_in_them_is(
 def test_inspect_prints_the_derived_description(edit_here, desk, zoo):
     ran = edit_here("models", "--inspect", zoo("wan"), cwd=desk)
     assert ran.code == 0, ran.err
-    assert "WanTransformerBlock" in ran.out and "ffn.net.0.proj > ffn.net.2" in ran.out
+    assert "blocks: 2 WanTransformerBlock" in ran.out and "ffn.net.0.proj > ffn.net.2" in ran.out
+    assert max(map(len, ran.out.splitlines())) <= 80
     (found,) = edit_here("models", "--inspect", zoo("wan"), "--json", cwd=desk).json["transformers"]
     assert found["rows"][0]["path"] == "blocks"
     assert edit_here("models", "--inspect", desk, cwd=desk).code == 2

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from routers.cost import block_cost
 from routers.elastic import Elastic
-from routers.meta import count_flops
+from routers.meta import count_flops, meta_twin
 from routers.spec import BlockSpec, MlpSpec, TransformerSpec
 
 DIM, TOKENS, ROWS = 12, 6, 3
@@ -115,3 +115,16 @@ def test_every_run_says_how_it_was_counted():
     assert notes[0] == notes[1]
     assert trace.flops["dense"] == pytest.approx(ROWS * 2 * by_hand()[0], rel=1e-3)
     assert notes[0][0] in elastic.summary()
+
+
+def test_a_twin_attends_as_its_class_does_whatever_was_set() -> None:
+    """AnyFlow's causal blocks work with one backend alone, which their processor's class names."""
+
+    class Processor:
+        _attention_backend: str | None = "flex"
+
+    module = torch.nn.Linear(2, 2)
+    module.processor = Processor()  # type: ignore[assignment]
+    module.processor._attention_backend = "native"
+    assert meta_twin(module).processor._attention_backend == "flex"  # type: ignore[union-attr]
+    assert module.processor._attention_backend == "native"

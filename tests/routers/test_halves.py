@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import routers
 from routers.elastic import Elastic
 from routers.policy import FixedPolicy
 from routers.trace import FULL, REUSE
@@ -73,3 +74,24 @@ def test_a_plan_is_followed_in_both_and_no_cache_crosses_over(pipe: Any) -> None
     assert 1 < switch < STEPS - 1
     assert computed == [step in (0, switch) for step in range(STEPS)]
     assert trace.spent[0] < 0.5
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+def test_a_budget_counts_the_evaluations_of_both(pipe: Any, budget: float) -> None:
+    """They cost the same: the share of evaluations is that of the FLOPs."""
+    counts = [0, 0]
+
+    def count(half: int) -> Any:
+        def add(*_: Any) -> None:
+            counts[half] += 1
+
+        return add
+
+    for half, transformer in enumerate((pipe.transformer, pipe.transformer_2)):
+        transformer.register_forward_pre_hook(count(half))
+    handle = routers.attach(pipe, budget=budget)
+    make(pipe)
+    assert min(counts) > 0
+    assert sum(counts) == 2 * STEPS * budget  # with and without the prompt
+    assert handle.trace.spent == [budget]
+    handle.detach()
