@@ -135,7 +135,8 @@ class Sampled:
         self._end()  # an interrupted run's
         check_whole(self.pipe.transformer)
         # some pipelines set timesteps once more when all is made: then nothing is made of them
-        self._before = copy.copy(self._now) if self._now is not None and self._now.made else None
+        before = self._now if self._scope is None or self._now is self._scope else None
+        self._before = copy.copy(before) if before is not None and before.made else None
         trace = self._now = self._scope or self._trace(None, None, 1)
         steps, size = len(grid) - 1, self._scoped.get("size")
         self._given = dict(self._scoped.get("turns", ()))

@@ -94,4 +94,10 @@ def test_a_budget_counts_the_evaluations_of_both(pipe: Any, budget: float) -> No
     assert min(counts) > 0
     assert sum(counts) == 2 * STEPS * budget  # with and without the prompt
     assert handle.trace.spent == [budget]
+    pipe.scheduler.set_timesteps(STEPS)  # WanAnimate does so once more when all is made
+    assert handle.trace.spent == [budget]
+    with handle.scope() as trace:
+        make(pipe)
+        pipe.scheduler.set_timesteps(STEPS)
+    assert trace.spent == handle.trace.spent == [budget]
     handle.detach()
