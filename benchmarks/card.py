@@ -220,6 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--markdown", type=Path, metavar="FILE", help="print the table of lines written before"
     )
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--octree", type=int, help="of the decoding; default 384, small 64")
     args = parser.parse_args(arguments)
     if args.markdown:
         print(markdown([json.loads(line) for line in args.markdown.read_text().splitlines()]))
@@ -247,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     if names is None or "decoding" in names:
-        tell("decoding", decoding(device, 64 if args.small else 384))
+        tell("decoding", decoding(device, args.octree or (64 if args.small else 384)))
     if out is not None:
         out.close()
     return 0

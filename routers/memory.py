@@ -42,7 +42,7 @@ class PeakBytes(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._count(tensor, tensor.untyped_storage().nbytes())
         if func is torch.ops.aten.convolution.default and self.workspace_on == "cpu":
-            self.peak = max(self.peak, self.held + _workspace(*args[:2], made))
+            self.peak = max(self.peak, self.held + _workspace(args[0], args[1], made))
         return made
 
     def _count(self, tensor: Tensor, size: int) -> None:

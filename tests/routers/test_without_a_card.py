@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,10 +18,12 @@ import routers
 from routers.cost import block_cost
 from routers.elastic import Elastic
 from routers.meta import transformer_flops
+from routers.planned.follow import Follower
 from routers.planned.grid import OnGrid
 from routers.planned.sampled import Sampled
 from routers.policy import FixedPolicy
 from routers.trace import FULL, REUSE
+from routers.train.trajectory import CallRecorder
 from tests.block_kinds import CASES
 from tests.routers.packaged import FLUX, PICTURES, QWEN, load, make
 
@@ -139,6 +143,37 @@ def test_a_step_of_a_plan_asks_the_device_for_nothing(folder: Path) -> None:
     finally:
         elastic.detach()
     assert x.isfinite().all()
+
+
+def test_outputs_in_bfloat16_are_combined_in_float32() -> None:
+    """Weights may be large and of both signs, so that rounding their terms would cost much of the sum."""
+
+    class Steep:
+        times, passes = np.array([1.0, 0.5, 0.0]), 2
+
+        def row(self, step: int, x: Tensor, outputs: Any) -> tuple[Any, float]:
+            return np.array([11.0, -10.0][: len(outputs)]), 0.0
+
+    x, first, second = (torch.randn(1, 64).bfloat16() for _ in range(3))
+    run = Follower(Steep())
+    middle = run.step(0, x, first, -0.5)
+    made = run.step(1, middle, second, -0.5)
+    x, first, second = x.double(), first.double(), second.double()
+    exact = x - 0.5 * 11 * first - 0.5 * (11 * second - 10 * first)
+    assert made.dtype == torch.float32
+    assert torch.allclose(made.double(), exact, atol=1e-4)
+
+
+def test_router_inputs_beyond_float16_stay_finite() -> None:
+    """Late blocks of large models have channels above 65504."""
+    seen = SimpleNamespace(
+        call=SimpleNamespace(info=SimpleNamespace(step=0, branch="main", rows=1), time=torch.ones(1)),
+        block=SimpleNamespace(index=0, spec=SimpleNamespace(modulation="")),
+        before=[torch.full((1, 2, 3), 1e6)],
+    )  # fmt: skip
+    recorder = CallRecorder(SimpleNamespace(num_steps=1, rows=1, branches=["main"]))
+    recorder.observe(seen)
+    assert recorder.tensors["pooled.0.0"].isfinite().all()
 
 
 def test_flops_do_not_depend_on_the_attention_backend() -> None:
