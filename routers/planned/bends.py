@@ -20,9 +20,11 @@ POWERS = (1, 2, 0, 2)
 LONGEST, MANY = 2.0, 2.5
 """Steps count as so much longer than those that numbers were found for, at most; up to so many times as many
 evaluations are bent alike."""
-COMMON, COMMON_AT = np.array([0, 0, 0.1, -0.42, 0, 0, 0.02, 0.03, 0, 0]), 7
-"""What the bends of the packaged models have in common, and of how many evaluations: v is continued a little
-further early in a run, and less far towards its end (docs/notes/solver-plan.md)."""
+COMMON = np.array([0.0, 0.0, 0.10, -0.44, 0.022, -0.060, 0.025, 0.030, -0.018, -0.020])
+COMMON_AT = 7
+"""What refinement gave on samples of qwen-image-tiny, and at how many evaluations. It serves flux-tiny
+too, which it never saw (docs/notes/solver-plan.md): v is continued a little further early in a run, less far at its end.
+"""
 
 
 def bent(plan: TimePlan, numbers: Array, at: int) -> TimePlan:

@@ -17,7 +17,7 @@ from .universal import WARPS, Warp, universal_plan
 
 CANDIDATES: dict[str, tuple[Warp, ...]] = {
     "dense": (WARPS["dense"], (1.7, 1.3), (1.0, 1.3), (2.2, 1.4), (0.8, 1.2), (2.2, 1.2)),
-    "exact": (WARPS["exact"], (1.7, 1.0), (0.5, 1.0), (1.0, 1.0), (3.0, 1.0)),
+    "exact": (WARPS["exact"], (2.2, 1.0), (0.5, 1.0), (1.0, 1.0), (3.0, 1.0)),
 }
 """Warps of the times by target, in the order in which they are tried."""
 FREE = FitSettings()

@@ -1,7 +1,7 @@
 """A plan for any budget with nothing measured: times warped, and Adams-Bashforth's weights.
 
-Towards the exact solution a plan moves the run's own times towards the noise, and is bent (`bends.py`) as the
-packaged picture models want it; times of meshes move towards the data, and such a plan is left as it is.
+Towards the exact solution a plan moves the run's own times towards the noise, and is bent (`bends.py`) as a
+packaged picture model wants it; times of meshes move towards the data, and such a plan is left as it is.
 Towards the run of all steps ("dense") it takes some of that run's own times, and its weights are summed on
 that grid, so that a plan goes astray as Euler's run does: nearer to it by several dB than to the exact
 solution, at the same price, and at the full budget it is that run.
@@ -22,7 +22,7 @@ from .timeplan import Array, TimePlan, adams_bashforth, euler, moving, resampled
 
 Warp = tuple[float, float]
 """Shift of times towards the noise, and bend: of them towards both ends of the run, more than 1."""
-WARPS: dict[str, Warp] = {"dense": (1.3, 1.2), "exact": (2.2, 1.0)}
+WARPS: dict[str, Warp] = {"dense": (1.3, 1.2), "exact": (1.8, 1.0)}
 """By target (docs/notes/solver-plan.md); a bend is for steps of a dense run's own grid."""
 
 
