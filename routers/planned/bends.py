@@ -22,8 +22,9 @@ LONGEST, MANY = 2.0, 2.5
 evaluations are bent alike."""
 COMMON = np.array([0.0, 0.0, 0.10, -0.44, 0.022, -0.060, 0.025, 0.030, -0.018, -0.020])
 COMMON_AT = 7
-"""What refinement gave on samples of qwen-image-tiny, and at how many evaluations. It serves flux-tiny
-too, which it never saw (docs/notes/solver-plan.md): v is continued a little further early in a run, less far at its end.
+"""What refinement gave on samples of qwen-image-tiny, and at how many evaluations. It serves flux-tiny too,
+which it never saw (docs/notes/solver-plan.md): v is continued a little further early in a run, less far at
+its end.
 """
 
 
