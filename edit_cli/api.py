@@ -160,7 +160,7 @@ def make(name: str, subjects: Subject | Sequence[Subject], given: Mapping[str, A
     request, _ = command.request({**_values(command, given), medium.subject: plain})
     plan = make_plan(request, medium, kept=False, listed=listed)
     if "fit" in request:
-        from edit_cli.generate.forecast import fitted
+        from edit_cli.generate.fit import fitted
 
         plan, note = fitted(plan)
         plan = replace(plan, warnings=(*plan.warnings, note))

@@ -77,7 +77,7 @@ def carry_out(request: Request, medium: Medium) -> None:
         return
     print_warnings(plan.warnings, request)
     if "fit" in request:
-        from edit_cli.generate.forecast import fitted
+        from edit_cli.generate.fit import fitted
 
         plan, note = fitted(plan)
         print_warnings([note], request)

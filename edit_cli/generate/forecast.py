@@ -1,26 +1,18 @@
 """How much memory each stage will take at its peak: weights that are there, what the plan keeps, and the
-largest call's tensors, traced on the meta device (routers/memory.py). And `--fit`: the fastest way that fits.
+largest call's tensors, traced on the meta device (routers/memory.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 from backbones import registry
-from backbones.model_files import ModelError
-from backbones.quantise import BYTES_PER_WEIGHT, PACKAGES, check_quantise, quantised
-from backbones.spec import GIB, Backbone, Placement
-from edit_cli.errors import EditError, bad_input
+from backbones.quantise import BYTES_PER_WEIGHT, quantised
 from edit_cli.generate.plan import Plan
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-FULL = 0.95
-"""Share of the free memory that may be forecast to be used: allocators round up."""
-FP8_CAPABILITY = (8, 9)
-"""From which compute capability on a card computes with fp8 weights as fast as with others."""
 
 
 def weight_bytes(plan: Plan, dtype: str) -> dict[str, float]:
@@ -130,27 +122,6 @@ def _decoding(plan: Plan, dtype: str) -> tuple[float, float] | None:
     return own, latents.nbytes + peak_bytes(vae.decode, latents, return_dict=False, workspace_on=device)
 
 
-def fitted(plan: Plan) -> tuple[Plan, str]:
-    """The plan on the fastest placement that fits the free memory, and a note on which. Raises EditError."""
-    from backbones import loading
-    from edit_cli.generate.dryrun import dry_run
-
-    with bad_input():
-        device = loading.pick_device(plan.placement.device)
-    free, least = free_bytes(device), None
-    for placement in _ways(plan.placement, plan.backbone, device):
-        tried = replace(plan, placement=placement)
-        needed = dry_run(tried).report["memory_gib"]["device"] * GIB
-        least = needed if least is None else min(least, needed)
-        if needed <= FULL * free:
-            typed = _typed(placement) or "nothing to change"
-            return tried, f"--fit: {typed}; needs {needed / GIB:.2f} of {free / GIB:.2f} GiB that are free"
-    raise EditError(
-        f"--fit: nothing fits; the least is {(least or 0) / GIB:.2f} GiB and {free / GIB:.2f} GiB are free; "
-        f"try {plan.medium.smaller}"
-    )
-
-
 def free_bytes(device: Any) -> float:
     """Of the device's memory."""
     if device.type == "cuda":
@@ -160,44 +131,3 @@ def free_bytes(device: Any) -> float:
     import psutil
 
     return float(psutil.virtual_memory().available)
-
-
-def _ways(placement: Placement, backbone: Backbone, device: Any) -> Iterator[Placement]:
-    """Placements from the fastest to the slowest, with what was typed in each."""
-    packed = [""] if not placement.quantize else []
-    packed += [placement.quantize] if placement.quantize else _packings(backbone, device)
-    offloads = [placement.offload]
-    if placement.offload == "none" and device.type == "cuda":
-        offloads += [way for way in ("model", "group", "sequential") if way in backbone.family.offloads]
-    tiles = [placement.vae_tiling]
-    if not placement.vae_tiling and backbone.makes == "picture":
-        tiles.append(True)
-    for offload in offloads:
-        for how in packed:
-            for tiled in tiles:
-                yield replace(placement, offload=offload, quantize=how, vae_tiling=tiled)
-
-
-def _packings(backbone: Backbone, device: Any) -> list[str]:
-    """Quantisations that can be had here, the fastest and nearest first."""
-    import torch
-
-    eights = ("int8",)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY:
-        eights = ("fp8",)
-    found = []
-    for how in (*eights, "nf4"):
-        try:
-            check_quantise(how, backbone, device.type)
-        except ModelError:
-            continue
-        if find_spec(PACKAGES[how]) is not None:
-            found.append(how)
-    return found
-
-
-def _typed(placement: Placement) -> str:
-    """What would be typed for it."""
-    parts = [f"--quantize {placement.quantize}"] if placement.quantize else []
-    parts += [f"--offload {placement.offload}"] if placement.offload != "none" else []
-    return " ".join([*parts, *(["--vae-tiling"] if placement.vae_tiling else [])])
