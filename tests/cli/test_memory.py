@@ -20,6 +20,7 @@ from edit_cli.generate.record import read_picture
 from edit_cli.request import Request
 
 
+@pytest.mark.slow
 def test_tiles_are_recorded(edit_here, tmp_path: Path) -> None:
     file = tmp_path / "cat.png"
     ran = edit_here(
@@ -122,6 +123,7 @@ def test_the_forecast_is_what_is_measured(name: str, edit_here, tmp_path: Path) 
         assert forecast[stage] * 2**30 == pytest.approx(weights + measured, rel=0.1), stage
 
 
+@pytest.mark.slow
 def test_fit_takes_the_fastest_way_and_says_which(edit_here, tmp_path: Path, monkeypatch) -> None:
     typed = ("generate", "a cat", "--dry-run", "--fit", "--width", "512", "--height", "512", "--json")
     whole = edit_here(*typed, cwd=tmp_path)
@@ -136,6 +138,7 @@ def test_fit_takes_the_fastest_way_and_says_which(edit_here, tmp_path: Path, mon
     assert nothing.code == 2 and "--fit: nothing fits; the least is" in nothing.err
 
 
+@pytest.mark.slow
 def test_packed_and_offloaded_models_are_forecast_smaller() -> None:
     plan = make_plan(Request(prompt=["a cat"], model="flux-dev", budget=0.5), PICTURE)
     peaks = {}
