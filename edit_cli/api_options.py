@@ -39,7 +39,7 @@ class GenerateOptions(TypedDict, total=False):
     model: str | PathLike[str]
     base: str | PathLike[str]
     routers: str | PathLike[str]
-    budget: float
+    budget: float | Sequence[float]
     time: str | PathLike[str]
     target: Literal["dense", "exact"]
     force: bool
@@ -63,7 +63,7 @@ class Generate3dOptions(TypedDict, total=False):
     preset: str
     model: str | PathLike[str]
     routers: str | PathLike[str]
-    budget: float
+    budget: float | Sequence[float]
     time: str | PathLike[str]
     target: Literal["dense", "exact"]
     force: bool

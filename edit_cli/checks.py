@@ -112,7 +112,20 @@ def prompt(where: str, value: Any) -> str:
     """A prompt that is not blank."""
     if not text(where, value).strip():
         raise EditError(f'{where} is empty; say what to draw, for example "a cat"')
+    if where == "PROMPT" and _is_number(value):
+        raise EditError(
+            f"PROMPT {value!r} is a number; write it after the option that it is for, or say what to draw: "
+            f'"the number {value.strip()}"'
+        )
     return str(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def text(where: str, value: Any) -> str:

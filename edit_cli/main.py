@@ -128,12 +128,9 @@ def _run(arguments: list[str]) -> int:
 def spread(words: Sequence[str], command: Command) -> list[str]:
     """`--seed 1 2 3` -> `--seed 1 --seed 2 --seed 3`: option parsers take one value for each name.
 
-    A further word belongs to the option if it could be a value of it, unless the command's argument would
-    then be missing: `--seed 1 2001` alone draws "2001".
+    A further word belongs to the option if it could be a value of it: a number is never a prompt.
     """
     result: list[str] = []
-    further: list[tuple[int, str]] = []  # places in the result of values that follow another, and whose
-    given: set[str] = set()
     current, rest = "", list(words)
     while rest:
         word = rest.pop(0)
@@ -141,27 +138,18 @@ def spread(words: Sequence[str], command: Command) -> list[str]:
         if word == "--":
             result += [word, *rest]
             rest.clear()
-            given.add("argument")
         elif typed in command.spelled:
-            name, option = command.spelled[typed]
-            given.add(name)
+            _, option = command.spelled[typed]
             takes_next = option.check is not None and not inline
             if takes_next and option.bare and not (rest and _accepts(option, rest[0])):
                 rest.insert(0, option.bare)
             result += [word, *([rest.pop(0)] if takes_next and rest else [])]
             current = typed if option.many and option.metavar.endswith("...") else ""
         elif current and not word.startswith("-") and _accepts(command.spelled[current][1], word):
-            further.append((len(result), current))
-            result.append(word)
+            result += [current, word]
         else:
             current = ""
             result.append(word)
-            given |= set() if word.startswith("-") else {"argument"}
-    for option in command.options.values():
-        if option.instead is not None and not given & {"argument", *option.instead}:
-            return result
-    for place, typed in reversed(further):
-        result.insert(place, typed)
     return result
 
 

@@ -110,9 +110,9 @@ MESH_MODEL: Options = {
 ROUTERS: Options = under("Model and routers", {
     "routers": Option("--routers", "PATH",
                       "Bundle folder, .safetensors file, or none. [dim]default: the model's own[/]", text),
-    "budget": Option("--budget -b", "X", "Share of the dense FLOPs to spend, 0 < X <= 1. "
-                     "[dim]default: what the model's bundle recommends, else 1[/]", checks.budget,
-                     line="value"),
+    "budget": Option("--budget -b", "X...", "Share of the dense FLOPs to spend, 0 < X <= 1; several are "
+                     "made one by one and shown side by side. [dim]default: what the model's bundle "
+                     "recommends, else 1[/]", checks.budget, many=True, line="value"),
     "time": Option("--time", "5s", "Seconds to spend on each result once the model is loaded: 5s, 800ms, 2m. "
                    "The plan is chosen that ends in time, within --budget.", checks.duration, line="value"),
     "target": Option("--target", "NAME", "dense: near to the run of all steps; exact: to the solution that "
@@ -188,7 +188,10 @@ OPEN: Options = under("Output", {
 })
 REPORT: Options = under("Output", {
     "json": Option("--json", "", "Print one JSON object as the last line of stdout."),
-    "quiet": Option("--quiet -q", "", "No progress, no table."),
+    "quiet": Option("--quiet -q", "", "No progress, no table: the paths that were written, one a line."),
+})
+VERBOSE: Options = under("Output", {
+    "verbose": Option("--verbose -v", "", "Tell how it was done too: evaluations, decisions, FLOPs, stages."),
 })
 
 PROFILE: Options = {
@@ -301,6 +304,7 @@ LISTING: Options = {
     "installed": Option("--installed", "", "Only what is on this machine."),
     "remove": Option("--remove", "", "Take the named models out of the local cache, after asking."),
     "yes": _YES,
+    "words": Option("--words", "", "The words that the named models know, where they can be listed."),
     "inspect": Option("--inspect", "FOLDER", "Describe the blocks of a folder's transformers.", text),
     "json": _JSON,
 }

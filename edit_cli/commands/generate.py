@@ -25,6 +25,7 @@ from edit_cli.options import (
     REPORT,
     ROUTERS,
     SAMPLING,
+    VERBOSE,
 )
 from edit_cli.options import PICTURE as PICTURE_OPTIONS
 from edit_cli.request import Request, command
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     DRY_RUN,
     OPEN,
     REPORT,
+    VERBOSE,
 )
 def generate(request: Request) -> None:
     """Generate pictures, spending only a share of the model's compute.
@@ -57,6 +59,7 @@ def generate(request: Request) -> None:
     Options marked * may also stand in a JSON line of --prompts.
 
     [dim]edit generate "a cat" --budget 0.6
+    edit generate "a cat" --budget 0.4 0.6 1
     edit generate "a cat" "a dog" -n 4 -o out/
     edit generate --from cat.png --budget 0.4[/dim]
     """
@@ -104,7 +107,7 @@ def carry_out(request: Request, medium: Medium) -> None:
             return
         result = run(left, request, crew)
     print_warnings(result.notes, request)
-    print_result(report.as_json(result), report.as_table(result), request)
+    print_result(report.as_json(result), report.as_table(result, "verbose" in request), request)
     if "quiet" not in request and "json" not in request:
         from edit_cli import inline
 

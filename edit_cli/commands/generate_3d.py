@@ -16,6 +16,7 @@ from edit_cli.options import (
     REPORT,
     ROUTERS,
     SAMPLING,
+    VERBOSE,
 )
 from edit_cli.options import MESH as MESH_OPTIONS
 from edit_cli.request import Request, command, under
@@ -33,13 +34,14 @@ from edit_cli.request import Request, command, under
     DRY_RUN,
     OPEN,
     REPORT,
+    VERBOSE,
     MESH_MACHINE,
 )
 def generate_3d(request: Request) -> None:
     """Make meshes from pictures, spending only a share of the diffusion transformer's compute.
 
     The budget is a share of the dense transformer's FLOPs. Decoding the surface is not part of it:
-    the report shows the seconds of each stage.
+    -v shows the seconds of each stage.
     Options marked * may also stand in a JSON line of --images-file.
 
     [dim]edit generate-3d cat.png -o cat.glb --budget 0.6

@@ -33,7 +33,7 @@ def models(request: Request) -> None:
     """List the models known by name; any diffusers pipeline with a transformer works too.
 
     [dim]edit models --installed
-    edit models qwen-image-tiny
+    edit models qwen-image-tiny --words
     edit models --remove z-image
     edit models --inspect FOLDER[/dim]
     """
@@ -45,6 +45,11 @@ def models(request: Request) -> None:
     named = [registry.resolve(name) for name in request.get("models", ())]
     if "remove" in request:
         remove(named, "yes" in request)
+        return
+    if "words" in request:
+        if not named:
+            raise EditError("--words needs the name of a model, like edit models qwen-image-tiny --words")
+        words(named, "json" in request)
         return
     rows = named or list(registry.rows().values())
     places = {row.name: local(row) for row in rows}
@@ -63,6 +68,24 @@ def models(request: Request) -> None:
             stdout().print(two_columns(details(row, places[row.name]), title=f"[bold]{row.name}[/]"))
     else:
         print(f"{listing(rows, places)}\n\n{FOOT}")
+
+
+def words(rows: Sequence[Backbone], as_json: bool) -> None:
+    """What can be asked of small models. Raises EditError for a model of which nobody can list it."""
+    from backbones.vocabulary import vocabulary
+
+    found = {}
+    for row in rows:
+        with bad_input():
+            known = vocabulary(row.folder)
+        if known is None:
+            raise EditError(f"--words: {row.name!r} was trained on too many words to be listed; try some")
+        found[row.name] = {"things": known.things, "others": known.others, "sizes": known.sizes}
+        if not as_json:
+            things = [f"{name} ({', '.join(more)})" if more else name for name, more in known.things.items()]
+            print(f"{row.name} draws:\n{', '.join(things)}\n\nwith: {', '.join(known.others)}")
+    if as_json:
+        print_json(found)
 
 
 def remove(rows: Sequence[Backbone], sure: bool) -> None:

@@ -12,6 +12,7 @@ from backbones import loading
 from edit_cli.console import progress, working
 from edit_cli.errors import Interrupted, RunError, bad_input
 from edit_cli.files import write_files
+from edit_cli.generate import sweep
 from edit_cli.generate.medium import Job, OnStep
 from edit_cli.generate.plan import Plan
 from edit_cli.generate.record import differences, make_record
@@ -49,6 +50,8 @@ def run_plan(plan: Plan, show_progress: bool, crew: Crew | None = None) -> Resul
         if crew is not None:
             crew.gather(result)
         result.finish(clock.report(), dense.seconds)
+        if result.shown:
+            sweep.finish(result)
     except KeyboardInterrupt:
         raise Interrupted(result.written) from None
     except RunError as error:
@@ -67,6 +70,7 @@ def open_session(result: Result, clock: StageClock) -> Session:
     """
     with bad_input():
         loading.pick_device(result.plan.placement.device)
+    result.asked = any(job.budget is not None for job in result.plan.jobs)
     plan, source = settle(result.plan)
     result.plan = plan
     session = Session.open(plan, source, clock)
@@ -146,6 +150,8 @@ def _save(batch: Batch, rows: Sequence[int], session: Session, result: Result) -
         for path, data in medium.encode(job, made, record).items():
             write_files({path: data})
             result.written.append(path)
+        if sweep.is_sweep(result.plan.jobs):
+            result.shown[job.index] = medium.thumbnail(made)
     result.add(batch, good)
     for row in rows:
         if row not in good:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from backbones import registry
 from backbones.pipeline_call import known_call
 from backbones.spec import Backbone, CallSize, Makes
+from backbones.vocabulary import remarks
 from edit_cli import options
-from edit_cli.errors import EditError, RunError
+from edit_cli.errors import EditError, RunError, bad_input
 from edit_cli.generate.inputs import (
     PICTURES,
     arguments,
@@ -127,6 +128,9 @@ class Picture:
             warnings.append(f"the negative prompt has no effect at guidance {guidance:g}; use more than 1")
         images = given.get("image", ())
         warnings += stretched(given, call, **settled)
+        with bad_input():
+            size = (settled["width"], settled["height"])
+            warnings += remarks(backbone.folder, backbone.name, fields["prompt"], size)
         return {
             "prompt": fields["prompt"], "negative_prompt": negative, **settled, "image": images,
             "mask": given.get("mask"), "control_image": given.get("control_image"),

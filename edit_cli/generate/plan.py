@@ -23,10 +23,12 @@ from edit_cli.generate.outputs import Output, plan_outputs
 from edit_cli.generate.routers import DEFAULT_ROUTERS, find_routers
 from edit_cli.request import Request
 
+SHORT = 40
+"""Characters of a title that leave room in a file's name for a budget."""
 SAME_RESULT = (
     "replay", "output", "format", "preview", "compare", "dry_run", "json", "quiet", "force", "device",
-    "dtype", "offload", "compile", "batch_size", "gallery", "open", "overwrite", "resume", "engine",
-    "workers", "fit",
+    "dtype", "offload", "compile", "batch_size", "verbose", "gallery", "open", "overwrite", "resume",
+    "engine", "workers", "fit",
 )  # fmt: skip
 """Options beside which a replayed record counts as unchanged; where it runs is noted on its own."""
 OTHER_WAY = (
@@ -187,8 +189,14 @@ def _requests(
             raise EditError(
                 f"--seed {repeated[0]} would be used twice; give distinct seeds, at least -n apart"
             )
-        output = {"output": entry.get("output")}
-        requests += [{**fields, **output, "seed": seed} for seed in seeds]
+        budgets = fields.get("budget")
+        budgets = budgets if isinstance(budgets, list) else [budgets]
+        if len(set(budgets)) < len(budgets):
+            raise EditError("--budget is given the same value twice; give distinct budgets")
+        output = {"output": entry.get("output"), "sweep": len(budgets) > 1}
+        requests += [
+            {**fields, **output, "seed": seed, "budget": budget} for seed in seeds for budget in budgets
+        ]
     return requests
 
 
@@ -229,6 +237,7 @@ def _fields(
         budget = "auto" if common["budget"] is None else f"{common['budget']:g}"
         model, title = backbone.name.replace("/", "-"), medium.title(jobs[-1])
         name = {"prompt": title, "budget": budget, "model": model, "output": fields["output"]}
+        name["sweep"] = fields["sweep"]
         names.append({**common, **medium.placeholders, **name})
     return jobs, names
 
@@ -236,6 +245,9 @@ def _fields(
 def _add_paths(jobs: list[Fields], names: list[Fields], request: Request, medium: Medium) -> frozenset[Path]:
     """Where every result goes, and what is written beside it; returns paths named by us. Raises EditError."""
     first = f".{request['format']}" if "format" in request else medium.suffixes[0]
+    for name in names:
+        if name["sweep"] and "{" not in str(name["output"] or request.get("output")):
+            name["prompt"] = f"{name['prompt'][:SHORT]} budget {100 * float(name['budget']):g}"
     outputs = plan_outputs(request.get("output"), names, tuple(dict.fromkeys((first, *medium.suffixes))))
     places: list[Output] = [*outputs]
     for job, name, (path, _) in zip(jobs, names, outputs, strict=True):

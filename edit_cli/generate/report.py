@@ -47,6 +47,8 @@ def as_json(result: Result) -> dict[str, Any]:
             report.setdefault(f"{name}s", []).append(str(path))
     if result.comparison is not None:
         report["compare"] = result.comparison
+    if result.strips:
+        report["strips"] = [str(path) for path in result.strips]
     if result.notes:
         report["notes"] = result.notes
     return report
@@ -57,28 +59,49 @@ def one_or_all(items: Sequence[Any]) -> Any:
     return items[0] if len(set(items)) == 1 else list(items)
 
 
-def as_table(result: Result) -> RenderableType:
-    """The closing table: files, then budget, compute, decisions, and where the time went."""
-    names = {**result.plan.medium.stages, "total": "total"}
-    work = sum(value for name, value in result.seconds.items() if name not in ("load", "total"))
-    share = result.seconds["denoise"] / max(work, 1e-9)
+def as_table(result: Result, verbose: bool = False) -> RenderableType:
+    """The closing table: files, what was asked, what it cost, how near it is to the dense result.
+
+    verbose: also how it was done: evaluations or decisions, FLOPs, and where the time went.
+    """
     budget = one_or_all([job.budget for job in result.jobs])
     timed = [seconds for seconds in result.took if seconds is not None]
-    asked = f"asked {_budget(budget)}, spent" if len(timed) < len(result.took) else "came to"
-    summary = {
-        "model": _model(result),
-        **({"asked": _time(result, timed)} if timed else {}),
-        "budget": f"{asked} {spread(result.spent)} of the dense FLOPs",
-        "compute": f"{_flops_line(result)}{_made(result)}",
-        **({} if result.decisions is None else {"decisions": decision_line(result.decisions)}),
-        "time": " · ".join(f"{names[name]} {value:.2f} s" for name, value in result.seconds.items()),
-        "": f"denoising is {share:.0%} of the time after loading: a lower budget can save no more than that",
-    }
+    summary = {"model": _model(result, verbose), **({"asked": _time(result, timed)} if timed else {})}
+    if result.asked:
+        summary["budget"] = f"{_budget(budget)} asked, {spread(result.spent)} spent"
+    summary["time"] = f"{result.seconds['total']:.1f} s in all, {_cost(result)}"
+    if verbose:
+        summary |= _how(result)
     if result.comparison is not None:
         files = result.comparison["outputs"]
         line = result.plan.medium.comparison_line(result.comparison)
         summary["dense"] = f"{line}; see {', '.join(files[:3])}{'...' if len(files) > 3 else ''}"
+    if result.strips:
+        summary["side by side"] = ", ".join(map(str, result.strips[:3]))
     return Group(_files(result), Text(), two_columns(summary))
+
+
+def _cost(result: Result) -> str:
+    """Seconds of denoising against those of the dense run, where that is known: a plan's evaluations are
+    alike.
+    """
+    took = result.seconds["denoise"]
+    made, dense = (result.evaluations.get(name, 0) for name in ("made", "dense"))
+    if result.comparison is not None or result.decisions is not None or not 0 < made < dense:
+        return f"{took:.1f} s of them denoising"
+    return f"{took:.1f} s of them denoising, which takes about {took * dense / made:.1f} s at budget 1"
+
+
+def _how(result: Result) -> dict[str, str]:
+    names = {**result.plan.medium.stages, "total": "total"}
+    work = sum(value for name, value in result.seconds.items() if name not in ("load", "total"))
+    share = result.seconds["denoise"] / max(work, 1e-9)
+    return {
+        "compute": f"{_flops_line(result)}{_made(result)}, {spread(result.spent)} of the dense FLOPs",
+        **({} if result.decisions is None else {"decisions": decision_line(result.decisions)}),
+        "stages": " · ".join(f"{names[name]} {value:.2f} s" for name, value in result.seconds.items()),
+        "": f"denoising is {share:.0%} of the time after loading: a lower budget can save no more than that",
+    }
 
 
 def _files(result: Result) -> Table:
@@ -88,24 +111,24 @@ def _files(result: Result) -> Table:
     table.add_column(style="dim", justify="right", no_wrap=True)
     table.add_column(style="dim", justify="right", no_wrap=True)
     table.add_column(overflow="ellipsis", no_wrap=True, ratio=1)
-    rows = list(zip(result.jobs, result.spent, result.facts, strict=True))
-    for job, spent, facts in rows[:MAX_ROWS]:
+    rows = list(zip(result.jobs, result.facts, strict=True))
+    for job, facts in rows[:MAX_ROWS]:
         told = result.plan.medium.told(job, facts)
-        table.add_row(Text(str(job.path)), f"seed {job.seed}", f"spent {spent:.3f}", Text(told))
+        asked = f"budget {job.budget:g}" if result.asked and job.budget is not None else ""
+        table.add_row(Text(str(job.path)), f"seed {job.seed}", asked, Text(told))
     if len(rows) > MAX_ROWS:
         table.add_row(f"... and {len(rows) - MAX_ROWS} more", "", "", "")
     return table
 
 
-def _model(result: Result) -> str:
+def _model(result: Result, verbose: bool) -> str:
     plan, first = result.plan, result.jobs[0]
     steps = one_or_all([job.steps for job in result.jobs])
     numbers = f"{steps} steps" if isinstance(steps, int) else "several step counts"
     solver = f", solver {first.solver}" if first.solver else ""
-    return (
-        f"{plan.backbone.name}, {routers_label(plan.routers, plan.backbone)}, "
-        f"{plan.medium.size(result.jobs)}, {numbers}, guidance {first.guidance:g}{solver}"
-    )
+    more = f", {routers_label(plan.routers, plan.backbone)}, guidance {first.guidance:g}{solver}"
+    size = plan.medium.size(result.jobs)
+    return f"{plan.backbone.name}, {size}, {numbers}{more if verbose else ''}"
 
 
 def _flops_line(result: Result) -> str:

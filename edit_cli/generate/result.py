@@ -68,8 +68,9 @@ PARTS = ("spent", "took", "facts", "flops", "decisions", "evaluations", "calls",
 class Result:
     """Finished jobs in order, with what was spent on each and facts about each; sums over all of them.
 
-    took: seconds of each, None where it was given none. decisions, calls: of routers over blocks, where they
-    decide. evaluations: of plans, made and of the dense run.
+    asked: whether somebody named a budget. shown, strips: of a sweep, pictures by job and where they stand
+    side by side. took: seconds of each, None where it was given none. decisions, calls: of routers over
+    blocks, where they decide. evaluations: of plans, made and of the dense run.
     """
 
     plan: Plan
@@ -85,6 +86,9 @@ class Result:
     calls: int = 0
     comparison: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    asked: bool = False
+    shown: dict[int, Any] = field(default_factory=dict)
+    strips: list[Path] = field(default_factory=list)
 
     def add(self, batch: Batch, rows: Sequence[int]) -> None:
         """Add a batch's measurements. rows: which of its results were asked for."""

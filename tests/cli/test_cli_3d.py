@@ -55,7 +55,7 @@ def made(edit_here, mesh_folder, tmp_path_factory):
     disc().save(folder / "cat.png")
     ran = edit_here(
         "generate-3d", "cat.png", "-m", mesh_folder, "-b", "0.6", "--steps", "8", "--seed", "3",
-        "-o", "cat.glb", "--preview", "view.png", "--compare", "--json", cwd=folder,
+        "-o", "cat.glb", "--preview", "view.png", "--compare", "--json", "-v", cwd=folder,
     )  # fmt: skip
     assert ran.code == 0, ran.err
     return folder, ran

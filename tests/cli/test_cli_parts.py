@@ -161,8 +161,8 @@ SPREAD = [
     ('generate --seed 1 2 3 "a cat"', 'generate --seed 1 --seed 2 --seed 3 "a cat"'),
     ('generate -s 1 2 --prompts p.txt', 'generate -s 1 -s 2 --prompts p.txt'),
     ('generate --seed=1 2 --from a.png', 'generate --seed=1 --seed 2 --from a.png'),
-    ('generate --seed 1 2001', 'generate --seed 1 2001'),
-    ('generate --steps 4 --seed 1 2001 -q', 'generate --steps 4 --seed 1 2001 -q'),
+    ('generate --seed 1 2001', 'generate --seed 1 --seed 2001'),
+    ('generate --steps 4 --seed 1 2001 -q', 'generate --steps 4 --seed 1 --seed 2001 -q'),
     ('generate 7 --steps 4 5', 'generate 7 --steps 4 5'),
     ('generate --seed -1', 'generate --seed -1'),
     ('generate --seed 1 "a cat" 2', 'generate --seed 1 "a cat" 2'),
@@ -173,13 +173,14 @@ SPREAD = [
     ('profile --images a.png b.JPG -q', 'profile --images a.png --images b.JPG -q'),
     ('profile --images a.png b.jpg "a cat"', 'profile --images a.png --images b.jpg "a cat"'),
     ('generate-3d a.png b.png --views front left', 'generate-3d a.png b.png --views front --views left'),
-    ('generate-3d --seed 1 2', 'generate-3d --seed 1 2'),
+    ('generate-3d --seed 1 2', 'generate-3d --seed 1 --seed 2'),
+    ('generate --budget 0.4 0.6 1 "a cat"', 'generate --budget 0.4 --budget 0.6 --budget 1 "a cat"'),
     ('generate-3d --seed 1 2 --images-file p.txt', 'generate-3d --seed 1 --seed 2 --images-file p.txt'),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("typed", "meant"), SPREAD)
-def test_several_values_after_one_option_never_take_what_the_command_lacks(typed, meant):
+def test_several_values_may_follow_one_option(typed, meant):
     name, *words = shlex.split(typed)
     assert [name, *spread(words, COMMANDS[name])] == shlex.split(meant)
 

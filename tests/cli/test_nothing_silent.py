@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from backbones.noise import seeded
+from backbones.spec import PACKAGE_FOLDER
+from backbones.vocabulary import vocabulary
+from edit_cli import console
 from edit_cli.console import printable
 from edit_cli.generate.samples import picture_files
 from edit_cli.generate.seen import Seen
@@ -146,3 +152,83 @@ def test_nothing_that_a_terminal_obeys_is_printed(edit_here, qwen_folder, tmp_pa
     ran = edit_here("generate", "--prompts", "p.jsonl", "-m", qwen_folder, *SMALL, cwd=tmp_path)
     assert ran.code == 0 and "a cat" in ran.out
     assert ran.out == printable(ran.out) and "\x1b" not in ran.out
+
+
+def test_several_budgets_are_drawn_side_by_side(edit_here, qwen_folder, tmp_path):
+    ran = edit_here(
+        "generate", "a cat", "-m", qwen_folder, *SMALL, "--steps", "5", "--budget", "0.6", "0.7", "1",
+        "--json", "--compare", cwd=tmp_path,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    names = [f"a-cat-budget-{share}.png" for share in (60, 70, 100)]
+    assert ran.json["outputs"] == names and ran.json["budget"] == [0.6, 0.7, 1.0]
+    assert ran.json["strips"] == ["a-cat-budgets.png"]
+    assert Image.open(tmp_path / "a-cat-budgets.png").width > 3 * 32
+    assert len(ran.json["compare"]["outputs"]) == 3
+    assert "budgets 0.6 and 0.7 come to the same at 5 steps: 0.60 of the dense FLOPs" in ran.err
+    ran = edit_here("generate", "7", "-m", qwen_folder, cwd=tmp_path)
+    assert ran.code == 2 and ran.err.startswith("error: PROMPT '7' is a number; write it after the option")
+
+
+def test_what_a_small_model_does_not_know_is_said(edit_bare, tmp_path):
+    ran = edit_bare("generate", "an elephnt", "--width", "64", "--dry-run", cwd=tmp_path)
+    assert "qwen-image-tiny does not know 'elephnt' and draws something else; near are elephant" in ran.err
+    assert "qwen-image-tiny was not trained for 64x128 px" in ran.err
+    ran = edit_bare("models", "flux-tiny", "--words", cwd=tmp_path)
+    assert ran.code == 0 and "elephant" in ran.out and not ran.imported
+    ran = edit_bare("models", "flux-dev", "--words", cwd=tmp_path)
+    assert ran.code == 2 and "--words: 'flux-dev' was trained on too many words" in ran.err
+
+
+@pytest.mark.parametrize("model", ["qwen_image_tiny", "flux_tiny"])
+def test_the_words_of_a_packaged_model_are_those_it_was_judged_by(model):
+    tiny = PACKAGE_FOLDER / "tiny"
+    known = vocabulary(tiny / model)
+    assert known is not None
+    prompts = (tiny / "prompts" / "common100.txt").read_text().splitlines()
+    assert [prompt for prompt in prompts if known.unknown(prompt)] == []
+    assert known.unknown("two red Cats, flat style, and a hippogriff") == ["hippogriff"]
+
+
+def test_quiet_prints_the_paths_and_nothing_else(edit_here, qwen_folder, tmp_path):
+    ran = edit_here("generate", "a cat", "a dog", "-m", qwen_folder, *SMALL, "-q", cwd=tmp_path)
+    assert (ran.code, ran.out, ran.err) == (0, "a-cat.png\na-dog.png\n", "")
+
+
+def test_a_log_has_a_line_for_every_phase_and_half_minute(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(console.lifetime, "began", lambda: 90.0)
+    with console.progress(True) as bars, console.working("loading", True):
+        task = bars.add_task("denoising", total=10)
+        for _ in range(10):
+            bars.advance(task)
+            now[0] += 12.0
+    assert capsys.readouterr().err.splitlines() == [
+        "[0:10] loading",
+        "[0:10] denoising: 10 steps",
+        "[0:46] denoising: 4 of 10 steps, 0.11 a second, 0:54 left",
+        "[1:22] denoising: 7 of 10 steps, 0.097 a second, 0:30 left",
+        "[1:58] denoising: 10 of 10 steps, 0.093 a second",
+    ]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_signals_that_end_a_program_end_it_as_ctrl_c_does(name):
+    wait = f"import signal, time\nsignal.raise_signal(signal.{name})\ntime.sleep(20)"
+    code = f"import edit_cli.main as m\ndef wait(_):\n exec({wait!r})\nm._run = wait\nm.main([])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (130, "error: interrupted; nothing was written\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_closed_and_full_streams_are_one_line(tmp_path):
+    edit = shlex.quote(sys.executable) + " -m edit_cli.main"
+    for command, code, message in (
+        (f"{edit} generate --prompts - <&-", 2, "error: --prompts 'stdin' is empty"),
+        (f"{edit} models > /dev/full", 1, "error: no space left on device while writing output"),
+        (f"{edit} models >&-", 0, ""),
+    ):
+        ran = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+        assert ran.returncode == code and ran.stderr.startswith(message), ran.stderr
+        assert len(ran.stderr.splitlines()) == (1 if message else 0)
