@@ -44,6 +44,7 @@ ENTRY = "edit_bundle"
 """Metadata entry of the description where a bundle is one file."""
 FORMAT, TRAINED_FORMAT = 5, 3
 """Written and read: for plans in time, and for trained routers."""
+UNIVERSAL = "the plan is the one that needs no calibration"
 PLAIN_FIELDS = (
     "base_model",
     "architecture",
@@ -103,10 +104,17 @@ class Bundle:
 
         def planner(grid: Array) -> TimePlan | None:
             plan = universal(grid)
-            same = len(grid) == len(self.times) and np.allclose(grid, self.times, atol=SAME_TIMES)
-            return plan if plan is None or not same else plans.get(plan.evaluations, plan)
+            return plan if plan is None or self.unfitted(grid) else plans.get(plan.evaluations, plan)
 
         return planner
+
+    def unfitted(self, grid: Array) -> str:
+        """Why plans do not serve a run with these times [N + 1]; "" where they do."""
+        steps = len(grid) - 1
+        if len(grid) != len(self.times):
+            return f"calibrated at {self.num_steps} steps; at {steps} {UNIVERSAL}"
+        same = np.allclose(grid, self.times, atol=SAME_TIMES)
+        return "" if same else f"calibrated at other times, which may depend on the size: {UNIVERSAL}"
 
     def check_budget(self, budget: float) -> None:
         """Raises ValueError for a budget this bundle was not fitted for."""

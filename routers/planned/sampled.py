@@ -149,12 +149,15 @@ class Sampled:
         if timed or size is not None:
             self.pace.begin(size or (steps, trace.samples), trace.seconds or float("inf"))
         self.scheduler.live = turning
-        trace.widths, trace.blocks = (), None
+        trace.widths, trace.blocks, trace.remarks = (), None, []
         if turning:
             plan = self._course_of(grid, trace)
         else:
             plan = self._narrow_plan(trace, grid) or self._planner(trace.requested, trace)(grid)
         trace.planned = steps if plan is None else len(plan.times) - 1
+        if plan is not None and not self._scoped.get("planner_for"):
+            unfitted = getattr(getattr(self.planner_for, "__self__", None), "unfitted", lambda _: "")
+            trace.remarks += [reason] if (reason := unfitted(grid)) else []
         return plan
 
     def _narrow_plan(self, trace: PlanTrace, grid: Array) -> TimePlan | None:

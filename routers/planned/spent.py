@@ -81,7 +81,8 @@ class PlanTrace:
         """What a user should know of this run, in plain words."""
         if self.seconds is not None:
             late = self.took > self.seconds
-            return [f"asked {self.seconds:.3g} s, took {self.took:.3g} s"] if late else []
+            text = f"asked {self.seconds:.3g} s, took {self.took:.3g} s"
+            return [*self.remarks, text] if late else self.remarks
         share = self.planned / self.steps if self.steps else self.requested
         share = self.share if self.blocks is not None else share
         if abs(share - self.requested) <= GRAIN and not self.widths:

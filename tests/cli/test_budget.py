@@ -147,6 +147,16 @@ def test_a_run_from_a_picture_keeps_its_strength_and_its_budget(qwen_folder, flu
         assert np.abs(pixels(desk / "half.png") - pixels(desk / "whole.png")).mean() < far
 
 
+def test_a_bundle_that_does_not_serve_a_run_from_a_picture_says_so(qwen_folder, edit_here, desk):
+    """Its plans were fitted for runs from noise."""
+    words = ["generate", "a cat", "-m", qwen_folder, "--steps", "4", "-b", "0.5", "--json", "-q", "-o"]
+    Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(desk / "start.png")
+    assert "notes" not in edit_here(*words, "noise.png", cwd=desk).json
+    ran = edit_here(*words, "half.png", "--image", "start.png", "--strength", "0.5", cwd=desk)
+    assert ran.code == 0, ran.err
+    assert ran.json["notes"] == ["calibrated at 4 steps; at 2 the plan is the one that needs no calibration"]
+
+
 def test_a_mesh_is_compared_with_the_exact_one(mesh_folder, edit_here, desk):
     words = ["generate-3d", "cat.png", "-m", mesh_folder, "--steps", "6", "--octree-resolution", "24"]
     ran = edit_here(*words, "-b", "0.5", "--target", "exact", "--compare", "exact", "--json", cwd=desk)
