@@ -146,7 +146,8 @@ class Sampled:
             trace.target = "exact"  # its dense run is as good as exact
         trace.steps = trace.of = steps
         trace.made, self._course, self._decided = 0, None, (0, None)
-        if timed or size is not None:
+        over = self._scope is not None and self._before is not None
+        if (timed or size is not None) and not over:
             self.pace.begin(size or (steps, trace.samples), trace.seconds or float("inf"))
         self.scheduler.live = turning
         trace.widths, trace.blocks, trace.remarks = (), None, []
