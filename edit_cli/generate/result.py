@@ -95,8 +95,8 @@ class Result:
         trace = batch.trace
         self.jobs += [batch.jobs[row] for row in rows]
         self.spent += [trace.spent[row] for row in rows]
-        seconds = getattr(trace, "seconds", None)
-        self.took += [None if seconds is None else trace.took / len(batch.jobs) for _ in rows]
+        timed = isinstance(trace, PlanTrace) and trace.seconds is not None  # routers know no --time
+        self.took += [trace.took / len(batch.jobs) if timed else None for _ in rows]
         self.facts += [self.plan.medium.facts(batch.results[row]) for row in rows]
         for name, value in batch.flops.items():
             self.flops[name] += value
