@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -45,14 +46,13 @@ def _size(args: tuple[Any, ...]) -> Sequence[int]:
 def seeded(scheduler: Any, seeds: Sequence[int]) -> Iterator[None]:
     """Inside, the steps of a scheduler draw their noise from the seeds, one for each row of the sample."""
     generators = [torch.Generator("cpu").manual_seed(seed ^ APART) for seed in seeds]
-    step = scheduler.step
 
-    @functools.wraps(step)  # pipelines look at its arguments
-    def own_step(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(type(scheduler).step)  # pipelines look at its arguments
+    def own_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _OwnNoise(generators):
-            return step(*args, **kwargs)
+            return type(self).step(self, *args, **kwargs)
 
-    scheduler.step = own_step
+    scheduler.step = MethodType(own_step, scheduler)  # a copy of the scheduler gets one of its own
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -81,6 +82,8 @@ class Serving:
         """For pipelines with a copy of their scheduler for every frame: each has a past of its own."""
         twin = copy.copy(self)
         twin._patched = []
+        if "step" in vars(self):  # wrapped
+            twin.__dict__["step"] = MethodType(vars(self)["step"].__func__, twin)
         if "_run" in vars(self):
             twin._run = copy.copy(self._run)  # its outputs are replaced, never changed
         if "own" in vars(self):

@@ -29,6 +29,8 @@ def test_open_gates_are_told_from_noise(tmp_path: Path) -> None:
         assert zoo.run_case(case, 0.6, 3).opened == "equal"
 
         def unseeded(pipe: object) -> dict[str, object]:
-            return {**case.inputs(pipe), "generator": None}
+            drawn = torch.Generator()
+            drawn.seed()
+            return {**case.inputs(pipe), "generator": drawn}
 
         assert zoo.run_case(replace(case, inputs=unseeded), 0.6, 3).opened == "differs from itself"
