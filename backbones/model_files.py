@@ -20,6 +20,8 @@ ROUTERS_FOLDER = "routers"
 DEFAULTS_FILE, STATIC = "edit.json", "static"
 """What a model folder says of itself: defaults for requests, and a static transformer's shape."""
 
+PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+"""Of a pipeline: not values of its configuration."""
 POINTER = b"version https://git-lfs"
 LFS = "it is a git-lfs pointer and not the file itself; fetch that with: git lfs pull"
 
@@ -43,6 +45,19 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ModelError(f"{str(file)!r} cannot be read: {first_line(error)}") from error
     except ValueError as error:
         raise ModelError(f"{str(file)!r}: {LFS}" if is_pointer(file) else str(error)) from None
+
+
+def read_index(file: Path) -> dict[str, Any]:
+    """A model_index.json: its components are pairs of a library and a class. Raises ModelError."""
+    from routers import schema
+
+    index = read_json(file)
+    parts = {name: entry for name, entry in index.items() if name in PARTS or isinstance(entry, list)}
+    try:
+        schema.convert(parts, dict[schema.Name, tuple[str | None, str | None]], repr(str(file)))
+    except ValueError as error:
+        raise ModelError(str(error)) from None
+    return index
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from backbones.model_files import (
     hub_file,
     near_names,
     read_header,
+    read_index,
     read_json,
     read_yaml,
     stamp,
@@ -186,7 +187,7 @@ def _read_folder(folder: Path, _stamp: Stamp) -> Backbone:
             + folders_inside(folder)
         )
     index = folder / layout
-    family = _family(layout, read_json(index) if layout == DIFFUSERS else read_yaml(index), str(folder))
+    family = _family(layout, read_index(index) if layout == DIFFUSERS else read_yaml(index), str(folder))
     configs, counts = _read_configs(folder, layout), _count_parameters(folder, layout)
     try:
         traits = family.traits(configs)
@@ -233,7 +234,7 @@ def _family(layout: str, index: Config, where: str) -> Family:
 def _read_configs(folder: Path, layout: str) -> Configs:
     if layout == HUNYUAN3D:
         return read_yaml(folder / HUNYUAN3D)
-    index = read_json(folder / DIFFUSERS)
+    index = read_index(folder / DIFFUSERS)
     return {
         part: read_json(folder / part / "config.json") for part in CONFIGURED if index.get(part, [None])[0]
     }
@@ -257,7 +258,7 @@ def _from_hub(model: str) -> Backbone:
     index = hub_file(model, DIFFUSERS) if model.count("/") == 1 and cached_folder(model) is None else None
     if index is None:
         return replace(_from_folder(resolve_folder(model).resolve()), name=model)
-    family = _family(DIFFUSERS, read_json(index), model)
+    family = _family(DIFFUSERS, read_index(index), model)
     return Backbone(name=model, family=family, source=model, **vars(family.traits(_hub_configs(model))))
 
 

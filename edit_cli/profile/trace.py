@@ -86,6 +86,8 @@ def check_trace(trace: Mapping[str, Any], where: str = "trace") -> None:
     steps, blocks, dense = read.request.steps, len(read.blocks), read.runs[0]
     if dense.name != "dense":
         raise ValueError(f"{where}: runs[0]: its first run is not the dense one")
+    if read.kind == "elastic" and len(read.runs) < 2:
+        raise ValueError(f"{where}: runs: no run at a budget beside the dense one")
     for run in read.runs:
         at = f"{where}: run {run.name!r}"
         if len(run.actions) != len(read.request.samples):
