@@ -97,9 +97,12 @@ class Bundle:
         assert self.trained is not None, "a bundle of plans has no policy"
         return TrainedPolicy(self.trained.profile, self.trained.trend, batch_mean=batch_mean)
 
-    def planner(self, budget: float, target: str) -> Planner:
-        """From the times of a run to the plan that was fitted for them, else to the universal one."""
-        universal = universal_planner(budget, target, self.warps.get(target))
+    def planner(self, budget: float, target: str, warp: Warp | None = None) -> Planner:
+        """From the times of a run to the plan that was fitted for them, else to the universal one.
+
+        warp: of its times, where none was found by fitting.
+        """
+        universal = universal_planner(budget, target, self.warps.get(target, warp))
         plans = self.plans.get(target, {})
 
         def planner(grid: Array) -> TimePlan | None:

@@ -175,7 +175,7 @@ class Session:
         if not isinstance(self.elastic, Sampled):
             return self.elastic.scope(num_steps=job.denoising_steps, **wishes)
         if job.solver is not None:
-            wishes["planner_for"] = lambda budget, _target: fewer_steps(budget)
+            wishes["planner_for"] = lambda budget, *_: fewer_steps(budget)
         if job.time is not None:
             wishes["seconds"], size = job.time * samples, self._size(jobs)
         return self.elastic.scope(target=job.target, turns=job.turns, size=size, **wishes)

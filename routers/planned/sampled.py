@@ -24,10 +24,10 @@ from .scheduler import elastic_scheduler
 from .seconds import Pace, fitting
 from .spent import PlanTrace, evaluations_for
 from .timeplan import Array, TimePlan
-from .universal import Warp, check_wishes, universal_planner
+from .universal import Warp, check_wishes
 
-PlannerFor = Callable[[float, str], Planner]
-"""From a budget and a target to a planner: `universal_planner`, or a bundle's."""
+PlannerFor = Callable[[float, str, Warp | None], Planner]
+"""From a budget, a target and the warp of times that a scheduler knows: `universal_planner`, or a bundle's."""
 BEGINS, ENDS = ("check_inputs", "prepare"), ("maybe_free_model_hooks", "clean")
 """What a pipeline's call begins and ends with, diffusers' and the mesh pipeline's."""
 
@@ -204,9 +204,7 @@ class Sampled:
         """A scheduler may know which warps of its times serve where nothing was measured."""
         planner_for = self._scoped.get("planner_for") or self.planner_for
         known: dict[str, Warp] = getattr(self.scheduler, "warps", {})
-        if planner_for is universal_planner:
-            return universal_planner(budget, trace.target, known.get(trace.target))
-        return planner_for(budget, trace.target)
+        return planner_for(budget, trace.target, known.get(trace.target))
 
     def _count(self, number: int) -> Steps | None:
         """An evaluation was made: copies of a scheduler, one for every frame, make it together."""

@@ -297,6 +297,8 @@ def test_elsewhere_the_universal_plan_with_the_bundles_warp_stands_in(
         assert np.array_equal(stands_in.weights, expected.weights)
     plain = make_bundle(model, warps={}).planner(0.5, target)(longer)
     assert np.array_equal(plain.times, universal_planner(0.5, target)(longer).times)
+    warped = make_bundle(model, warps={}).planner(0.5, target, (0.5, 1.0))(longer)  # as the scheduler knows
+    assert not np.array_equal(plain.times, warped.times)
     assert not np.array_equal(plain.times, bundle.planner(0.5, target)(longer).times)
     assert bundle.planner(1.0, "dense")(GRID) is None
 

@@ -206,7 +206,7 @@ def test_other_samplers_end_in_time(own: Any, clock: Clock) -> None:
 @pytest.mark.parametrize("name", ["euler", "ab2", "dpm++2m"])
 def test_a_solver_ends_in_time(name: str, clock: Clock, timed: Any) -> None:
     pipe, sampled = timed(QWEN)
-    few = {"planner_for": lambda budget, _target: fewer_steps(budget)}
+    few = {"planner_for": lambda budget, *_: fewer_steps(budget)}
     with sampled.scope(seconds=5.5, **few) as trace, solver(pipe, name):
         picture = make(pipe, 10)
     assert trace.made == 5
