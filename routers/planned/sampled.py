@@ -27,7 +27,7 @@ from .timeplan import Array, TimePlan
 from .universal import Warp, check_wishes
 
 PlannerFor = Callable[[float, str, Warp | None], Planner]
-"""From a budget, a target and the warp of times that a scheduler knows: `universal_planner`, or a bundle's."""
+"""From a budget, a target and a scheduler's warp of its times: `universal_planner`, or a bundle's."""
 BEGINS, ENDS = ("check_inputs", "prepare"), ("maybe_free_model_hooks", "clean")
 """What a pipeline's call begins and ends with, diffusers' and the mesh pipeline's."""
 
