@@ -6,6 +6,7 @@ Torch-free until a pipeline is called.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -227,7 +228,10 @@ def stretched(
     notes = []
     for name in PICTURES:
         for file in given.get(name) or () if name == "image" else filter(None, [given.get(name)]):
-            with Image.open(file) as picture:
+            with warnings.catch_warnings():  # of large pictures, which are read all the same
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                picture = Image.open(file)
+            with picture:
                 turned = picture.getexif().get(EXIF_ORIENTATION, 1) > 4
                 wide, high = picture.size[::-1] if turned else picture.size
             ratio = wide / high / (width / height)
