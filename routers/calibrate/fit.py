@@ -186,7 +186,7 @@ class Fit:
             share = near.evaluations / steps * trace.flops["spent"] / trace.flops["dense"]
             plan = replace(stages.plan, widths=near.widths)
             measured.append(Measured(plan, share, overshooting_error(latents, end)))
-        return worth_it(measured)
+        return worth_it(measured, (max(numbers) + 1) / steps)
 
     def _plan(
         self, recorded: Trajectory, evaluations: int, target: str, warps: Sequence[Warp]

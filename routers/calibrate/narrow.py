@@ -56,13 +56,16 @@ def overshooting_error(ended: Tensor, target: Tensor) -> float:
     return float((distance + beyond).mean())
 
 
-def worth_it(measured: Iterable[Measured]) -> list[NarrowPlan]:
-    """The narrow ones of those that ended nearer than everything cheaper, each up to the next one's share."""
+def worth_it(measured: Iterable[Measured], below: float) -> list[NarrowPlan]:
+    """The narrow ones of those that ended nearer than everything cheaper, each up to the next one's share.
+
+    below: the least budget that buys more whole evaluations than were measured.
+    """
     nearer: list[Measured] = []
     for found in sorted(measured, key=lambda m: m.share):
         if not nearer or found.error < nearer[-1].error:
             nearer.append(found)
-    ends = [*(found.share for found in nearer[1:]), 1.0]
+    ends = [*(found.share for found in nearer[1:]), below]
     return [
         NarrowPlan(found.plan, found.share, end)
         for found, end in zip(nearer, ends, strict=True)

@@ -49,9 +49,10 @@ def test_kept_are_narrow_plans_that_end_nearer_than_all_that_is_cheaper() -> Non
     narrow, wide, whole = plan(3, 0.25), plan(3, 0.5), plan(2, 1.0)
     measured = [Measured(whole, 0.2, 0.5), Measured(narrow, 0.15, 0.4), Measured(wide, 0.22, 0.3)]
     measured += [Measured(plan(1, 0.5), 0.07, 0.9), Measured(plan(3, 1.0), 0.3, 0.2)]
-    kept = worth_it(measured)
+    kept = worth_it(measured, 0.4)
     assert [(found.share, found.until) for found in kept] == [(0.07, 0.15), (0.15, 0.22), (0.22, 0.3)]
     assert kept[1].plan is narrow and kept[2].plan is wide, "the whole plan between them is worse than both"
+    assert worth_it(measured[:3], 0.4)[-1].until == 0.4, "what was not measured may be better from there on"
 
 
 def test_a_plan_that_shoots_beyond_the_target_counts_as_farther_away() -> None:
