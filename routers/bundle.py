@@ -192,7 +192,7 @@ def load_bundle(path: str | Path) -> Bundle:
     quality = data.metadata.get("quality", [])
     schema.convert(quality, list[dict[schema.Name, float | None]], f"{where}: metadata.quality")
     times = np.asarray(data.times, float)
-    if (np.diff(times) > 0).any():
+    if form == FORMAT and (np.diff(times) > 0).any():
         raise ValueError(f"{where}: times: {times.round(4).tolist()} do not decrease")
     try:
         return Bundle(

@@ -39,6 +39,11 @@ class Ran:
     imported: bool | None = None
 
     @property
+    def said(self) -> list[str]:
+        """Lines of stderr but those on how far the run is, which may have begun before an error."""
+        return [line for line in self.err.splitlines() if not line.startswith("[")]
+
+    @property
     def json(self) -> dict:
         """The last line of stdout, parsed."""
         return json.loads(self.out.splitlines()[-1])

@@ -68,19 +68,19 @@ def test_a_budget_that_whole_evaluations_miss_says_what_it_bought(qwen_folder, e
 
 def test_the_exact_target_comes_nearer_to_the_exact_solution_than_all_steps(qwen_folder, edit_here, desk):
     words = ["generate", "a cat", "--routers", "none", "-m", qwen_folder, "--steps", "8", "--json", "-q"]
-    ran = edit_here(*words, "--target", "exact", "--compare", "exact", "-o", "cat.png", cwd=desk)
+    ran = edit_here(*words, "--target", "exact", "--compare", "exact", "-o", "exact.png", cwd=desk)
     assert ran.code == 0, ran.err
     assert (ran.json["spent"], ran.json["evaluations"]) == ([1.0], {"made": 8, "dense": 8})
     compare = ran.json["compare"]
     assert compare["psnr"][0] > compare["dense_psnr"][0]
-    assert read_picture(desk / "cat.png")["target"] == "exact"
+    assert read_picture(desk / "exact.png")["target"] == "exact"
 
 
 def test_a_target_is_replayed_and_stands_in_lines(qwen_folder, edit_here, desk):
     words = ["-m", qwen_folder, "--steps", "8", "-b", "0.5", "--json", "-q"]
     lines = [
-        {"prompt": "a cat", "target": "exact", "output": "exact.png"},
-        {"prompt": "a cat", "output": "dense.png"},
+        {"prompt": "a cat", "target": "exact", "output": "aimed.png"},
+        {"prompt": "a cat", "output": "usual.png"},
     ]
     ran = edit_here("generate", "--prompts", "-", *words, cwd=desk, stdin="\n".join(map(json.dumps, lines)))
     assert ran.code == 0, ran.err
@@ -88,7 +88,9 @@ def test_a_target_is_replayed_and_stands_in_lines(qwen_folder, edit_here, desk):
     assert [read_picture(path)["target"] for path in (exact, dense)] == ["exact", None]
     assert (pixels(exact) != pixels(dense)).any()
     for options, same in (((), exact), (("--target", "dense"), dense)):
-        again = edit_here("generate", "--from", "exact.png", *options, "-o", "again.png", cwd=desk)
+        again = edit_here(
+            "generate", "--from", exact.name, *options, "-o", "again.png", "--overwrite", cwd=desk
+        )
         assert again.code == 0, again.err
         np.testing.assert_array_equal(pixels(desk / "again.png"), pixels(same))
         assert read_picture(desk / "again.png")["budget"] == 0.5
@@ -138,8 +140,12 @@ def test_a_run_from_a_picture_keeps_its_strength_and_its_budget(qwen_folder, flu
             "-m",
             folder,
         ]
-        whole = edit_here(*words, "--steps", "8", "-b", "1", "-o", "whole.png", "--json", "-q", cwd=desk)
-        ran = edit_here(*words, "--steps", "8", "-b", "0.5", "-o", "half.png", "--json", "-q", cwd=desk)
+        whole = edit_here(
+            *words, "--steps", "8", "-b", "1", "-o", "whole.png", "--json", "-q", "--overwrite", cwd=desk
+        )
+        ran = edit_here(
+            *words, "--steps", "8", "-b", "0.5", "-o", "half.png", "--json", "-q", "--overwrite", cwd=desk
+        )
         assert ran.code == 0, ran.err
         assert whole.json["evaluations"] == {"made": 4, "dense": 4}
         assert ran.json["evaluations"] == {"made": 2, "dense": 4}

@@ -156,9 +156,8 @@ def check_refused(edit, desk: Path, qwen_folder: Path, arguments: list[str], mes
     ran = edit("generate", *arguments, cwd=desk)
     assert ran.code == 2, ran.err
     assert message in ran.err
-    said = [line for line in ran.err.splitlines() if not line.startswith("[")]  # the run may have begun
-    assert said[0].startswith("error: ")
-    assert len(said) == 1, ran.err
+    assert ran.said[0].startswith("error: ")
+    assert len(ran.said) == 1, ran.err
     assert "Traceback" not in ran.err
     assert ran.out == ""
     assert snapshot(desk) == before

@@ -234,7 +234,7 @@ def test_a_bad_line_is_named(maker, desk, edit_here, line, message):
     )
     ran = edit_here(*maker.line(maker.list_option, "-"), cwd=desk, stdin=line)
     assert ran.code == 2
-    assert message in ran.err and len(ran.err.splitlines()) == 1
+    assert message in ran.err and len(ran.said) == 1
 
 
 def test_a_failed_run_names_what_it_kept(maker, desk, edit_here, monkeypatch):
@@ -267,7 +267,7 @@ def test_an_interrupt_keeps_finished_results(maker, desk, edit):
     kept = {path.name for path in desk.iterdir()}
     assert first_file.name in kept and f"x-39{maker.suffix}" not in kept
     assert not any(name.startswith(".") for name in kept)
-    (line,) = [line for line in ran.err.splitlines() if not line.startswith("[")]
+    (line,) = ran.said
     assert line.startswith(f"error: interrupted; kept {first_file.name}")
     assert set(line.split("kept ")[1].split(", ")) == kept - {"cat.png", "dog.png"}
 

@@ -138,7 +138,7 @@ def test_metadata_survives_in_every_format(tmp_path, suffix):
 
 def test_a_comment_too_long_for_a_jpeg_is_cut(tmp_path):
     long = {**RECORD, "prompt": "a cat " * 6000}
-    (tmp_path / "x.jpg").write_bytes(record.encode_picture(Image.new("RGB", (8, 8)), ".jpg", long))
+    (tmp_path / "x.jpg").write_bytes(record.encode_picture(Image.new("RGB", (64, 32)), ".jpg", long))
     assert record.read_picture(tmp_path / "x.jpg") == long
 
 

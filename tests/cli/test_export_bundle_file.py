@@ -140,5 +140,5 @@ def test_bad_input(arguments: list[str], message: str, folder: Path, tmp_path: P
     ran = edit_here("export", *arguments, cwd=tmp_path)
     assert ran.code == 2
     assert message in ran.err
-    assert len(ran.err.strip().splitlines()) == 1
+    assert len(ran.said) == 1
     assert sorted(tmp_path.rglob("*")) == before

@@ -208,5 +208,5 @@ def test_bad_input(arguments, message: str, qwen_folder: Path, tmp_path: Path, e
     ran = edit_here("export", places[arguments[0]], "-o", "out", *arguments[1:], cwd=tmp_path)
     assert ran.code == 2, ran.err
     assert message in ran.err
-    assert len(ran.err.strip().splitlines()) == 1
+    assert len(ran.said) == 1
     assert list(tmp_path.iterdir()) == [torn]

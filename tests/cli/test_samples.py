@@ -39,7 +39,7 @@ def test_one_model_means_the_same_to_every_command(model, desk, edit_here, monke
         named = [] if command[0] == "export" else ["-m", model]
         ran = edit_here(*command, *named, cwd=desk)
         assert ran.code == 2
-        errors.add(ran.err)
+        errors.add(tuple(ran.said))
     assert len(errors) == 1, errors
 
 

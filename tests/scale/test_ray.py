@@ -72,7 +72,7 @@ def test_an_actor_that_is_killed_loses_nothing(folder: Path) -> None:
 
 def test_what_ray_cannot_do_is_refused(edit_here, tmp_path: Path) -> None:
     ran = edit_here("generate", "a cat", "--engine", "ray", "--compare", cwd=tmp_path)
-    assert ran.code == 2 and ran.err.startswith("error: --engine ray neither compares nor replays")
+    assert ran.code == 2 and ran.said[0].startswith("error: --engine ray neither compares nor replays")
     ran = edit_here("generate", "--prompts", "-", "--engine", "ray", cwd=tmp_path, stdin="a cat\n")
-    assert ran.code == 2 and ran.err.startswith("error: --prompts - is read by one process only")
+    assert ran.code == 2 and ran.said[0].startswith("error: --prompts - is read by one process only")
     assert not list(tmp_path.iterdir())
