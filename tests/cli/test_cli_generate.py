@@ -243,7 +243,7 @@ def test_the_papers_release_runs_in_exact_mode(edit_here, tmp_path, qwen_folder)
     ("model", "dense", "share"),
     [
         pytest.param("qwen-image", 6.82e15, 30 / 50, marks=pytest.mark.slow),
-        ("flux-dev", 2.08e15, 16 / 28),
+        pytest.param("flux-dev", 2.08e15, 16 / 28, marks=pytest.mark.slow),
     ],
 )
 def test_dry_run_of_a_model_that_is_not_here(edit_here, tmp_path, model, dense, share):

@@ -170,8 +170,8 @@ def test_several_budgets_are_drawn_side_by_side(edit_here, qwen_folder, tmp_path
     assert ran.code == 2 and ran.err.startswith("error: PROMPT '7' is a number; write it after the option")
 
 
-def test_what_a_small_model_does_not_know_is_said(edit_bare, tmp_path):
-    ran = edit_bare("generate", "an elephnt", "--width", "64", "--dry-run", cwd=tmp_path)
+def test_what_a_small_model_does_not_know_is_said(edit_bare, edit_here, tmp_path):
+    ran = edit_here("generate", "an elephnt", "--width", "64", "--dry-run", cwd=tmp_path)
     assert "qwen-image-tiny does not know 'elephnt' and draws something else; near are elephant" in ran.err
     assert "qwen-image-tiny was not trained for 64x128 px" in ran.err
     ran = edit_bare("models", "flux-tiny", "--words", cwd=tmp_path)

@@ -22,6 +22,7 @@ def test_the_map_is_found_where_there_is_one():
         assert np.abs(np.asarray(made, float) - pixels[0].clip(0, 255)).mean() < 8
 
 
+@pytest.mark.slow
 def test_a_preview_resembles_the_picture(edit_here, tmp_path, monkeypatch):
     """The first run fits the map and keeps it; the second reads it. Both end on the picture that is saved."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -85,6 +85,7 @@ def test_bad_input(edit_here, desk, qwen_folder, mesh_folder, arguments, message
     assert sorted(desk.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_train_then_generate(edit_here, desk, qwen_folder) -> None:
     """On pictures, with a LoRA: everything that can be switched on."""
     ran = edit_here(
