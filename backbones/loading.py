@@ -18,6 +18,7 @@ from backbones.hunyuan3d.folders import cached_folder
 from backbones.lora import add_loras
 from backbones.model_files import (
     LFS,
+    ROUTERS_FOLDER,
     ModelError,
     cached_file,
     first_line,
@@ -160,11 +161,13 @@ def model_hash(backbone: Backbone) -> str | None:
 def fingerprint(folder: Path) -> str:
     """Short hash that tells checkpoints apart in milliseconds: sizes, and 16 samples of 64 KiB per file.
 
-    folder: a folder of safetensors files, or one file.
+    folder: a folder of safetensors files, or one file. A bundle in `routers/` is not of the checkpoint.
     """
     digest = hashlib.sha256()
     files = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
     for file in files:
+        if file.parent == folder / ROUTERS_FOLDER:
+            continue
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)}:{size}".encode())
         with file.open("rb") as stream:

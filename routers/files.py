@@ -2,7 +2,8 @@
 
 What a run leaves when it is killed lies beside its target and begins with a dot:
 
-    .NAME.claim          the name is taken: locked while the run lives, so a lock that is free is a left-over
+    .NAME.claim          the name is taken, by the run whose file it names
+    .XXXXXXXX.run        a run's file: locked while it lives, so a lock that is free is a left-over
     .NAME.XXXXXXXX.tmp   a file or folder that was being written
     .NAME.XXXXXXXX.old   a folder that was moved aside, where a file system cannot exchange two folders
 
@@ -24,38 +25,80 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-CLAIM, TEMPORARY, ASIDE = ".claim", ".tmp", ".old"
+CLAIM, RUN, TEMPORARY, ASIDE = ".claim", ".run", ".tmp", ".old"
+DEAD = re.compile(r"\.[a-z0-9_]{8}\.run")
 LEFT_OVER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<kind>\.tmp|\.old)", re.DOTALL)
 AT_CWD, EXCHANGE = -100, 2  # of Linux's renameat2
 
 
+_runs: dict[Path, tuple[Path, int, list[int]]] = {}
+"""For each folder that this process holds names in: its file there, the locked handle, and how many."""
+
+
 @dataclass(frozen=True)
 class Claim:
-    """A name that this run alone may write. handle: of the locked file that says so."""
+    """A name that this run alone may write."""
 
     target: Path
-    handle: int
 
     def release(self) -> None:
         """Give the name back."""
         with suppress(OSError):  # the folder may have become read-only or gone
             _beside(self.target, CLAIM).unlink()
-        os.close(self.handle)
+        file, handle, held = _runs[self.target.parent]
+        held[0] -= 1
+        if not held[0]:
+            del _runs[self.target.parent]
+            with suppress(OSError):
+                file.unlink()
+            os.close(handle)
 
 
 def claim(target: Path) -> Claim | None:
-    """Take a name in an existing folder; None if another live run has it. Raises OSError."""
+    """Take a name in an existing folder; None if a live run has it, this one too. Raises OSError.
+
+    The mark names a file of the run, whose lock says that it lives: one open file for any number of names.
+    """
     mark = _beside(target, CLAIM)
     while True:
         handle = os.open(mark, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if not _lock(handle):
-                os.close(handle)
-                return None
-            if os.path.samestat(os.fstat(handle), mark.stat()):
-                return Claim(target, handle)
-        except FileNotFoundError:  # whoever had it removed it since it was opened
-            pass
+            _lock(handle, wait=True)
+            with suppress(FileNotFoundError):  # whoever had it removed it since it was opened
+                if os.path.samestat(os.fstat(handle), mark.stat()):
+                    holder = os.read(handle, 4096).decode(errors="replace")
+                    if holder and _lives(target.parent / Path(holder).name):
+                        return None
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, _run_in(target.parent).encode(), 0)
+                    return Claim(target)
+        finally:
+            os.close(handle)
+
+
+def _run_in(folder: Path) -> str:
+    """The name of this run's file in a folder, made and locked with its first claim there."""
+    while folder not in _runs:
+        handle, name = tempfile.mkstemp(RUN, ".", folder)
+        _lock(handle)
+        if os.path.exists(name):  # else it was taken for a left-over before it was locked
+            _runs[folder] = Path(name), handle, [0]
+        else:
+            os.close(handle)
+    file, _, held = _runs[folder]
+    held[0] += 1
+    return file.name
+
+
+def _lives(file: Path) -> bool:
+    """Whether the run that made this file still holds it."""
+    try:
+        handle = os.open(file, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not _lock(handle)
+    finally:
         os.close(handle)
 
 
@@ -69,6 +112,9 @@ def clear(folder: Path) -> None:
             if held is not None:
                 _remove_left_overs(folder / name, entries)
                 held.release()
+        for file in (entry for entry in entries if DEAD.fullmatch(entry.name)):
+            if not _lives(file):
+                file.unlink(missing_ok=True)
 
 
 def _remove_left_overs(target: Path, entries: list[Path]) -> None:
@@ -84,13 +130,14 @@ def _remove_left_overs(target: Path, entries: list[Path]) -> None:
             entry.unlink(missing_ok=True)
 
 
-def _lock(handle: int) -> bool:
+def _lock(handle: int, wait: bool = False) -> bool:
+    """Lock a file as long as it is open; False if another one has it."""
     try:
         import fcntl
     except ImportError:  # Windows: a name is then only as safe as the time between two looks
         return True
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:  # a file system without locks

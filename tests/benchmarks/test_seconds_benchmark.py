@@ -9,7 +9,7 @@ import pytest
 from benchmarks import seconds
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_a_run_of_a_packaged_model_is_measured(capsys):
     seconds.main(["hunyuan3d-tiny", "--runs", "2", "--share", "0.7"])
     row = json.loads(capsys.readouterr().out.splitlines()[-1])["hunyuan3d-tiny"]

@@ -144,7 +144,9 @@ def test_killed_and_resumed_it_ends_as_in_one_go(edit, desk, qwen_folder) -> Non
     assert ran.code == 0, ran.err
     one, two = (load_file(desk / name / "routers.safetensors") for name in ("b", "c"))
     assert one.keys() == two.keys() and all(bool((one[key] == two[key]).all()) for key in one)
-    again = edit("calibrate", "-m", qwen_folder, *command, "--train", "lora", "--resume", cwd=desk)
+    again = edit(
+        "calibrate", "-m", qwen_folder, *command, "--train", "lora", "--resume", "--overwrite", cwd=desk
+    )
     assert again.code == 0 and "nothing to resume" in again.err
 
 

@@ -219,7 +219,7 @@ def test_a_kill_leaves_the_old_bundle_and_resume_continues(mesh_folder: Path, tm
     before = {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir()}
     command = [
         str(EDIT), "calibrate", "-m", str(mesh_folder), "--images", "pictures", "-o", "b", "--steps", "30",
-        "--target", "both", "--json", "--samples",
+        "--target", "both", "--json", "--overwrite", "--samples",
     ]  # fmt: skip
     state = tmp_path / ".b.calibrate-state"
     arguments = {"cwd": tmp_path, "env": edit_environment(), "stdout": subprocess.PIPE, "text": True}
