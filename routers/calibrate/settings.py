@@ -9,8 +9,8 @@ from ..spec import WIDTHS
 
 NARROW_BELOW = 0.15
 """Budgets from which on down narrow evaluations are tried, unless one budget alone is calibrated."""
-NARROW = 0.2
-"""Evaluations of a plan with narrow ones, at most, as a share of the steps: beyond, fewer whole ones were
+NARROW, NARROW_SHARE = 4, 0.2
+"""Evaluations of a plan with narrow ones, and as a share of the steps, at most: beyond, fewer whole ones were
 always better."""
 BUDGETS = 19
 """Plans at most: from 0.05 to 0.95."""
@@ -57,7 +57,7 @@ class FitSettings:
     def narrow(self, steps: int) -> list[int]:
         """Numbers of evaluations that are tried narrow, at each width below the whole one."""
         asked = self.budgets is None or (len(self.budgets) > 1 and self.budgets[0] < NARROW_BELOW)
-        return list(range(1, max(1, int(NARROW * steps)) + 1)) if asked else []
+        return list(range(1, max(1, min(NARROW, int(NARROW_SHARE * steps))) + 1)) if asked else []
 
     def cost(self, steps: int) -> float:
         """What a fit costs at most, in dense generations of its samples."""
