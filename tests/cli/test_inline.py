@@ -21,7 +21,7 @@ TERMINALS = [
     ({"TERM": "xterm-256color", "TERM_PROGRAM": "iTerm.app"}, "iterm"),
     ({"TERM": "foot"}, "sixel"),
     ({"TERM": "xterm-256color"}, ""),
-    ({"TERM": "xterm-kitty", "TMUX": "/tmp/tmux"}, ""),
+    ({"TERM": "xterm-kitty", "TMUX": "default,1,0"}, ""),
     ({}, ""),
 ]
 
