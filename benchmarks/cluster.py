@@ -3,13 +3,12 @@
     python -m benchmarks.cluster                               # measures batches of the packaged model first
     python -m benchmarks.cluster --prompts 10000000 --workers 1 10 100 1000 --budget 0.5
 
-Each worker loads the model, then takes the next batch that nobody has, as `edit_cli/scale/` does; how long a
-batch takes is drawn from the measured ones. Some workers are slow for good (stragglers), and any may be lost:
-it starts again, loads, and its batch goes back to the others. Nothing of the network and of the disks is in
-it, so it tells what taking turns and losing workers costs, and no more.
-
-Printed for each number of workers: hours, throughput as a multiple of one worker that never fails, share of
-the workers' time that went into results that were kept, batches made again, and the seconds from the first
+Each worker loads the model, then takes the next batch that nobody has, as `edit_cli/generation/scale/`
+does; how long a batch takes is drawn from the measured ones. Some workers are slow for good (stragglers),
+and any may be lost: it starts again, loads, and its batch goes back to the others. Nothing of the network
+and of the disks is in it, so it tells what taking turns and losing workers costs, and no more. Printed for
+each number of workers: hours, throughput as a multiple of one worker that never fails, share of the
+workers' time that went into results that were kept, batches made again, and the seconds from the first
 worker that found nothing left to the last that had finished.
 """
 
@@ -23,10 +22,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from edit_cli.generate.loop import open_session
-from edit_cli.generate.picture import PICTURE
-from edit_cli.generate.plan import make_plan
-from edit_cli.generate.result import Result, StageClock
+from edit_cli.generation.loop import open_session
+from edit_cli.generation.picture import PICTURE
+from edit_cli.generation.plan import make_plan
+from edit_cli.generation.result import Result, StageClock
 from edit_cli.request import Request
 
 HOUR = 3600.0

@@ -23,8 +23,8 @@ from scipy.spatial import cKDTree
 from backbones import loading, registry
 from backbones.spec import Placement
 from backbones.workloads import embed
-from edit_cli.generate.cutout import read_object
-from edit_cli.generate.samples import OBJECTS, model_pictures, picture_files
+from edit_cli.generation.cutout import read_object
+from edit_cli.generation.samples import OBJECTS, model_pictures, picture_files
 
 BOX = 1.01
 METHODS = ("dense", "hierarchical")

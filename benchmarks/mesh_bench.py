@@ -26,9 +26,9 @@ from backbones.workloads import MeshWorkload, embed
 from benchmarks.bench import Bench
 from edit_cli.errors import EditError
 from edit_cli.export.folder import sha256
-from edit_cli.generate.closeness import compare_meshes
-from edit_cli.generate.cutout import read_object
-from edit_cli.generate.samples import OBJECTS, model_pictures, picture_files
+from edit_cli.generation.closeness import compare_meshes
+from edit_cli.generation.cutout import read_object
+from edit_cli.generation.samples import OBJECTS, model_pictures, picture_files
 
 CALIBRATION_PICTURES = 4
 """Pictures on which a rival may fit itself."""

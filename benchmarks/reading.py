@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("edit_cli", "backbones", "routers")
-PLAN = ("edit_cli/generate/plan.py", "make_plan")
+PLAN = ("edit_cli/generation/plan.py", "make_plan")
 """Where everything is decided: file and function."""
 COMMAND = ("generate", "a cat", "--budget", "0.6")
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from backbones import tiny
-from edit_cli.generate.closeness import psnr, ssim
+from edit_cli.generation.closeness import psnr, ssim
 
 CAP_DB = 60.0
 """PSNR of a picture that equals its reference; keeps means finite."""

@@ -17,10 +17,10 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from edit_cli.generate.result import StageClock
-from edit_cli.generate.routers import settle
-from edit_cli.generate.samples import medium_of, sample_plan, take
-from edit_cli.generate.session import Session
+from edit_cli.generation.result import StageClock
+from edit_cli.generation.routers import settle
+from edit_cli.generation.samples import medium_of, sample_plan, take
+from edit_cli.generation.session import Session
 from edit_cli.request import Request
 
 MODELS = ("qwen-image-tiny", "flux-tiny", "hunyuan3d-tiny")

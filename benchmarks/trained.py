@@ -31,7 +31,7 @@ from backbones import loading, registry
 from backbones.spec import Placement
 from backbones.workloads import PipelineWorkload
 from benchmarks.mixes import CostReader, forced_mix
-from edit_cli.generate.prompts import default_prompts, read_prompts
+from edit_cli.generation.prompts import default_prompts, read_prompts
 from routers.bundle import Bundle
 from routers.calibrate.evaluate import latent_snr
 from routers.elastic import Elastic

@@ -1,4 +1,4 @@
-"""Write docs/cli.md and edit_cli/api_options.py from the options: `python docs/make_cli.py`.
+"""Write docs/cli.md and edit_cli/commands/keywords.pyi from the options: `python docs/make_cli.py`.
 
 A test keeps both up to date.
 """
@@ -11,17 +11,15 @@ from typing import Any
 import typer
 
 from edit_cli import api, checks
-from edit_cli import help as cli_help
+from edit_cli.commands import help as cli_help
 from edit_cli.main import COMMANDS, app
 from edit_cli.request import Option
 
 PAGE = Path(__file__).with_name("cli.md")
 STAR, BAR = r"\*", r"\|"
 """As Markdown has them in tables."""
-TYPED = Path(api.__file__).with_name("api_options.py")
+TYPED = Path(cli_help.__file__).with_name("keywords.pyi")
 TYPED_HEAD = '''"""Keywords of `edit_cli.generate` and `generate_3d`, written by `python docs/make_cli.py`."""
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
@@ -89,7 +87,7 @@ def typed_options() -> str:
     lines = [TYPED_HEAD]
     for name, title in (("generate", "GenerateOptions"), ("generate-3d", "Generate3dOptions")):
         command = COMMANDS[name]
-        lines.append(f'\n\nclass {title}(TypedDict, total=False):\n    """Keywords of `{name}`."""\n')
+        lines.append(f'\nclass {title}(TypedDict, total=False):\n    """Keywords of `{name}`."""\n')
         lines += [f"    {key}: {typed(command.options[of])}" for key, of in api.spoken(command).items()]
     return "\n".join(lines) + "\n"
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, overload
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from edit_cli.api_options import Generate3dOptions, GenerateOptions
-    from edit_cli.generate.medium import Fields, Job, Medium
-    from edit_cli.generate.plan import Plan
-    from edit_cli.generate.session import Session
+    from edit_cli.commands.keywords import Generate3dOptions, GenerateOptions
+    from edit_cli.generation.medium import Fields, Job, Medium
+    from edit_cli.generation.plan import Plan
+    from edit_cli.generation.session import Session
     from edit_cli.request import Command
 
 Texts = str | os.PathLike[str]
@@ -101,7 +101,7 @@ class Results(Sequence[Made]):
         return [made.save(path) for made, path in zip(self._made, self._paths(str(output)), strict=True)]
 
     def _paths(self, output: str) -> Iterator[Path]:
-        from edit_cli.generate.outputs import plan_outputs
+        from edit_cli.generation.outputs import plan_outputs
 
         names = [
             {
@@ -145,9 +145,9 @@ _kept: dict[Any, Session] = {}
 
 def make(name: str, subjects: Subject | Sequence[Subject], given: Mapping[str, Any]) -> Results:
     """What a command of this name makes of its argument and options."""
-    from edit_cli.generate.mesh import MESH
-    from edit_cli.generate.picture import PICTURE
-    from edit_cli.generate.plan import make_plan
+    from edit_cli.generation.mesh import MESH
+    from edit_cli.generation.picture import PICTURE
+    from edit_cli.generation.plan import make_plan
     from edit_cli.main import COMMANDS
 
     command = COMMANDS[name]
@@ -160,7 +160,7 @@ def make(name: str, subjects: Subject | Sequence[Subject], given: Mapping[str, A
     request, _ = command.request({**_values(command, given), medium.subject: plain})
     plan = make_plan(request, medium, kept=False, listed=listed)
     if "fit" in request:
-        from edit_cli.generate.fit import fitted
+        from edit_cli.generation.fit import fitted
 
         plan, note = fitted(plan)
         plan = replace(plan, warnings=(*plan.warnings, note))
@@ -172,7 +172,7 @@ def make(name: str, subjects: Subject | Sequence[Subject], given: Mapping[str, A
 
 def _fields(subject: Subject, where: str, medium: Medium) -> Fields:
     """Of one result, checked. Raises EditError."""
-    from edit_cli.generate.prompts import checked_fields
+    from edit_cli.generation.prompts import checked_fields
 
     fields = subject if isinstance(subject, Mapping) else {medium.subject: os.fspath(subject)}
     return checked_fields(fields, where, medium)
@@ -210,9 +210,9 @@ def _values(command: Command, given: Mapping[str, Any]) -> dict[str, Any]:
 def _run(plan: Plan) -> Results:
     """Make every result of a plan, with the session of the last call where it fits."""
     from edit_cli.errors import bad_input
-    from edit_cli.generate.record import make_record
-    from edit_cli.generate.result import StageClock
-    from edit_cli.generate.routers import settle
+    from edit_cli.generation.record import make_record
+    from edit_cli.generation.result import StageClock
+    from edit_cli.generation.routers import settle
 
     clock, made, notes = StageClock(plan.medium.stages), [], []
     with clock.stage("load"), bad_input():
@@ -239,7 +239,7 @@ def _run(plan: Plan) -> Results:
 
 def _session(plan: Plan, source: Any, clock: Any) -> Session:
     from backbones.solvers import check_solver
-    from edit_cli.generate.session import Session
+    from edit_cli.generation.session import Session
 
     key = (plan.backbone.address, plan.backbone.file, plan.routers, plan.placement, plan.force, source.digest)
     session = _kept.get(key)

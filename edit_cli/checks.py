@@ -167,7 +167,7 @@ def picture_file(where: str, value: Any) -> str:
     """A path of a picture that can be read to its end, as text; "none" for no picture."""
     if value == NONE and not Path(NONE).is_file():
         return NONE
-    from edit_cli.generate.cutout import open_picture  # numpy and Pillow, which most commands do without
+    from edit_cli.generation.cutout import open_picture  # numpy and Pillow, which most commands do without
 
     path = readable_file(where, value)
     open_picture(path, where)

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edit_cli import lifetime
-
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
@@ -23,6 +21,21 @@ LOG_SECONDS = 30
 CONTROLS = dict.fromkeys([*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 """Characters that move a terminal's cursor, change its state or turn the direction of writing."""
 del CONTROLS[ord("\n")], CONTROLS[ord("\t")]
+
+
+_began: float | None = None
+"""By time.perf_counter; None where nobody started a command: a caller in Python."""
+
+
+def begin(seconds_ago: float | None) -> None:
+    """A command began so long ago; None: it is over."""
+    global _began
+    _began = None if seconds_ago is None else time.perf_counter() - seconds_ago
+
+
+def began() -> float:
+    """When the command began that runs now, by time.perf_counter; now, if none does."""
+    return time.perf_counter() if _began is None else _began
 
 
 def printable(text: str) -> str:
@@ -156,12 +169,12 @@ class Log:
         phase["name"] = description or phase["name"]
         if not phase["began"]:
             phase["began"] = phase["told"] = now
-            print_note(f"[{_minutes(now - lifetime.began())}] {phase['name']}: {phase['total']} steps")
+            print_note(f"[{_minutes(now - began())}] {phase['name']}: {phase['total']} steps")
         before, phase["done"] = phase["done"], completed
         last = completed >= phase["total"] > before
         if last or now - phase["told"] >= LOG_SECONDS:
             phase["told"] = now
-            print_note(f"[{_minutes(now - lifetime.began())}] {phase['name']}: {_so_far(phase, now)}")
+            print_note(f"[{_minutes(now - began())}] {phase['name']}: {_so_far(phase, now)}")
 
 
 def _so_far(phase: Mapping[str, Any], now: float) -> str:
@@ -187,7 +200,7 @@ def working(text: str, enabled: bool) -> Iterator[Callable[[str], None]]:
     if not _is_terminal():
 
         def say(text: str) -> None:
-            print_note(f"[{_minutes(time.perf_counter() - lifetime.began())}] {text}")
+            print_note(f"[{_minutes(time.perf_counter() - began())}] {text}")
 
         say(text)
         yield say

@@ -12,9 +12,9 @@ from backbones.registry import DEFAULT_MODELS, FAMILIES, names
 from backbones.spec import DTYPES, OFFLOADS, QUANTISED, SOLVERS
 from edit_cli import checks
 from edit_cli.checks import choice, text, whole
+from edit_cli.commands.presets import allow, preset_names
 from edit_cli.export.settings import APPLIES, FORMATS
-from edit_cli.generate.outputs import MESH_SUFFIXES
-from edit_cli.presets import allow, preset_names
+from edit_cli.generation.outputs import MESH_SUFFIXES
 from edit_cli.request import Option, Options, only, under
 from routers.spec import TARGETS
 from routers.train.settings import KINDS, PRECISIONS

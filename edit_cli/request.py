@@ -142,7 +142,7 @@ class Command:
     def _preset(self, name: str | None, replayed: bool) -> dict[str, Any]:
         if "preset" not in self.options:
             return {}
-        from edit_cli.presets import settings  # reads TOML, which `edit --help` does without
+        from edit_cli.commands.presets import settings  # reads TOML, which `edit --help` does without
 
         return settings(self.options, name, replayed)
 

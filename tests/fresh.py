@@ -23,8 +23,8 @@ from pathlib import Path
 
 TIMEOUT = 300  # s; a loaded machine is slow
 TORCH = (
-    "diffusers.pipelines.qwenimage.pipeline_qwenimage", "peft.tuners", "edit_cli.generate.session",
-    "edit_cli.generate.mesh", "backbones.loading", "backbones.hunyuan3d.checkpoints", "routers.bundle",
+    "diffusers.pipelines.qwenimage.pipeline_qwenimage", "peft.tuners", "edit_cli.generation.session",
+    "edit_cli.generation.mesh", "backbones.loading", "backbones.hunyuan3d.checkpoints", "routers.bundle",
 )  # fmt: skip
 """What commands that run a model import."""
 

@@ -99,7 +99,7 @@ def test_imports_are_read() -> None:
     """Inside of functions and `from package import module` too; not those for type checkers."""
     assert "routers.planned.timeplan" in IMPORTS["routers.bundle"]
     assert "routers.train.loop" in IMPORTS["edit_cli.calibrate.training"], "imported where it is needed"
-    assert "routers.paper.policy" in IMPORTS["edit_cli.generate.session"], "from package import module"
+    assert "routers.paper.policy" in IMPORTS["edit_cli.generation.session"], "from package import module"
     assert "routers.block" not in IMPORTS["routers.cost"], "for type checkers alone"
 
 

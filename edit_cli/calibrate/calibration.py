@@ -20,9 +20,9 @@ from edit_cli.calibrate.plan import CalibrationPlan
 from edit_cli.console import phases, print_warning, progress
 from edit_cli.errors import INTERRUPTED, EditError, RunError, bad_input
 from edit_cli.files import ANY, claimed_folder, reason, whole_folder
-from edit_cli.generate.result import StageClock
-from edit_cli.generate.routers import RouterSource
-from edit_cli.generate.session import Session
+from edit_cli.generation.result import StageClock
+from edit_cli.generation.routers import RouterSource
+from edit_cli.generation.session import Session
 from routers.attachment import architecture, attach, fingerprint
 from routers.bundle import DESCRIPTION, FILES
 from routers.calibrate.evaluate import Quality, as_metadata, evaluate, recommend

@@ -10,10 +10,10 @@ from typing import Any
 from edit_cli import checks
 from edit_cli.errors import EditError
 from edit_cli.files import request_hash
-from edit_cli.generate.medium import Job
-from edit_cli.generate.plan import Plan
-from edit_cli.generate.routers import NO_ROUTERS
-from edit_cli.generate.samples import (
+from edit_cli.generation.medium import Job
+from edit_cli.generation.plan import Plan
+from edit_cli.generation.routers import NO_ROUTERS
+from edit_cli.generation.samples import (
     alike,
     held_out,
     in_folder,

@@ -14,8 +14,8 @@ from backbones.workloads import encode
 from edit_cli.calibrate.plan import CalibrationPlan
 from edit_cli.console import phases, print_warning
 from edit_cli.errors import EditError, RunError
-from edit_cli.generate.cutout import open_rgb
-from edit_cli.generate.session import Session
+from edit_cli.generation.cutout import open_rgb
+from edit_cli.generation.session import Session
 
 if TYPE_CHECKING:
     import routers

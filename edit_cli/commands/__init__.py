@@ -1,1 +1,1 @@
-"""The commands of `edit`, one thin file each."""
+"""The commands of `edit`, one thin file each. help.py shows them, presets.py fills their options."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from edit_cli import presets
+from edit_cli.commands import presets
 from edit_cli.console import print_json, stdout
 from edit_cli.options import CONFIG
 from edit_cli.request import Request, command

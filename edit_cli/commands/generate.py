@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from edit_cli.console import print_note, print_result, print_warnings, show_file, working
 from edit_cli.errors import EditError
-from edit_cli.generate.claims import claimed
-from edit_cli.generate.medium import Medium
-from edit_cli.generate.picture import PICTURE
-from edit_cli.generate.plan import Plan, make_plan, side_files
+from edit_cli.generation.claims import claimed
+from edit_cli.generation.medium import Medium
+from edit_cli.generation.picture import PICTURE
+from edit_cli.generation.plan import Plan, make_plan, side_files
 from edit_cli.options import (
     DRY_RUN,
     KEEP,
@@ -31,8 +31,8 @@ from edit_cli.options import PICTURE as PICTURE_OPTIONS
 from edit_cli.request import Request, command
 
 if TYPE_CHECKING:
-    from edit_cli.generate.result import Result
-    from edit_cli.scale.crew import Crew
+    from edit_cli.generation.result import Result
+    from edit_cli.generation.scale.crew import Crew
 
 
 @command(
@@ -70,7 +70,7 @@ def carry_out(request: Request, medium: Medium) -> None:
     """Plan, then run or only count, then report. Raises EditError."""
     plan, crew = make_plan(request, medium), None
     if "WORLD_SIZE" in os.environ:
-        from edit_cli.scale.crew import crew_of
+        from edit_cli.generation.scale.crew import crew_of
 
         crew = crew_of(request)
     if crew is not None and not crew.leads:  # the first process reports for all
@@ -80,23 +80,23 @@ def carry_out(request: Request, medium: Medium) -> None:
         return
     print_warnings(plan.warnings, request)
     if "fit" in request:
-        from edit_cli.generate.fit import fitted
+        from edit_cli.generation.fit import fitted
 
         plan, note = fitted(plan)
         print_warnings([note], request)
     if "dry_run" in request:
-        from edit_cli.generate import dryrun
+        from edit_cli.generation import dryrun
 
         planned = dryrun.dry_run(plan)
         print_result(dryrun.as_json(planned), dryrun.as_table(planned), request)
         return
     if "gallery" in request:
-        from edit_cli.generate.gallery import check_gallery, write_galleries
+        from edit_cli.generation.gallery import check_gallery, write_galleries
 
         check_gallery(plan)
     with working(f"starting {plan.backbone.name}", "quiet" not in request):  # torch takes seconds to import
-        from edit_cli.generate import loop as loop
-        from edit_cli.generate import report
+        from edit_cli.generation import loop as loop
+        from edit_cli.generation import report
 
     with claimed(plan) as left:
         done = len(plan.jobs) - len(left.jobs)
@@ -109,7 +109,7 @@ def carry_out(request: Request, medium: Medium) -> None:
     print_warnings(result.notes, request)
     print_result(report.as_json(result), report.as_table(result, "verbose" in request), request)
     if "quiet" not in request and "json" not in request:
-        from edit_cli import inline
+        from edit_cli.generation import inline
 
         inline.show([side_files(job, plan.medium).get("preview", job.path) for job in result.jobs])
     pages = write_galleries(result) if "gallery" in request else []
@@ -126,13 +126,13 @@ def run(plan: Plan, request: Request, crew: Crew | None = None) -> Result:
     """
     show_progress = "quiet" not in request
     if request.get("engine") != "ray":
-        from edit_cli.generate.loop import run_plan
+        from edit_cli.generation.loop import run_plan
 
         return run_plan(plan, show_progress, crew)
     if plan.compare or plan.peers:
         raise EditError("--engine ray neither compares nor replays; leave it out")
-    from edit_cli.scale.places import check_shared
-    from edit_cli.scale.ray import run_on_ray
+    from edit_cli.generation.scale.places import check_shared
+    from edit_cli.generation.scale.ray import run_on_ray
 
     check_shared(request)
     return run_on_ray(plan, request, show_progress)

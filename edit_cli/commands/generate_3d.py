@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edit_cli.commands.generate import carry_out
-from edit_cli.generate.mesh import MESH
+from edit_cli.generation.mesh import MESH
 from edit_cli.options import (
     DRY_RUN,
     IMAGES,

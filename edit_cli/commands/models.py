@@ -12,9 +12,9 @@ from typing import Any
 from backbones import registry
 from backbones.local import Local, local
 from backbones.spec import COMMANDS, Backbone
+from edit_cli.commands.help import bold
 from edit_cli.console import print_json, readable_bytes, readable_count, stdout, two_columns
 from edit_cli.errors import EditError, bad_input
-from edit_cli.help import bold
 from edit_cli.options import LISTING
 from edit_cli.request import Request, command
 

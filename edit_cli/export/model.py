@@ -17,7 +17,7 @@ from backbones.model_files import DEFAULTS_FILE
 from backbones.spec import DIFFUSERS, Placement
 from edit_cli.errors import EditError
 from edit_cli.export.source import Source, put_in
-from edit_cli.generate.samples import PICTURES_FOLDER
+from edit_cli.generation.samples import PICTURES_FOLDER
 
 PROMPTS_FILE = "calibration.txt"
 

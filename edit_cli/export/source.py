@@ -16,10 +16,10 @@ from backbones import static_folder as static
 from backbones.spec import Backbone
 from edit_cli.errors import EditError
 from edit_cli.export.write import Say
-from edit_cli.generate.result import StageClock
-from edit_cli.generate.routers import NO_ROUTERS, RouterSource
-from edit_cli.generate.samples import held_out, in_folder, medium_of, sample_plan, shows_pictures, take
-from edit_cli.generate.session import Session
+from edit_cli.generation.result import StageClock
+from edit_cli.generation.routers import NO_ROUTERS, RouterSource
+from edit_cli.generation.samples import held_out, in_folder, medium_of, sample_plan, shows_pictures, take
+from edit_cli.generation.session import Session
 from edit_cli.request import Request
 from routers.attachment import attach
 from routers.bundle import ENTRY, Bundle, find_file, load_bundle

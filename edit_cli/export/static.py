@@ -18,7 +18,7 @@ from edit_cli.errors import RunError
 from edit_cli.export.model import load_again, save_model
 from edit_cli.export.source import Frozen, Source, freeze, largest_difference, outputs, put_in
 from edit_cli.export.write import Say
-from edit_cli.generate.closeness import psnr, side_by_side
+from edit_cli.generation.closeness import psnr, side_by_side
 from edit_cli.request import Request
 from routers.attachment import attach
 from routers.calibrate.evaluate import latent_snr

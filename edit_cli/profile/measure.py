@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edit_cli.generate.session import Batch
+from edit_cli.generation.session import Batch
 from edit_cli.profile.plan import ProfilePlan
 from edit_cli.profile.subject import Round, Subject
 from routers.policy import CallInfo, OpenPolicy

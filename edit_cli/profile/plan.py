@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from edit_cli.errors import EditError
 from edit_cli.files import request_hash
-from edit_cli.generate.medium import Job, Medium
-from edit_cli.generate.outputs import slug
-from edit_cli.generate.plan import Plan
-from edit_cli.generate.routers import NO_ROUTERS
-from edit_cli.generate.samples import PROMPTS, alike, medium_of, sample_plan, take
+from edit_cli.generation.medium import Job, Medium
+from edit_cli.generation.outputs import slug
+from edit_cli.generation.plan import Plan
+from edit_cli.generation.routers import NO_ROUTERS
+from edit_cli.generation.samples import PROMPTS, alike, medium_of, sample_plan, take
 from edit_cli.options import CACHE_LIMIT_MIB, DENSE_METRICS, ELASTIC_METRICS, REPEATS, SAMPLES
 from edit_cli.request import Request
 

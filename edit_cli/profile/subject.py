@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edit_cli.errors import RunError, bad_input
-from edit_cli.generate.result import StageClock
-from edit_cli.generate.routers import RouterSource
-from edit_cli.generate.session import Batch, Session, at_budget
+from edit_cli.generation.result import StageClock
+from edit_cli.generation.routers import RouterSource
+from edit_cli.generation.session import Batch, Session, at_budget
 from edit_cli.profile.plan import ProfilePlan
 from routers.elastic import Elastic
 from routers.watch.planned import WatchedPlan

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edit_cli.console import two_columns
-from edit_cli.generate.report import flops
+from edit_cli.generation.report import flops
 from edit_cli.profile.trace import (
     EXPLAINED,
     TITLES,

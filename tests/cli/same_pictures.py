@@ -82,7 +82,7 @@ def describe(file: Path) -> dict[str, Any]:
         (length,) = struct.unpack("<I", header[12:16])
         record = json.loads(header[20 : 20 + length])["asset"]["extras"]["edit"]
     else:
-        from edit_cli.generate.record import read_picture
+        from edit_cli.generation.record import read_picture
 
         with Image.open(file) as opened:
             picture = opened.convert("RGB")

@@ -10,7 +10,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-from edit_cli.generate.record import read_picture
+from edit_cli.generation.record import read_picture
 from tests.cli.test_cli_both import draw_objects
 from tests.conftest import _once
 from tests.tiny_zoo import MAKE

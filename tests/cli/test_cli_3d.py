@@ -14,10 +14,10 @@ import trimesh
 import yaml
 from PIL import Image, ImageDraw
 
-from edit_cli.generate import mesh as mesh_medium
-from edit_cli.generate.cutout import cut_out, open_rgba, read_object
-from edit_cli.generate.record import read_mesh as read_record
-from edit_cli.generate.turntable import render, turntable, vertex_normals
+from edit_cli.generation import mesh as mesh_medium
+from edit_cli.generation.cutout import cut_out, open_rgba, read_object
+from edit_cli.generation.record import read_mesh as read_record
+from edit_cli.generation.turntable import render, turntable, vertex_normals
 from tests.hunyuan3d_tiny import CONFIG, save_folder
 
 KEYS = [

@@ -14,8 +14,8 @@ import trimesh
 from PIL import Image, ImageDraw
 
 from edit_cli.errors import RunError
-from edit_cli.generate.record import read_mesh, read_picture
-from edit_cli.generate.session import Session
+from edit_cli.generation.record import read_mesh, read_picture
+from edit_cli.generation.session import Session
 from tests.fresh import TIMEOUT
 
 
@@ -167,7 +167,7 @@ def test_what_is_typed_wins_before_a_record_is_checked(made, maker, edit_here, m
     record = {**maker.record(first(maker, folder)), "steps": -3, "budget": 7, maker.field: "/no/such.png"}
     record |= {"images": ["/no/such.png"], "batch": [], "solver": "unheard-of"}
     reader = "mesh.read_mesh" if maker.suffix == ".glb" else "picture.read_record"
-    monkeypatch.setattr(f"edit_cli.generate.{reader}", lambda path: record)
+    monkeypatch.setattr(f"edit_cli.generation.{reader}", lambda path: record)
     words = [maker.command, maker.subjects[0], "-b", "0.6", "--solver", "euler", *maker.quick[2:]]
     replay = ["--from", "other", "-o", f"mine{maker.suffix}"]
     ran = edit_here(*words, *maker.quick[:2], *replay, cwd=folder)

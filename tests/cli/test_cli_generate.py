@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edit_cli.generate.picture import PICTURE
-from edit_cli.generate.record import read_picture
+from edit_cli.generation.picture import PICTURE
+from edit_cli.generation.record import read_picture
 
 STAGES = list(PICTURE.stages)
 KEYS = ["outputs", "model", "seeds", "budget", "spent", "flops", "seconds", "evaluations"]

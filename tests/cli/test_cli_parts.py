@@ -20,12 +20,12 @@ from edit_cli import checks
 from edit_cli.console import readable_count
 from edit_cli.errors import EditError, RunError
 from edit_cli.files import write_files
-from edit_cli.generate import closeness, outputs, prompts, record
-from edit_cli.generate.cutout import open_rgb
-from edit_cli.generate.picture import PICTURE, timed_parts
-from edit_cli.generate.report import flops
-from edit_cli.generate.result import StageClock
-from edit_cli.generate.seen import Seen
+from edit_cli.generation import closeness, outputs, prompts, record
+from edit_cli.generation.cutout import open_rgb
+from edit_cli.generation.picture import PICTURE, timed_parts
+from edit_cli.generation.report import flops
+from edit_cli.generation.result import StageClock
+from edit_cli.generation.seen import Seen
 from edit_cli.main import COMMANDS, spread
 from routers.files import ordinary_mode
 

@@ -11,8 +11,8 @@ import pytest
 import trimesh
 from PIL import Image
 
-from edit_cli.generate.colours import colour, linear
-from edit_cli.generate.turntable import turntable
+from edit_cli.generation.colours import colour, linear
+from edit_cli.generation.turntable import turntable
 
 
 def halves(left: str, right: str, side: int = 96) -> Image.Image:

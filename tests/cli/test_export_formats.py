@@ -15,7 +15,7 @@ from backbones import registry
 from edit_cli.errors import RunError
 from edit_cli.export import reference as export_reference
 from edit_cli.export.write import export
-from edit_cli.generate.closeness import psnr
+from edit_cli.generation.closeness import psnr
 from edit_cli.request import Request
 from routers.bundle import load_bundle
 from routers.paper.checkpoint import is_release_file, read_release

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edit_cli.inline import CHUNK, iterm, kitty, protocol, sixel
+from edit_cli.generation.inline import CHUNK, iterm, kitty, protocol, sixel
 from tests.conftest import EDIT, edit_environment
 
 TERMINALS = [

@@ -13,10 +13,10 @@ import routers
 from backbones import loading, registry
 from backbones.quantise import check_quantise
 from backbones.spec import Placement
-from edit_cli.generate.dryrun import dry_run
-from edit_cli.generate.picture import PICTURE
-from edit_cli.generate.plan import make_plan
-from edit_cli.generate.record import read_picture
+from edit_cli.generation.dryrun import dry_run
+from edit_cli.generation.picture import PICTURE
+from edit_cli.generation.plan import make_plan
+from edit_cli.generation.record import read_picture
 from edit_cli.request import Request
 
 
@@ -129,11 +129,11 @@ def test_fit_takes_the_fastest_way_and_says_which(edit_here, tmp_path: Path, mon
     whole = edit_here(*typed, cwd=tmp_path)
     assert "--fit: nothing to change" in whole.err
     needed = whole.json["memory_gib"]["device"] * 2**30
-    monkeypatch.setattr("edit_cli.generate.forecast.free_bytes", lambda device: needed)
+    monkeypatch.setattr("edit_cli.generation.forecast.free_bytes", lambda device: needed)
     tiled = edit_here(*typed, cwd=tmp_path)
     assert "--fit: --vae-tiling; needs" in tiled.err
     assert tiled.json["memory_gib"]["device"] < whole.json["memory_gib"]["device"]
-    monkeypatch.setattr("edit_cli.generate.forecast.free_bytes", lambda device: 1000.0)
+    monkeypatch.setattr("edit_cli.generation.forecast.free_bytes", lambda device: 1000.0)
     nothing = edit_here(*typed, cwd=tmp_path)
     assert nothing.code == 2 and "--fit: nothing fits; the least is" in nothing.err
 

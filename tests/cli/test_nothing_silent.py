@@ -18,8 +18,8 @@ from backbones.spec import PACKAGE_FOLDER
 from backbones.vocabulary import vocabulary
 from edit_cli import console
 from edit_cli.console import printable
-from edit_cli.generate.samples import picture_files
-from edit_cli.generate.seen import Seen
+from edit_cli.generation.samples import picture_files
+from edit_cli.generation.seen import Seen
 
 SMALL = ("--steps", "2", "--width", "32", "--height", "32")
 LAYER = "transformer_blocks.{}.attn.to_q"
@@ -198,7 +198,7 @@ def test_quiet_prints_the_paths_and_nothing_else(edit_here, qwen_folder, tmp_pat
 def test_a_log_has_a_line_for_every_phase_and_half_minute(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(console.lifetime, "began", lambda: 90.0)
+    monkeypatch.setattr(console, "began", lambda: 90.0)
     with console.progress(True) as bars, console.working("loading", True):
         task = bars.add_task("denoising", total=10)
         for _ in range(10):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edit_cli.generate.preview import CELL, fit, places, shown
+from edit_cli.generation.preview import CELL, fit, places, shown
 
 
 def test_the_map_is_found_where_there_is_one():
@@ -58,17 +58,17 @@ def test_a_preview_replaces_nothing_else(edit_here, tmp_path, file, message):
 
 @pytest.mark.bench
 def test_previews_take_about_a_hundredth_of_the_time(tmp_path):
-    from edit_cli.generate import loop
-    from edit_cli.generate.picture import PICTURE
-    from edit_cli.generate.plan import make_plan
-    from edit_cli.generate.result import Result, StageClock
+    from edit_cli.generation import loop
+    from edit_cli.generation.picture import PICTURE
+    from edit_cli.generation.plan import make_plan
+    from edit_cli.generation.result import Result, StageClock
     from edit_cli.main import COMMANDS
 
     values = {"prompt": ["a red car"], "steps": 500, "budget": 1, "preview": str(tmp_path / "live.png")}
     plan = make_plan(COMMANDS["generate"].request(values)[0], PICTURE, kept=False)
     clock = StageClock(plan.medium.stages)
     session = loop.open_session(Result(plan), clock)
-    from edit_cli.generate.preview import Preview
+    from edit_cli.generation.preview import Preview
 
     session.preview = Preview(tmp_path / "live.png")
     session.preview.prepare(session, session.plan.jobs[0])

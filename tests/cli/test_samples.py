@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from edit_cli.errors import EditError
-from edit_cli.generate.mesh import MESH
-from edit_cli.generate.picture import PICTURE
-from edit_cli.generate.samples import medium_of, sample_plan, take
+from edit_cli.generation.mesh import MESH
+from edit_cli.generation.picture import PICTURE
+from edit_cli.generation.samples import medium_of, sample_plan, take
 from edit_cli.request import Request
 from tests.cli.test_calibrate_mesh import picture
 

@@ -12,7 +12,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-from edit_cli.generate.record import read_mesh, read_picture
+from edit_cli.generation.record import read_mesh, read_picture
 from routers.planned import seconds
 from tests.cli.test_cli_both import draw_objects
 
@@ -133,7 +133,7 @@ def test_a_time_that_cannot_be_kept_is_refused(kind, qwen_folder, edit_here, tmp
 
 @pytest.mark.parametrize("turns", ["far", [[1]], [[0, 9]], [], [[-1, 2]]])
 def test_a_record_whose_turns_are_no_plans_is_refused(turns, qwen_folder, edit_here, tmp_path, monkeypatch):
-    from edit_cli.generate import picture
+    from edit_cli.generation import picture
 
     ran = edit_here(*words(qwen_folder, "-b", "0.5"), cwd=tmp_path)
     assert ran.code == 0, ran.err

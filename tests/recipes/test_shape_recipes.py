@@ -25,7 +25,7 @@ from backbones.tiny.recipes.shapes import (
     solids,
     store,
 )
-from edit_cli.generate.samples import model_pictures
+from edit_cli.generation.samples import model_pictures
 
 rng = np.random.default_rng(0)
 

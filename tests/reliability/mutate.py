@@ -36,10 +36,10 @@ from backbones.model_files import ModelError
 from backbones.spec import PACKAGE_FOLDER
 from edit_cli.console import stderr, stdout
 from edit_cli.errors import EditError
-from edit_cli.generate.mesh import MESH
-from edit_cli.generate.picture import PICTURE
-from edit_cli.generate.plan import make_plan
-from edit_cli.generate.record import encode_mesh, encode_picture
+from edit_cli.generation.mesh import MESH
+from edit_cli.generation.picture import PICTURE
+from edit_cli.generation.plan import make_plan
+from edit_cli.generation.record import encode_mesh, encode_picture
 from edit_cli.profile import report
 from edit_cli.request import Request
 from routers.bundle import load_bundle, pack
@@ -178,7 +178,7 @@ def write_record(file: Path, text: str) -> None:
         return
     import html
 
-    from edit_cli.generate.record import XMP
+    from edit_cli.generation.record import XMP
 
     packet = XMP.format(html.escape(text, quote=True)).encode("utf-8", "replace")
     if file.suffix == ".jpg" and len(packet) > 60_000:

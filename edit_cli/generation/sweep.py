@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edit_cli.files import write_files
-from edit_cli.generate.medium import Job
-from edit_cli.generate.record import encode_picture
+from edit_cli.generation.medium import Job
+from edit_cli.generation.record import encode_picture
 
 if TYPE_CHECKING:
-    from edit_cli.generate.result import Result
+    from edit_cli.generation.result import Result
 
 SAME = 1e-6
 """Shares of the dense FLOPs that differ by less are equal."""
@@ -41,7 +41,7 @@ def _apart(job: Job) -> tuple[Any, ...]:
 
 
 def _strip(result: Result, group: Sequence[int], several: bool) -> None:
-    from edit_cli.generate.closeness import side_by_side
+    from edit_cli.generation.closeness import side_by_side
 
     jobs = [result.jobs[i] for i in group]
     shown = {f"budget {job.budget:g}": result.shown[job.index] for job in jobs if job.index in result.shown}

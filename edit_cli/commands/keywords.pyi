@@ -1,11 +1,8 @@
 """Keywords of `edit_cli.generate` and `generate_3d`, written by `python docs/make_cli.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from os import PathLike
 from typing import Literal, TypedDict
-
 
 class GenerateOptions(TypedDict, total=False):
     """Keywords of `generate`."""
@@ -54,7 +51,6 @@ class GenerateOptions(TypedDict, total=False):
     quantize: Literal["fp8", "int8", "nf4"]
     fit: bool
     vae_tiling: bool
-
 
 class Generate3dOptions(TypedDict, total=False):
     """Keywords of `generate-3d`."""

@@ -19,10 +19,10 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from backbones.spec import Placement
-from edit_cli.generate.plan import Plan
-from edit_cli.generate.result import Result
+from edit_cli.generation.plan import Plan
+from edit_cli.generation.result import Result
+from edit_cli.generation.scale.places import check_shared, placed, places
 from edit_cli.request import Request
-from edit_cli.scale.places import check_shared, placed, places
 
 TOLD_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(days=7)

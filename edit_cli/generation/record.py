@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 from edit_cli import __version__
 from edit_cli.errors import EditError, is_out_of_memory
 from edit_cli.files import reason
-from edit_cli.generate.routers import routers_name
+from edit_cli.generation.routers import routers_name
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from backbones.spec import Placement
-    from edit_cli.generate.medium import Job
-    from edit_cli.generate.plan import Plan
-    from edit_cli.generate.session import Batch, Session
+    from edit_cli.generation.medium import Job
+    from edit_cli.generation.plan import Plan
+    from edit_cli.generation.session import Batch, Session
 
 MUST_MATCH = (
     "model_hash", "routers_hash", "lora_hashes", "image_hash", "image_hashes", "mask_hash",
@@ -211,7 +211,7 @@ def _read_comment(path: Path, marker: bytes, skip: int) -> dict[str, Any]:
 def _checked(
     data: Any, kind: str, path: object, none: str, size: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    from edit_cli.generate import recorded  # what schemas are made of, which commands do without
+    from edit_cli.generation import recorded  # what schemas are made of, which commands do without
 
     return recorded.checked(data, getattr(recorded, kind), path, none, size)
 
@@ -249,7 +249,7 @@ def encode_mesh(mesh: Any, suffix: str, record: Mapping[str, Any]) -> bytes:
     if suffix == ".glb":
         from trimesh.exchange.gltf import export_glb
 
-        from edit_cli.generate.colours import add_matte, linear
+        from edit_cli.generation.colours import add_matte, linear
 
         def add_record(tree: dict[str, Any]) -> None:
             tree["asset"]["extras"] = {"edit": dict(record)}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from edit_cli.errors import EditError, RunError
-from edit_cli.generate.medium import Job
-from edit_cli.generate.plan import Plan, side_files
+from edit_cli.generation.medium import Job
+from edit_cli.generation.plan import Plan, side_files
 from edit_cli.request import Request
 
 Places = Sequence[dict[str, Any]]

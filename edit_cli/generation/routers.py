@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from backbones.spec import Backbone
 from edit_cli.errors import EditError, bad_input
-from edit_cli.generate.medium import Job
+from edit_cli.generation.medium import Job
 from routers.planned.spent import evaluations_for
 from routers.spec import TARGETS
 
 if TYPE_CHECKING:
-    from edit_cli.generate.plan import Plan
+    from edit_cli.generation.plan import Plan
 
 DEFAULT_ROUTERS, NO_ROUTERS = "default", "none"
 

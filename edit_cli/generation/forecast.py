@@ -10,7 +10,7 @@ from typing import Any
 
 from backbones import registry
 from backbones.quantise import BYTES_PER_WEIGHT, quantised
-from edit_cli.generate.plan import Plan
+from edit_cli.generation.plan import Plan
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 

@@ -16,7 +16,7 @@ from backbones.spec import Backbone, CallSize, Makes
 from backbones.vocabulary import remarks
 from edit_cli import options
 from edit_cli.errors import EditError, RunError, bad_input
-from edit_cli.generate.inputs import (
+from edit_cli.generation.inputs import (
     PICTURES,
     arguments,
     check_inputs,
@@ -28,17 +28,17 @@ from edit_cli.generate.inputs import (
     stretched,
     timed_parts,
 )
-from edit_cli.generate.medium import Fields, Job, OnStep
-from edit_cli.generate.outputs import PICTURE_SUFFIXES
-from edit_cli.generate.record import encode_picture, read_record
-from edit_cli.generate.seen import Seen, read_texts
+from edit_cli.generation.medium import Fields, Job, OnStep
+from edit_cli.generation.outputs import PICTURE_SUFFIXES
+from edit_cli.generation.record import encode_picture, read_record
+from edit_cli.generation.seen import Seen, read_texts
 from edit_cli.request import in_lines
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from backbones.workloads import PipelineWorkload
-    from edit_cli.generate.session import Session
+    from edit_cli.generation.session import Session
 
 OVERFLOW = "try --dtype bf16 or fp32, or a smaller scale of --lora"
 USUAL_SIDE = 1024
@@ -265,13 +265,13 @@ class Picture:
 
     def compare(self, made: Any, dense: Any) -> dict[str, float]:
         """PSNR in dB (99 for equal pictures) and SSIM."""
-        from edit_cli.generate.closeness import psnr, ssim
+        from edit_cli.generation.closeness import psnr, ssim
 
         return {"psnr": round(min(psnr(dense, made), 99.0), 2), "ssim": round(ssim(dense, made), 4)}
 
     def encode_comparison(self, made: Mapping[str, Any], suffix: str) -> bytes:
         """The pictures side by side with their names, as PNG whatever the suffix."""
-        from edit_cli.generate.closeness import side_by_side
+        from edit_cli.generation.closeness import side_by_side
 
         return encode_picture(side_by_side(dict(made)), ".png", {})
 

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    from edit_cli.generate.mesh import Mesh
-    from edit_cli.generate.picture import Picture
+    from edit_cli.generation.mesh import Mesh
+    from edit_cli.generation.picture import Picture
 
 Medium: TypeAlias = "Picture | Mesh"
 Fields = dict[str, Any]

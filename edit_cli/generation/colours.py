@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edit_cli.generate.turntable import vertex_normals
+from edit_cli.generation.turntable import vertex_normals
 
 SIDE = 512
 """Px of the picture's longer side that colours are read from."""

@@ -12,11 +12,11 @@ from rich.text import Text
 from backbones.spec import GIB
 from edit_cli.console import readable_count, two_columns
 from edit_cli.errors import bad_input
-from edit_cli.generate.forecast import BYTES, stages, weight_bytes
-from edit_cli.generate.plan import Plan
-from edit_cli.generate.report import flops, one_or_all
-from edit_cli.generate.result import job_flops
-from edit_cli.generate.routers import RouterSource, settle
+from edit_cli.generation.forecast import BYTES, stages, weight_bytes
+from edit_cli.generation.plan import Plan
+from edit_cli.generation.report import flops, one_or_all
+from edit_cli.generation.result import job_flops
+from edit_cli.generation.routers import RouterSource, settle
 from routers.planned.timeplan import PASSES
 from routers.spec import TARGETS
 

@@ -13,14 +13,14 @@ from typing import Any
 
 from edit_cli.console import progress
 from edit_cli.errors import EditError, Interrupted, RunError
-from edit_cli.generate.loop import make_batch, open_session
-from edit_cli.generate.medium import Medium
-from edit_cli.generate.mesh import MESH
-from edit_cli.generate.picture import PICTURE
-from edit_cli.generate.plan import Plan, make_plan
-from edit_cli.generate.result import Result, StageClock
+from edit_cli.generation.loop import make_batch, open_session
+from edit_cli.generation.medium import Medium
+from edit_cli.generation.mesh import MESH
+from edit_cli.generation.picture import PICTURE
+from edit_cli.generation.plan import Plan, make_plan
+from edit_cli.generation.result import Result, StageClock
+from edit_cli.generation.scale.places import placed, places
 from edit_cli.request import Request
-from edit_cli.scale.places import placed, places
 
 MISSING = "--engine ray needs Ray Data; try: pip install 'elastic-dit[ray]'"
 

@@ -11,9 +11,9 @@ from backbones.model_files import ModelError
 from backbones.quantise import PACKAGES, check_quantise
 from backbones.spec import GIB, Backbone, Placement
 from edit_cli.errors import EditError, bad_input
-from edit_cli.generate import forecast
-from edit_cli.generate.dryrun import dry_run
-from edit_cli.generate.plan import Plan
+from edit_cli.generation import forecast
+from edit_cli.generation.dryrun import dry_run
+from edit_cli.generation.plan import Plan
 
 FULL = 0.95
 """Share of the free memory that may be forecast to be used: allocators round up."""

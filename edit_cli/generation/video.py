@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from backbones.spec import Backbone, CallSize, Makes
 from edit_cli.errors import EditError
-from edit_cli.generate.medium import Fields
-from edit_cli.generate.outputs import PICTURE_SUFFIXES
-from edit_cli.generate.picture import Picture, PictureJob
-from edit_cli.generate.record import encode_picture
-from edit_cli.generate.sound import Waves, encode_wav, waves
+from edit_cli.generation.medium import Fields
+from edit_cli.generation.outputs import PICTURE_SUFFIXES
+from edit_cli.generation.picture import Picture, PictureJob
+from edit_cli.generation.record import encode_picture
+from edit_cli.generation.sound import Waves, encode_wav, waves
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -143,7 +143,7 @@ class Video(Picture):
 
     def encode_comparison(self, made: Mapping[str, Clip], suffix: str) -> bytes:
         """The videos side by side with their names, without sound."""
-        from edit_cli.generate.closeness import side_by_side
+        from edit_cli.generation.closeness import side_by_side
 
         frames = zip(*(clip.frames for clip in made.values()), strict=True)
         rows = [dict(zip(made, row, strict=True)) for row in frames]

@@ -13,11 +13,11 @@ from backbones.spec import Backbone
 from edit_cli.checks import PICTURE_NAMES, readable_file
 from edit_cli.errors import EditError, bad_input
 from edit_cli.files import reason
-from edit_cli.generate.medium import Job, Medium
-from edit_cli.generate.mesh import MESH
-from edit_cli.generate.picture import PICTURE, PictureJob
-from edit_cli.generate.plan import Plan, make_plan
-from edit_cli.generate.prompts import default_prompts
+from edit_cli.generation.medium import Job, Medium
+from edit_cli.generation.mesh import MESH
+from edit_cli.generation.picture import PICTURE, PictureJob
+from edit_cli.generation.plan import Plan, make_plan
+from edit_cli.generation.prompts import default_prompts
 from edit_cli.request import Request
 
 PICTURES_FOLDER = "calibration"

@@ -17,10 +17,10 @@ from backbones.quantise import check_quantise
 from backbones.spec import Backbone, Placement
 from edit_cli import checks
 from edit_cli.errors import EditError, bad_input
-from edit_cli.generate.media import medium_for
-from edit_cli.generate.medium import Fields, Job, Medium
-from edit_cli.generate.outputs import Output, plan_outputs
-from edit_cli.generate.routers import DEFAULT_ROUTERS, find_routers
+from edit_cli.generation.media import medium_for
+from edit_cli.generation.medium import Fields, Job, Medium
+from edit_cli.generation.outputs import Output, plan_outputs
+from edit_cli.generation.routers import DEFAULT_ROUTERS, find_routers
 from edit_cli.request import Request
 
 SHORT = 40
@@ -172,7 +172,7 @@ def _requests(
         entries = [{medium.subject: subjects}]
     entries += listed
     if medium.list_option in request:
-        from edit_cli.generate.prompts import read_lines
+        from edit_cli.generation.prompts import read_lines
 
         entries += read_lines(request[medium.list_option], medium)
     typed = {name: request[name] for name in medium.options if name in request}

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edit_cli import lifetime
-from edit_cli.generate.medium import Job
+from edit_cli import console
+from edit_cli.generation.medium import Job
 from routers.planned.spent import PlanTrace
 
 if TYPE_CHECKING:
-    from edit_cli.generate.plan import Plan
-    from edit_cli.generate.session import Batch
+    from edit_cli.generation.plan import Plan
+    from edit_cli.generation.session import Batch
     from routers.trace import Trace
 
 
@@ -23,7 +23,7 @@ class StageClock:
     """Adds up seconds per stage over a whole command. Total is wall time since the command began."""
 
     def __init__(self, stages: Iterable[str]) -> None:
-        self.started = lifetime.began()
+        self.started = console.began()
         self.seconds = dict.fromkeys(stages, 0.0)
 
     @contextmanager

@@ -13,16 +13,16 @@ from backbones import registry
 from backbones.spec import GIB, Backbone, CallSize, Makes
 from edit_cli import options
 from edit_cli.errors import EditError, RunError, bad_input, memory_errors
-from edit_cli.generate.medium import Fields, Job, OnStep
-from edit_cli.generate.outputs import MESH_SUFFIXES
-from edit_cli.generate.record import encode_mesh, encode_picture, read_mesh
+from edit_cli.generation.medium import Fields, Job, OnStep
+from edit_cli.generation.outputs import MESH_SUFFIXES
+from edit_cli.generation.record import encode_mesh, encode_picture, read_mesh
 from edit_cli.request import in_lines
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from backbones.workloads import MeshWorkload
-    from edit_cli.generate.session import Session
+    from edit_cli.generation.session import Session
 
 DENSE_BYTES, SPARSE_BYTES = 24, 16
 """Peak bytes a grid point costs: node numbers, values and the copies marching cubes makes."""
@@ -213,7 +213,7 @@ class Mesh:
         """glb, obj, ply or stl; and the turntable."""
         files = {job.path: encode_mesh(made.mesh, job.path.suffix, record)}
         if job.preview is not None:
-            from edit_cli.generate.turntable import turntable
+            from edit_cli.generation.turntable import turntable
 
             files[job.preview] = encode_picture(turntable(made.mesh), ".png", {})
         return files
@@ -254,7 +254,7 @@ class Mesh:
 
     def thumbnail(self, made: Made) -> Image.Image:
         """The mesh from the front."""
-        from edit_cli.generate.turntable import turntable
+        from edit_cli.generation.turntable import turntable
 
         return turntable(made.mesh, THUMBNAIL).crop((0, 0, THUMBNAIL, THUMBNAIL))
 
@@ -280,7 +280,7 @@ class Mesh:
 
     def compare(self, made: Made, dense: Made) -> dict[str, float]:
         """Chamfer distance as a share of the box, F-score and volume IoU."""
-        from edit_cli.generate.closeness import compare_meshes
+        from edit_cli.generation.closeness import compare_meshes
 
         return compare_meshes(made.mesh, dense.mesh, made.volume, dense.volume)
 
@@ -363,14 +363,14 @@ def _shortcomings(job: MeshJob, mesh: Any) -> list[str]:
 
 def read_object(path: str, how: str) -> tuple[Image.Image, str]:
     """`cutout.read_object`, which imports NumPy and Pillow: `edit --help` can do without."""
-    from edit_cli.generate import cutout
+    from edit_cli.generation import cutout
 
     return cutout.read_object(path, how)
 
 
 def _colour(mesh: Any, job: MeshJob) -> None:
     """Vertex colours from the job's pictures."""
-    from edit_cli.generate.colours import colour
+    from edit_cli.generation.colours import colour
 
     pictures = [read_object(image, job.remove_background)[0] for image in job.images]
     colour(mesh, dict(zip(job.views or ("front",), pictures, strict=True)))

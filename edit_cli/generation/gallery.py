@@ -15,8 +15,8 @@ from edit_cli.errors import EditError
 from edit_cli.files import reason, write_files
 
 if TYPE_CHECKING:
-    from edit_cli.generate.plan import Plan
-    from edit_cli.generate.result import Result
+    from edit_cli.generation.plan import Plan
+    from edit_cli.generation.result import Result
 
 PAGE = Path(__file__).with_name("gallery.html")
 NAME = "index.html"
@@ -54,7 +54,7 @@ def write_galleries(result: Result) -> list[Path]:
 
 def gallery(folder: Path, likeness: Mapping[Path, str]) -> bytes:
     """The page of a folder's pictures that have a record, by name. likeness: to the dense run, by file."""
-    from edit_cli.generate.record import read_picture
+    from edit_cli.generation.record import read_picture
 
     cards = []
     for file in sorted(folder.iterdir()):

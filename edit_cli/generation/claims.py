@@ -17,11 +17,11 @@ from typing import Any
 
 from edit_cli.errors import EditError
 from edit_cli.files import TAKEN, Claims
-from edit_cli.generate.medium import Job
-from edit_cli.generate.outputs import Output
-from edit_cli.generate.plan import Plan, side_files
-from edit_cli.generate.record import same_request
-from edit_cli.generate.routers import settle
+from edit_cli.generation.medium import Job
+from edit_cli.generation.outputs import Output
+from edit_cli.generation.plan import Plan, side_files
+from edit_cli.generation.record import same_request
+from edit_cli.generation.routers import settle
 
 Made = Callable[[Job], bool]
 """Whether the file of a job was made by the same request."""

@@ -16,12 +16,12 @@ from backbones.pipeline_call import ARGUMENTS, GIVES, PipelineCall, variant
 from backbones.spec import Backbone
 from edit_cli import checks
 from edit_cli.errors import EditError
-from edit_cli.generate.medium import Fields
+from edit_cli.generation.medium import Fields
 from edit_cli.request import Options
 
 if TYPE_CHECKING:
-    from edit_cli.generate.result import StageClock
-    from edit_cli.generate.seen import Seen
+    from edit_cli.generation.result import StageClock
+    from edit_cli.generation.seen import Seen
 
 DEFAULT_STRENGTH = 0.6  # diffusers' own default for image-to-image
 PICTURES = ("image", "mask", "control_image")
@@ -136,7 +136,7 @@ def _rows(values: list[Any]) -> Any:
 
 def shown(call: PipelineCall, job: Any, rows: int = 1) -> dict[str, Any]:
     """Opened pictures by argument. A list is taken for pictures of one row where the call knows several."""
-    from edit_cli.generate.cutout import open_rgb
+    from edit_cli.generation.cutout import open_rgb
 
     opened: dict[str, Any] = {}
     for name in PICTURES:
@@ -157,7 +157,7 @@ def timed_parts(pipe: Any, clock: StageClock, device: str, seen: Seen) -> Iterat
 
     seen: looks at what goes in and out of these.
     """
-    from edit_cli.generate.result import waiter
+    from edit_cli.generation.result import waiter
 
     inner = clock.seconds["text"] + clock.seconds["decode"]
     start, wait = time.perf_counter(), waiter(device)

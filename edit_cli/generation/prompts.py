@@ -10,8 +10,8 @@ from typing import Any
 from backbones.spec import PACKAGE_FOLDER, Backbone
 from edit_cli.errors import EditError
 from edit_cli.files import reason
-from edit_cli.generate.medium import Fields, Medium
-from edit_cli.generate.picture import PICTURE
+from edit_cli.generation.medium import Fields, Medium
+from edit_cli.generation.picture import PICTURE
 
 
 def read_lines(source: str, medium: Medium, option: str = "--prompts") -> list[Fields]:

@@ -17,10 +17,10 @@ from backbones.model_files import ModelError
 from backbones.noise import seeded
 from backbones.solvers import check_solver, solver
 from edit_cli.errors import EditError, RunError, bad_input, memory_errors
-from edit_cli.generate.medium import Job, OnStep
-from edit_cli.generate.plan import Plan
-from edit_cli.generate.result import StageClock, job_flops
-from edit_cli.generate.routers import RouterSource
+from edit_cli.generation.medium import Job, OnStep
+from edit_cli.generation.plan import Plan
+from edit_cli.generation.result import StageClock, job_flops
+from edit_cli.generation.routers import RouterSource
 from routers.attachment import attach
 from routers.elastic import Elastic
 from routers.paper import checkpoint as release

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from backbones import registry
 from backbones.spec import Backbone, Makes
 from edit_cli.errors import RunError
-from edit_cli.generate.medium import Fields
-from edit_cli.generate.picture import Picture, PictureJob
+from edit_cli.generation.medium import Fields
+from edit_cli.generation.picture import Picture, PictureJob
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,16 +12,16 @@ from backbones import loading
 from edit_cli.console import progress, working
 from edit_cli.errors import Interrupted, RunError, bad_input
 from edit_cli.files import write_files
-from edit_cli.generate import sweep
-from edit_cli.generate.medium import Job, OnStep
-from edit_cli.generate.plan import Plan
-from edit_cli.generate.record import differences, make_record
-from edit_cli.generate.result import Result, StageClock
-from edit_cli.generate.routers import settle
-from edit_cli.generate.session import Batch, Session
+from edit_cli.generation import sweep
+from edit_cli.generation.medium import Job, OnStep
+from edit_cli.generation.plan import Plan
+from edit_cli.generation.record import differences, make_record
+from edit_cli.generation.result import Result, StageClock
+from edit_cli.generation.routers import settle
+from edit_cli.generation.session import Batch, Session
 
 if TYPE_CHECKING:
-    from edit_cli.scale.crew import Crew
+    from edit_cli.generation.scale.crew import Crew
 
 Batches = Sequence[tuple[tuple[Job, ...], Sequence[int]]]
 
@@ -40,7 +40,7 @@ def run_plan(plan: Plan, show_progress: bool, crew: Crew | None = None) -> Resul
         with clock.stage("load"), working(f"loading {plan.backbone.name}", show_progress):
             session = open_session(result, clock)
         if session.plan.preview is not None and session.plan.jobs:
-            from edit_cli.generate.preview import Preview
+            from edit_cli.generation.preview import Preview
 
             session.preview = Preview(session.plan.preview)
             session.preview.prepare(session, session.plan.jobs[0])

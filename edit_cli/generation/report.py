@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from edit_cli.console import two_columns
-from edit_cli.generate.plan import side_files
-from edit_cli.generate.routers import routers_label
+from edit_cli.generation.plan import side_files
+from edit_cli.generation.routers import routers_label
 
 if TYPE_CHECKING:
-    from edit_cli.generate.result import Result
+    from edit_cli.generation.result import Result
 
 MAX_ROWS = 12  # results listed one by one
 WIDTH_NAMES = {"0.25": "1/4", "0.5": "1/2", "0.75": "3/4", "1.0": "full"}

@@ -24,11 +24,11 @@ from PIL import Image, PngImagePlugin
 
 from edit_cli.errors import EditError, RunError
 from edit_cli.files import write_files
-from edit_cli.generate.plan import PREVIEW_MARK as MARK
+from edit_cli.generation.plan import PREVIEW_MARK as MARK
 
 if TYPE_CHECKING:
-    from edit_cli.generate.medium import Job
-    from edit_cli.generate.session import Session
+    from edit_cli.generation.medium import Job
+    from edit_cli.generation.session import Session
 
 CELL = 2
 """Preview pixels along a side of a latent's place."""

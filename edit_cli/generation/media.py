@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from backbones.spec import Backbone, Makes
-from edit_cli.generate.medium import Medium
-from edit_cli.generate.sound import SOUND
-from edit_cli.generate.video import VIDEO
+from edit_cli.generation.medium import Medium
+from edit_cli.generation.sound import SOUND
+from edit_cli.generation.video import VIDEO
 
 PROMPTED: Mapping[Makes, Medium] = {"video": VIDEO, "sound": SOUND}
 """What `edit generate` makes besides pictures."""
