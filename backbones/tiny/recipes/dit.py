@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer
 
+from backbones.tiny.recipes import parcel
 from backbones.tiny.recipes.dataset import SMALL, SQUARE, TrainingSet
 from backbones.tiny.recipes.fast_dit import block_forward, build_dit, dit_forward, rope
 from backbones.tiny.recipes.grow import grow
-from backbones.tiny.recipes.parcel import read_parts
 from backbones.tiny.recipes.text import PromptTokens, build_text_encoder, encode_text, train_tokenizer
 from backbones.tiny.recipes.training import Loop, Step, constant
 from backbones.tiny.recipes.training import arguments as common_arguments
@@ -43,6 +43,13 @@ class TinyModel(nn.Module):
         self.dit = build_dit()
         for p in self.text.model.visual.parameters():
             p.requires_grad_(False)
+
+
+def load_average(checkpoint: Path, tokenizer: Qwen2Tokenizer) -> TinyModel:
+    """The EMA weights of a checkpoint or a parcel, frozen, in eval mode."""
+    model = TinyModel(tokenizer)
+    parcel.fill(model, checkpoint)
+    return model.requires_grad_(False).eval()
 
 
 @dataclass
@@ -133,6 +140,13 @@ def compiled(enabled: bool):
     return torch.compile(block_forward, dynamic=False) if enabled else block_forward
 
 
+def worth_compiling(key: str, device: str) -> bool:
+    """Whether blocks of this picture size are compiled: on a card a compilation takes as long as hundreds
+    of steps, so there only the square size is.
+    """
+    return key == SQUARE or not device.startswith("cuda")
+
+
 def setup(args: argparse.Namespace) -> tuple[TinyModel, PromptBatches]:
     """Model and data; the tokenizer is trained once."""
     torch.manual_seed(args.seed)
@@ -149,13 +163,11 @@ def setup(args: argparse.Namespace) -> tuple[TinyModel, PromptBatches]:
 
 def begin(model: TinyModel, start: Path, tokenizer: Qwen2Tokenizer) -> None:
     """Fill the model with the weights of a parcel, or of a pipeline folder, grown to its size."""
-    if not list(start.glob("part-*.safetensors")):
+    if list(start.glob("part-*.safetensors")):
+        parcel.fill(model, start)
+        print(f"dit: begins with {start}", flush=True)
+    else:
         grow(model, start, tokenizer)
-        return
-    missing, unexpected = model.load_state_dict(read_parts(start), strict=False)
-    if unexpected or [name for name in missing if "lm_head" not in name]:
-        raise ValueError(f"{start} is not of this model: missing {missing}, unexpected {unexpected}")
-    print(f"dit: begins with {start}", flush=True)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -173,7 +185,8 @@ def train(args: argparse.Namespace) -> None:
 
     def take(progress: float) -> Step:
         key, size = draws.draw(progress)
-        loss = flow_loss(model, batches.tokens, batches(size, key), loop.generator, block_fn)
+        run = block_fn if worth_compiling(key, args.device) else block_forward
+        loss = flow_loss(model, batches.tokens, batches(size, key), loop.generator, run)
         return Step(loss, size, {key: loss.item()} if key in (SQUARE, SMALL) else {})
 
     loop.run(take)

@@ -1,6 +1,7 @@
 """Step `elastic`: train block skips and nested MLP widths into the model while its training goes on.
 
     python -m backbones.tiny.recipes.elastic [--minutes 30]
+    python -m backbones.tiny.recipes.elastic --device cuda --batch 1024 --minutes 2 --probe-prompts 0
 
 First each block's image-MLP hidden units are reordered by mean |activation| x out-column norm, an exact
 permutation, so that a prefix holds the units that matter (arXiv 2602.13993 uses prefixes as they come).
@@ -24,17 +25,20 @@ from torch import Tensor
 from backbones.tiny.recipes.captions import common_prompts
 from backbones.tiny.recipes.dit import (
     TEXT_TOKENS,
+    Batch,
     PromptBatches,
+    Sizes,
     TinyModel,
     add_noise,
     arguments,
     compiled,
     muon_takes,
     setup,
+    worth_compiling,
 )
-from backbones.tiny.recipes.fast_dit import GRID, dit_forward, rope
+from backbones.tiny.recipes.fast_dit import GRID, block_forward, dit_forward, rope
 from backbones.tiny.recipes.sampling import Sampler
-from backbones.tiny.recipes.text import encode_text
+from backbones.tiny.recipes.text import PromptTokens, encode_text
 from backbones.tiny.recipes.training import Loop, Step, constant
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
@@ -72,28 +76,28 @@ def order_units(model: TinyModel, batches: PromptBatches, count: int = 8, size: 
 
 
 def draw_subnetworks(
-    size: int, blocks: int, hidden: int, generator: torch.Generator
+    size: int, blocks: int, hidden: int, generator: torch.Generator, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Random decisions per sample: keep (blocks, B, 1, 1) in {0, 1} and width masks (blocks, B, 1, F)."""
+    """Random decisions per sample: keep (blocks, B, 1, 1) and width masks (blocks, B, 1, F), both bool."""
     skips = torch.randint(0, MAX_SKIPS + 1, (size,), generator=generator)
     rank = torch.rand(size, blocks, generator=generator).argsort(1).argsort(1)
-    keep = (rank >= skips[:, None]).float()
+    keep = rank >= skips[:, None]
     widths = torch.tensor(WIDTHS)[torch.randint(0, len(WIDTHS), (size, blocks), generator=generator)]
     narrow = torch.rand(size, 1, generator=generator) < 0.6
     widths = torch.where(narrow, widths, torch.ones(()))
-    masks = (torch.arange(hidden) < (widths * hidden)[..., None]).float()
-    return keep.T[..., None, None].contiguous(), masks.transpose(0, 1)[:, :, None].contiguous()
+    units = (widths * hidden).T.to(device)[..., None, None]
+    return keep.T[..., None, None].to(device), torch.arange(hidden, device=device) < units
 
 
 def fixed_subnetwork(name: str, blocks: int, hidden: int) -> tuple[Tensor, Tensor]:
     """A named decision for every sample: 'skip I,J', 'width 0.5', or 'dense', shaped to broadcast over B."""
-    keep, width = torch.ones(blocks), 1.0
+    keep, width = torch.ones(blocks, dtype=torch.bool), 1.0
     kind, _, value = name.partition(" ")
     if kind == "skip":
-        keep[[int(index) for index in value.split(",")]] = 0
+        keep[[int(index) for index in value.split(",")]] = False
     elif kind == "width":
         width = float(value)
-    mask = (torch.arange(hidden) < width * hidden).float()
+    mask = torch.arange(hidden) < width * hidden
     return keep[:, None, None, None], mask.expand(blocks, 1, 1, hidden)
 
 
@@ -144,27 +148,28 @@ def show(title: str, psnr: dict[str, float]) -> None:
 
 
 def elastic_loss(
-    model: TinyModel, batches: PromptBatches, size: int, generator: torch.Generator, block_fn
+    model: TinyModel, tokens: PromptTokens, batch: Batch, generator: torch.Generator, block_fn
 ) -> tuple[Tensor, Tensor]:
-    """Mean squared velocity errors: the whole model to the data, the sub-networks to the whole model."""
+    """Mean squared velocity errors: the whole model to the data, the sub-networks to the whole model.
+
+    Some of the batch's rows are repeated in sub-networks: SUB_SHARE of what is computed.
+    """
     blocks, hidden = dimensions(model)
-    narrow = round(size * SUB_SHARE)
-    whole = size - narrow
-    batch = batches(whole)
-    device = batch.latents.device
+    whole, device = len(batch.latents), batch.latents.device
+    narrow = round(whole * SUB_SHARE / (1 - SUB_SHARE))
     noisy, sigma, goal = add_noise(batch.latents, generator)
-    some_keep, some_masks = draw_subnetworks(narrow, blocks, hidden, generator)
-    keep = torch.cat([torch.ones(blocks, whole, 1, 1), some_keep], dim=1).to(device)
-    masks = torch.cat([torch.ones(blocks, whole, 1, hidden), some_masks], dim=1).to(device)
+    some_keep, some_masks = draw_subnetworks(narrow, blocks, hidden, generator, device)
+    keep = torch.cat([some_keep.new_ones(blocks, whole, 1, 1), some_keep], dim=1)
+    masks = torch.cat([some_masks.new_ones(blocks, whole, 1, hidden), some_masks], dim=1)
 
     def repeat(rows: Tensor) -> Tensor:
         return torch.cat([rows, rows[:narrow]])
 
     with torch.autocast(device.type, torch.bfloat16):
-        states = encode_text(model.text, batches.tokens.prefix, batch.ids)
+        states = encode_text(model.text, tokens.prefix, batch.ids)
         velocity = dit_forward(
             model.dit, repeat(noisy), repeat(sigma), repeat(states), repeat(batch.mask),
-            rope(TEXT_TOKENS, device=device.type), block_fn, keep, masks,
+            rope(TEXT_TOKENS, batch.grid, batch.step, device.type), block_fn, keep, masks,
         ).float()  # fmt: skip
     dense = (velocity[:whole] - goal).square().mean()
     sub = (velocity[whole:] - velocity[:narrow].detach()).square().mean()
@@ -176,7 +181,7 @@ def train(args: argparse.Namespace) -> None:
     model, batches = setup(args)
     model.to(args.device)
     tokens = batches.tokens
-    vae = AutoencoderKLQwenImage.from_pretrained(args.vae)
+    vae = AutoencoderKLQwenImage.from_pretrained(args.vae) if args.probe_prompts else None
     prompts = [prompt for prompt, _ in common_prompts()][:: max(1, 100 // max(1, args.probe_prompts))]
     if not (args.out / "last.pt").exists():
         model.load_state_dict(torch.load(args.dense, weights_only=True, map_location=args.device)["model"])
@@ -191,10 +196,14 @@ def train(args: argparse.Namespace) -> None:
     block_fn = compiled(args.compile)
     loop.generator.manual_seed(args.seed + 7 + loop.step)
 
+    draws = Sizes(batches.data, loop.generator, 0.0, round(args.batch * (1 - SUB_SHARE)))
+
     def take(progress: float) -> Step:
-        dense, sub = elastic_loss(model, batches, args.batch, loop.generator, block_fn)
+        key, size = draws.draw(progress)
+        run = block_fn if worth_compiling(key, args.device) else block_forward
+        dense, sub = elastic_loss(model, tokens, batches(size, key), loop.generator, run)
         shown = {"dense loss": dense.item(), "sub-network mse": sub.item()}
-        return Step((1 - SUB_SHARE) * dense + SUB_SHARE * sub, args.batch, shown)
+        return Step((1 - SUB_SHARE) * dense + SUB_SHARE * sub, size, shown)
 
     loop.run(take)
     loop.load_average()

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Q
 from transformers import Qwen2Tokenizer
 
 from backbones.tiny.recipes import fast_dit, picture_vae, text
-from backbones.tiny.recipes.dit import TinyModel
+from backbones.tiny.recipes.dit import load_average
 from backbones.tiny.recipes.sampling import SHIFT
 
 MAX_BYTES, MAX_TRANSFORMER_BYTES = 40_000_000, 30_000_000
@@ -48,18 +48,15 @@ def build_pipeline(
 ) -> QwenImagePipeline:
     """The pipeline in fp32 from a checkpoint's EMA weights."""
     tokenizer = Qwen2Tokenizer.from_pretrained(tokenizer_folder)
-    model = TinyModel(tokenizer)
-    state = torch.load(checkpoint, weights_only=True)
-    model.load_state_dict(state["model"])
-    model.load_state_dict(state["ema"], strict=False)
+    model = load_average(checkpoint, tokenizer)
     vae = AutoencoderKLQwenImage.from_pretrained(vae_folder)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False)
     return QwenImagePipeline(
         scheduler=scheduler,
         vae=vae,
-        text_encoder=model.text.eval(),
+        text_encoder=model.text,
         tokenizer=tokenizer,
-        transformer=model.dit.eval(),
+        transformer=model.dit,
     )
 
 

@@ -113,8 +113,8 @@ def block_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One QwenImageTransformerBlock: (img, txt) after it.
 
-    silu_temb (B, D); mask (B, 1, 1, L+N) bool; keep (B, 1, 1) is 0 where a sample skips the block;
-    width_mask (B, 1, F) is 0 on the image MLP's hidden units that a sample does without.
+    silu_temb (B, D); mask (B, 1, 1, L+N) bool; keep (B, 1, 1) bool is false where a sample skips the block;
+    width_mask (B, 1, F) bool is false on the image MLP's hidden units that a sample does without.
     """
     attn, dim, length = block.attn, img.shape[-1], txt.shape[1]
     img_mod = (

@@ -6,12 +6,11 @@ python -m backbones.tiny.recipes.grid [--checkpoint runs/dit/last.pt] ["a cat" .
 import argparse
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKLQwenImage
 from transformers import Qwen2Tokenizer
 
 from backbones.tiny.recipes.captions import common_prompts
-from backbones.tiny.recipes.dit import TinyModel
+from backbones.tiny.recipes.dit import load_average
 from backbones.tiny.recipes.sampling import GUIDANCE, SHIFT, STEPS, Sampler, contact_sheet
 from backbones.tiny.recipes.text import PromptTokens
 
@@ -27,10 +26,7 @@ WORDS = [
 def load_sampler(checkpoint: Path, vae: Path, tokenizer: Path) -> Sampler:
     """The EMA weights of a checkpoint, ready to sample."""
     words = Qwen2Tokenizer.from_pretrained(tokenizer)
-    model = TinyModel(words).eval()
-    state = torch.load(checkpoint, weights_only=True)
-    model.load_state_dict(state["model"])
-    model.load_state_dict(state["ema"], strict=False)
+    model = load_average(checkpoint, words)
     return Sampler(model, PromptTokens(words), AutoencoderKLQwenImage.from_pretrained(vae))
 
 

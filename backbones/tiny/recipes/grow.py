@@ -5,7 +5,9 @@ is lost: added blocks are copies whose gates are shut, and a new token's embeddi
 that the old tokenizer cuts it into (net2net, Chen et al. 2016, arXiv 1511.05641).
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -27,9 +29,25 @@ def spread(old: int, new: int) -> list[int]:
     return order
 
 
-def grown_blocks(weights: dict[str, Tensor], new: int) -> dict[str, Tensor]:
-    """A transformer's weights with `new` blocks. The function stays the same."""
-    prefix = "transformer_blocks."
+def shut(name: str, value: Tensor) -> Tensor:
+    """A modulation's weight or bias with both gates zero: the third and sixth part of six."""
+    if "_mod." not in name:
+        return value.clone()
+    parts = list(value.chunk(6))
+    parts[2], parts[5] = torch.zeros_like(parts[2]), torch.zeros_like(parts[5])
+    return torch.cat(parts)
+
+
+def grown_blocks(
+    weights: dict[str, Tensor],
+    new: int,
+    prefix: str = "transformer_blocks.",
+    shut: Callable[[str, Tensor], Tensor] = shut,
+) -> dict[str, Tensor]:
+    """A transformer's weights with `new` blocks below `prefix`. The function stays the same.
+
+    shut: gives a copied block's weight, by its name within the block, such that the block adds nothing.
+    """
     old = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith(prefix))
     result = {name: value for name, value in weights.items() if not name.startswith(prefix)}
     for number, source in enumerate(spread(old, new)):
@@ -41,16 +59,7 @@ def grown_blocks(weights: dict[str, Tensor], new: int) -> dict[str, Tensor]:
     return result
 
 
-def shut(name: str, value: Tensor) -> Tensor:
-    """A modulation's weight or bias with both gates zero: the third and sixth part of six."""
-    if "_mod." not in name:
-        return value.clone()
-    parts = list(value.chunk(6))
-    parts[2], parts[5] = torch.zeros_like(parts[2]), torch.zeros_like(parts[5])
-    return torch.cat(parts)
-
-
-def grown_embedding(old: Tensor, old_tokens: Qwen2Tokenizer, new_tokens: Qwen2Tokenizer) -> Tensor:
+def grown_embedding(old: Tensor, old_tokens: Any, new_tokens: Any) -> Tensor:
     """Embeddings (new vocabulary, D) from those of another tokenizer."""
     special = set(new_tokens.all_special_tokens)
     rows = []
@@ -59,7 +68,8 @@ def grown_embedding(old: Tensor, old_tokens: Qwen2Tokenizer, new_tokens: Qwen2To
         if known is not None and (token in special or token in old_tokens.get_vocab()):
             rows.append(old[known])
             continue
-        pieces = old_tokens(new_tokens.convert_tokens_to_string([token])).input_ids
+        text = new_tokens.convert_tokens_to_string([token])
+        pieces = old_tokens(text, add_special_tokens=False).input_ids
         rows.append(old[pieces].mean(0) if pieces else old.mean(0))
     return torch.stack(rows)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 MAX_BYTES = 15_000_000
 SCALE = ".scale"  # suffix of a quantised weight's scales
@@ -74,6 +74,24 @@ def read_parts(folder: Path) -> dict[str, Tensor]:
     return expand(packed)
 
 
+TIED = ("lm_head", "t5.encoder.embed_tokens")
+"""Weights that another name holds too: loading that one fills them."""
+
+
+def untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without those of TIED."""
+    return {name: value for name, value in weights.items() if not any(tied in name for tied in TIED)}
+
+
+def fill(model: nn.Module, source: Path) -> None:
+    """Fill a model with a parcel's weights, or a checkpoint's averaged ones. ValueError: another model's."""
+    weights = read_parts(source) if source.is_dir() else average(source)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if not any(tied in name for tied in TIED)]
+    if unexpected or missing:
+        raise ValueError(f"{source} is not of this model: missing {missing}, unexpected {unexpected}")
+
+
 def average(checkpoint: Path) -> dict[str, Tensor]:
     """A checkpoint's EMA weights, and the others as they are."""
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")
@@ -89,9 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/parcel"))
     parser.add_argument("--bits", type=int, choices=(8, 16), default=16)
     args = parser.parse_args()
-    # Tied weights are stored once: load_state_dict fills both.
-    weights = {name: value for name, value in average(args.checkpoint).items() if "lm_head" not in name}
-    paths = write_parts(compress(weights, args.bits), args.out)
+    paths = write_parts(compress(untied(average(args.checkpoint)), args.bits), args.out)
     size = sum(path.stat().st_size for path in paths)
     print(f"parcel: {size / 1e6:.1f} MB in {len(paths)} files -> {args.out}")
 

@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from backbones.tiny.recipes import parcel
 from backbones.tiny.recipes.dataset import SMALL, TrainingSet
-from backbones.tiny.recipes.dit import Sizes, add_noise
+from backbones.tiny.recipes.dit import Sizes, add_noise, worth_compiling
 from backbones.tiny.recipes.elastic import draw_subnetworks
 from backbones.tiny.recipes.flux.fast_dit import BlockFns, build_dit, dit_forward, rope
 from backbones.tiny.recipes.flux.options import arguments
@@ -135,8 +136,8 @@ def distil_step(
     choices, whole = {}, torch.ones(size, dtype=torch.bool, device=device)
     if elastic:
         whole = (torch.rand(size, generator=generator) >= SUB_SHARE).to(device)
-        parts = (part.to(device) for part in draw_subnetworks(size, model.blocks, model.hidden, generator))
-        keep, masks = (torch.where(whole[:, None, None], 1.0, part) for part in parts)
+        parts = draw_subnetworks(size, model.blocks, model.hidden, generator, device)
+        keep, masks = (whole[:, None, None] | part for part in parts)
         choices = {"keep": keep, "width_masks": masks}
     error = (predict(model, batch, noisy, sigma, scales, fns, **choices) - goal).square().mean((1, 2))
     rows = {"whole": whole & ~real, "real": whole & real, "sub": ~whole}
@@ -156,20 +157,21 @@ def load_data(args: argparse.Namespace, teacher: Teacher | None = None) -> Promp
 
 
 def load_model(checkpoint: Path, prompts: Prompts) -> TinyFlux:
-    """The EMA weights of a checkpoint, frozen."""
-    state = torch.load(checkpoint, weights_only=True)
+    """The EMA weights of a checkpoint or a parcel, frozen."""
     model = TinyFlux(prompts)
-    model.load_state_dict(state["model"])
-    model.load_state_dict(state["ema"], strict=False)
+    parcel.fill(model, checkpoint)
     return model.requires_grad_(False).eval()
 
 
 def train(args: argparse.Namespace) -> Path:
     """Run or resume until `args.minutes` are used up; returns the checkpoint."""
     torch.manual_seed(args.seed)
-    teacher = Teacher(args.teacher, args.compile, args.device)
+    teacher = Teacher(args.teacher, args.compile, args.device, args.teacher_tokenizer)
     batches = load_data(args, teacher)
-    model = TinyFlux(batches.tokens).to(args.device)
+    model = TinyFlux(batches.tokens)
+    if args.start and not (args.out / "dit" / "last.pt").exists():
+        parcel.fill(model, args.start)
+    model.to(args.device)
     loop = Loop.from_args("dit", model, muon_takes, args, "dit", schedule=constant)
     batches.data.reseed(args.seed + loop.step)
     sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.dit, model.clip, model.t5)]
@@ -182,7 +184,8 @@ def train(args: argparse.Namespace) -> Path:
             return flow_step(model, batches(args.small_batch, SMALL), loop.generator, fns)
         elastic = progress >= args.elastic_from
         key, size = draws.draw(progress)
-        return distil_step(model, teacher, batches(size, key), loop.generator, fns, elastic)
+        run = fns if worth_compiling(key, args.device) else BlockFns()
+        return distil_step(model, teacher, batches(size, key), loop.generator, run, elastic)
 
     loop.run(take)
     return loop.checkpoint
@@ -191,7 +194,11 @@ def train(args: argparse.Namespace) -> Path:
 def main() -> None:
     """Parse the command line and train."""
     parser = arguments(__doc__, minutes=600.0, ema=0.9995)
-    parser.add_argument("--teacher", type=Path, default=FOLDER, help="folder of the teacher's pipeline")
+    parser.add_argument(
+        "--teacher", type=Path, default=FOLDER, help="the teacher's pipeline folder, or its checkpoint"
+    )
+    parser.add_argument("--teacher-tokenizer", type=Path, help="of a teacher that is a checkpoint")
+    parser.add_argument("--start", type=Path, help="a parcel of weights to begin with (flux/grow.py)")
     parser.add_argument("--small-share", type=float, default=0.12, help="share of the time on 64 px latents")
     parser.add_argument("--small-batch", type=int, default=128)
     parser.add_argument(

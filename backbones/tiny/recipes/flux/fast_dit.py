@@ -104,8 +104,8 @@ def double_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One FluxTransformerBlock: (img, txt) after it.
 
-    silu_temb (B, D); keep (B, 1, 1) is 0 where a sample skips the block; width_mask (B, 1, F) is 0 on the
-    image MLP's hidden units that a sample does without.
+    silu_temb (B, D); keep (B, 1, 1) bool is false where a sample skips the block; width_mask (B, 1, F) bool
+    is false on the image MLP's hidden units that a sample does without.
     """
     attn, length = block.attn, txt.shape[1]
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _modulation(block.norm1.linear, silu_temb)

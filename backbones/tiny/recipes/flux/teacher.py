@@ -14,8 +14,8 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from backbones.tiny.recipes.dit import TEXT_TOKENS, compiled
-from backbones.tiny.recipes.fast_dit import dit_forward, rope
+from backbones.tiny.recipes.dit import TEXT_TOKENS, compiled, load_average
+from backbones.tiny.recipes.fast_dit import GRID, block_forward, dit_forward, rope
 from backbones.tiny.recipes.sampling import NEGATIVE
 from backbones.tiny.recipes.text import PromptTokens, encode_text
 
@@ -43,14 +43,23 @@ def guided_velocity(
 
 
 class Teacher:
-    """A frozen qwen-image-tiny pipeline folder, in fp32."""
+    """A frozen qwen-image-tiny, in fp32.
 
-    def __init__(self, folder: Path = FOLDER, compile: bool = True, device: str = "cpu"):
-        self.dit = QwenImageTransformer2DModel.from_pretrained(folder / "transformer").float()
-        self.text = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder").float()
-        self.dit.requires_grad_(False).eval().to(device)
-        self.text.requires_grad_(False).eval().to(device)
-        self.tokens = PromptTokens(Qwen2Tokenizer.from_pretrained(folder / "tokenizer"))
+    folder: of its pipeline, or the checkpoint of its training; then `tokenizer` is its tokenizer's folder.
+    """
+
+    def __init__(
+        self, folder: Path = FOLDER, compile: bool = True, device: str = "cpu", tokenizer: Path | None = None
+    ):
+        words = Qwen2Tokenizer.from_pretrained(tokenizer or folder / "tokenizer")
+        if folder.is_file() or list(folder.glob("part-*.safetensors")):
+            model = load_average(folder, words)
+            dit, text = model.dit, model.text
+        else:
+            dit = QwenImageTransformer2DModel.from_pretrained(folder / "transformer").float()
+            text = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder").float()
+        self.dit, self.text = (part.requires_grad_(False).eval().to(device) for part in (dit, text))
+        self.tokens = PromptTokens(words)
         self.tokens.prefix = self.tokens.prefix.to(device)
         self.text_tokens = TEXT_TOKENS
         self.block_fn = compiled(compile)
@@ -75,9 +84,11 @@ class Teacher:
             )
             states = encode_text(self.text, self.tokens.prefix, ids)
             rows = torch.cat([torch.arange(size), torch.full((size,), size)]).to(device)
+            square = grid == (GRID, GRID)
             both = dit_forward(
                 self.dit, latents.repeat(2, 1, 1), sigma.repeat(2), states[rows], mask[rows],
-                rope(self.text_tokens, grid, device=device.type), self.block_fn,
+                rope(self.text_tokens, grid, device=device.type),
+                self.block_fn if square or device.type != "cuda" else block_forward,
             )  # fmt: skip
         cond, uncond = both.float().chunk(2)
         anchor = None if data is None or real is None else torch.where(real[:, None, None], data, cond)
