@@ -9,14 +9,27 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxPipeline
 
 from backbones.flux import TRANSFORMER
-from backbones.tiny.recipes import dataset, pairs
+from backbones.tiny.recipes import dataset, pairs, parcel
 from backbones.tiny.recipes.elastic import fixed_subnetwork
-from backbones.tiny.recipes.flux import dit, export, fast_dit, grid, picture_vae, probe, teacher, text, vae
+from backbones.tiny.recipes.flux import (
+    dit,
+    export,
+    fast_dit,
+    grid,
+    grow,
+    picture_vae,
+    probe,
+    teacher,
+    text,
+    vae,
+)
 from backbones.tiny.recipes.flux.sampling import FluxSampler
 from routers.width import MlpSlicer
 
+FLUX_FOLDER = teacher.FOLDER.with_name("flux_tiny")
 CONCEPTS = [
     {"name": "cat", "emoji": "🐱", "synonyms": ["kitty"], "keywords": ["meow"]},
     {"name": "apple", "emoji": "🍎", "synonyms": [], "keywords": []},
@@ -356,3 +369,24 @@ def test_sampling_takes_one_call_a_step(prompts, micro):
 
     FluxSampler(model, prompts, None).latents(["a cat", "apple"], steps=2, guidance=3.0, velocity=velocity)
     assert calls == [(2, 3.0), (2, 3.0)]
+
+
+def test_a_grown_model_draws_what_the_smaller_one_drew(tmp_path):
+    folder = FLUX_FOLDER
+    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    words = text.Prompts(pipe.tokenizer, pipe.tokenizer_2)
+    model = dit.TinyFlux(words)
+    grow.grow(model, words, folder)
+    assert model.blocks > len(pipe.transformer.transformer_blocks) + len(
+        pipe.transformer.single_transformer_blocks
+    )
+    parcel.write_parts(parcel.compress(parcel.untied(model.state_dict()), 16), tmp_path)
+    loaded = dit.load_model(tmp_path, words)
+    latents, sigma = torch.randn(2, 64, 32), torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        states = loaded.encode(*words.batch(["a cat", "two red apples"]))
+        mine = fast_dit.dit_forward(loaded.dit, latents, sigma, states, fast_dit.rope(loaded.dit))
+        theirs = fast_dit.dit_forward(
+            pipe.transformer, latents, sigma, states, fast_dit.rope(pipe.transformer)
+        )
+    assert (mine - theirs).abs().max() < 0.01 * theirs.abs().max()
