@@ -221,7 +221,7 @@ def _run(plan: Plan) -> Results:
     notes += [*session.notes, *source.notes(plan.jobs)]
     session.attach()
     try:
-        for jobs, rows in plan.batches():
+        for jobs, rows in session.batches():
             batch = session.run(jobs)
             for row in rows:
                 raw = batch.results[row]

@@ -111,7 +111,7 @@ ROUTERS: Options = under("Model and routers", {
     "routers": Option("--routers", "PATH",
                       "Bundle folder, .safetensors file, or none. [dim]default: the model's own[/]", text),
     "budget": Option("--budget -b", "X...", "Share of the dense FLOPs to spend, 0 < X <= 1; several are "
-                     "made one by one and shown side by side. [dim]default: what the model's bundle "
+                     "drawn and shown side by side. [dim]default: what the model's bundle "
                      "recommends, else 1[/]", checks.budget, many=True, line="value"),
     "time": Option("--time", "5s", "Seconds to spend on each result once the model is loaded: 5s, 800ms, 2m. "
                    "The plan is chosen that ends in time, within --budget.", checks.duration, line="value"),

@@ -5,6 +5,7 @@ The module is not called attach.py: importing it would then hide the function `r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .identity import is_same_model
 from .patching import check_run
 from .planned.grid import OnGrid
 from .planned.narrow import NarrowPlans
-from .planned.sampled import PlannerFor, Sampled
+from .planned.sampled import Budget, PlannerFor, Sampled, each_of
 from .planned.scheduler import takes_plans
 from .planned.serving import check_free
 from .planned.universal import check_wishes, universal_planner
@@ -32,7 +33,7 @@ def attach(
     model: Any,
     bundle: Bundle | str | Path | None = None,
     *,
-    budget: float | None = None,
+    budget: float | Sequence[float] | None = None,
     target: str = "dense",
     seconds: float | None = None,
     num_steps: int | None = None,
@@ -44,8 +45,9 @@ def attach(
     model: the pipeline (an object with `.transformer` and `.scheduler`), or the transformer.
     bundle: what was calibrated for it (a `Bundle` or its folder), None for the plan that needs nothing
     measured.
-    budget: ratio of dense FLOPs, default the bundle's recommended one, or 1. target: what the result is near
-    to: "dense", the run of all steps, or "exact", the solution that ever more steps tend to.
+    budget: ratio of dense FLOPs, default the bundle's recommended one, or 1; a list has one for each row of
+    the pipeline's batch. target: what the result is near to: "dense", the run of all steps, or "exact", the
+    solution that ever more steps tend to.
     seconds: for a whole call of the pipeline on this machine; a plan within the budget is chosen that ends in
     time. The first call of a size shows what decoding takes, and may be late by that.
     num_steps: denoising steps where no pipeline's scheduler tells them: of a loop of your own.
@@ -62,15 +64,20 @@ def attach(
     routed = loaded is not None and loaded.trained is not None
     if seconds is not None and (routed or pipe is None or not takes_plans(pipe.scheduler)):
         raise ValueError("seconds are kept by plans, and here none takes the sampler's place: give a budget")
-    if bundle is None and spec is not None:
+    if isinstance(budget, Sequence):
+        if routed or spec is not None or pipe is None or not takes_plans(pipe.scheduler):
+            raise ValueError("budgets of rows need a plan in the sampler's place, and here is none: give one")
+        budget = [*budget]
+    elif bundle is None and spec is not None:
         return Elastic(transformer, spec, OpenPolicy, budget=budget, num_steps=num_steps or 20, pipe=pipe)
     if loaded is None:
         budget = 1.0 if budget is None else budget
         return _planned(pipe, transformer, universal_planner, budget, target, num_steps or 20, seconds)
     if budget is None:
         budget = loaded.recommended_budget if seconds is None else 1.0
-    loaded.check_budget(budget)
-    if loaded.trained is not None:
+    for one in each_of(budget):
+        loaded.check_budget(one)
+    if loaded.trained is not None and not isinstance(budget, Sequence):
         return _routed(pipe, transformer, loaded, loaded.trained, budget, num_steps, force)
     check_fits(loaded, transformer, force)
     steps, narrow = num_steps or loaded.num_steps, loaded.narrow_plans()
@@ -78,13 +85,14 @@ def attach(
 
 
 def _planned(
-    pipe: Any, transformer: nn.Module, planner_for: PlannerFor, budget: float, target: str, num_steps: int,
+    pipe: Any, transformer: nn.Module, planner_for: PlannerFor, budget: Budget, target: str, num_steps: int,
     seconds: float | None, narrow: NarrowPlans | None = None,
 ) -> Sampled | OnGrid:  # fmt: skip
     """The sampler on a plan in time where it can be, else on its own steps."""
-    check_wishes(budget, target)
     if pipe is not None and takes_plans(pipe.scheduler):
         return Sampled(pipe, planner_for, budget, target, narrow, seconds)
+    assert not isinstance(budget, Sequence)
+    check_wishes(budget, target)
     if target != "dense":
         raise ValueError(
             f"target {target!r} needs a sampler that can be given other times; leave the target out"

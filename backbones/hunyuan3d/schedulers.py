@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from routers.planned.follow import Follower, Steps
+from routers.planned.apart import follower
+from routers.planned.follow import Steps
 from routers.planned.serving import OnStep, Serving
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class ElasticMeshScheduler(Serving, FlowMatchEulerScheduler):
             self.sigmas, self.timesteps = self.own.sigmas, self.own.timesteps
             return
         self._follow(self.plan)
-        self._run = Follower(self.plan)
+        self._run = follower(self.plan)
 
     def _follow(self, steps: Steps) -> None:
         self.plan = steps

@@ -45,7 +45,7 @@ def run_plan(plan: Plan, show_progress: bool, crew: Crew | None = None) -> Resul
             session.preview = Preview(session.plan.preview)
             session.preview.prepare(session, session.plan.jobs[0])
         with progress(show_progress) as bars:
-            dense = _run_batches(session, list(session.plan.batches()), result, bars, crew)
+            dense = _run_batches(session, list(session.batches()), result, bars, crew)
         result.note(*session.notes)
         if crew is not None:
             crew.gather(result)
@@ -101,7 +101,7 @@ def _run_batches(
 ) -> StageClock:
     """Run, save and compare. Returns what the dense runs took."""
     medium, compare = session.plan.medium, session.plan.compare
-    on_step = _task(bars, "denoising", [session.evaluations(jobs[0]) for jobs, _ in batches], crew)
+    on_step = _task(bars, "denoising", [session.evaluations(jobs) for jobs, _ in batches], crew)
     dense_steps = [jobs[0].denoising_steps for jobs, _ in batches] if compare else []
     on_dense_step = _task(bars, "dense, to compare", dense_steps)
     exactly = compare == "exact"

@@ -7,7 +7,7 @@ input list. Everything that can be wrong with the input is found here, before an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,19 +69,24 @@ class Plan:
         single = ("index", "path", *self.medium.beside, *self.medium.per_row)
         return tuple(value for name, value in vars(job).items() if name not in single)
 
-    def batches(self) -> Iterator[tuple[tuple[Job, ...], Sequence[int]]]:
-        """Jobs that run together, in order, and which of them are results.
+    def batches(
+        self, shares: Callable[[Job], bool] = lambda _: False
+    ) -> Iterator[tuple[tuple[Job, ...], Sequence[int]]]:
+        """Jobs that run together, in order, and which of them are results. shares: whether a job goes with
+        others of other budgets.
 
         A replayed result runs in the batch that it came from: rounding depends on the batch's size.
         """
         if self.peers:
             assert self.replayed is not None
-            budget = self.jobs[0].budget
-            yield tuple(replace(job, budget=budget) for job in self.peers), [int(self.replayed["row"])]
+            own = self.jobs[0].budget
+            peers = tuple(replace(job, budget=job.budget or own) for job in self.peers)
+            yield peers, [int(self.replayed["row"])]
             return
         groups: dict[Any, list[Job]] = {}
         for job in self.jobs:
-            groups.setdefault(self.group(job), []).append(job)
+            alike = replace(job, budget=None) if shares(job) else job
+            groups.setdefault(self.group(alike), []).append(job)
         for jobs in groups.values():
             for start in range(0, len(jobs), self.batch_size):
                 batch = tuple(jobs[start : start + self.batch_size])
@@ -123,7 +128,9 @@ def make_plan(request: Request, medium: Medium, *, kept: bool = True, listed: Se
         force="force" in request or bool(record.get("force")),
         compare=request.get("compare", ""),
         replayed=replayed,
-        peers=tuple(replace(jobs[0], **medium.peer(row)) for row in rows) if len(rows) > 1 else (),
+        peers=tuple(replace(jobs[0], **medium.peer(row), budget=row.get("budget")) for row in rows)
+        if len(rows) > 1
+        else (),
         warnings=tuple(dict.fromkeys(warnings)),
         free=free,
         overwrite="overwrite" in request,

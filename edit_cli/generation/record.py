@@ -86,7 +86,7 @@ def make_record(batch: Batch, row: int, session: Session) -> dict[str, Any]:
     }
     if len(batch.jobs) > 1:
         record["batch"] = [
-            {name: getattr(peer, name) for name in medium.recorded_rows} for peer in batch.jobs
+            {name: getattr(peer, name) for name in (*medium.recorded_rows, "budget")} for peer in batch.jobs
         ]
         record["row"] = row
     return record

@@ -25,6 +25,7 @@ class PictureRow(msgspec.Struct):
     prompt: Text
     seed: Seed
     negative_prompt: Text | None = None
+    budget: schema.Budget | None = None
 
 
 class MeshRow(msgspec.Struct):
@@ -33,6 +34,7 @@ class MeshRow(msgspec.Struct):
     images: Annotated[list[Name], Meta(min_length=1, max_length=64)]
     seed: Seed
     remove_background: Literal["auto", "yes", "no"]
+    budget: schema.Budget | None = None
 
 
 class Record(msgspec.Struct, kw_only=True):

@@ -25,7 +25,7 @@ from routers.attachment import attach
 from routers.elastic import Elastic
 from routers.paper import checkpoint as release
 from routers.paper import policy as release_policy
-from routers.planned.sampled import Sampled
+from routers.planned.sampled import Sampled, each_of
 from routers.planned.scheduler import elastic_scheduler
 from routers.planned.seconds import TooFewSecondsError
 from routers.planned.spent import PlanTrace
@@ -138,7 +138,7 @@ class Session:
                 plans = self.elastic
                 plans.detach()
                 self.elastic = WatchedPlan(
-                    self.pipe, plans.planner_for, plans.budget, plans.target, spec, plans.narrow
+                    self.pipe, plans.planner_for, each_of(plans.budget)[0], plans.target, spec, plans.narrow
                 )
 
     def detach(self) -> None:
@@ -169,9 +169,19 @@ class Session:
             jobs = [replace(job, budget=trace.share, turns=turns) for job in jobs]
         return Batch(tuple(jobs), results, trace, {} if trace is None else self._flops(jobs, trace))
 
+    def batches(self) -> Iterator[tuple[tuple[Job, ...], Sequence[int]]]:
+        """The plan's batches, once something is attached; rows have budgets of their own where they can."""
+        return self.plan.batches(self._shares)
+
+    def _shares(self, job: Job) -> bool:
+        chosen = job.solver is None and job.time is None and not job.turns
+        if job.budget is None or not chosen or not isinstance(self.elastic, Sampled):
+            return False
+        return self.elastic.shares(job.denoising_steps, job.budget, job.target)
+
     def _scope(self, jobs: Sequence[Job], size: Any = None) -> Any:
         job, samples = jobs[0], len(jobs)
-        wishes: dict[str, Any] = {"budget": job.budget, "samples": samples}
+        wishes: dict[str, Any] = {"budget": _budgets(jobs), "samples": samples}
         if not isinstance(self.elastic, Sampled):
             return self.elastic.scope(num_steps=job.denoising_steps, **wishes)
         if job.solver is not None:
@@ -210,15 +220,16 @@ class Session:
             return trace.flops
         if not self.plan.backbone.family.transformer.blocks:
             return {}
-        dense = sum(job_flops(self.plan, job) for job in jobs)
-        return {"dense": dense, "spent": dense * trace.share}
+        dense = [job_flops(self.plan, job) for job in jobs]
+        spent = sum(count * share for count, share in zip(dense, trace.spent, strict=True))
+        return {"dense": sum(dense), "spent": spent}
 
-    def evaluations(self, job: Job) -> int:
-        """How often a job's run calls its `on_step`."""
-        steps = job.denoising_steps
+    def evaluations(self, jobs: Sequence[Job]) -> int:
+        """How often a batch calls its `on_step`, at most."""
+        steps = jobs[0].denoising_steps
         if not isinstance(self.elastic, Sampled):
             return steps
-        return self.elastic.evaluations(steps, job.budget, job.target)
+        return self.elastic.evaluations(steps, _budgets(jobs), jobs[0].target)
 
     def run_exact(self, jobs: Sequence[Job], on_step: OnStep = lambda: None) -> Batch:
         """The solution that ever more steps tend to. Raises EditError for a sampler that takes no others."""
@@ -254,6 +265,12 @@ def overflows() -> Iterator[None]:
         yield
     except TooStrongError as error:
         raise RunError(str(error)) from error
+
+
+def _budgets(jobs: Sequence[Job]) -> Any:
+    """The budget of all, or each one's own."""
+    each = [job.budget for job in jobs]
+    return each[0] if len(set(each)) == 1 else each
 
 
 def _settled(trace: PlanTrace, elastic: Sampled) -> tuple[tuple[int, int], ...]:

@@ -16,8 +16,9 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from .apart import follower
 from .flow import KINDS, Point
-from .follow import Follower, Planner, Steps
+from .follow import Planner, Steps
 from .serving import OnStep, Serving
 from .timeplan import Array
 
@@ -93,7 +94,7 @@ class ElasticOdeScheduler(Serving):
                 self.own.set_begin_index(first)
             return
         self._follow(self.plan)
-        self._run = Follower(self.plan)
+        self._run = follower(self.plan)
 
     def _follow(self, steps: Steps) -> None:
         self.plan = steps

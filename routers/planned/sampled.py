@@ -17,25 +17,35 @@ import torch
 
 from ..patching import check_whole
 from ..trace import Trace
+from .apart import RowPlans, left_out
 from .course import Course, Turn
 from .follow import Planner, Steps
 from .narrow import Narrowing, NarrowPlans
 from .scheduler import elastic_scheduler
 from .seconds import Pace, fitting
 from .spent import PlanTrace, evaluations_for
-from .timeplan import Array, TimePlan
+from .timeplan import Array, TimePlan, euler, moving
 from .universal import Warp, check_wishes
 
 PlannerFor = Callable[[float, str, Warp | None], Planner]
 """From a budget, a target and a scheduler's warp of its times: `universal_planner`, or a bundle's."""
+Budget = float | Sequence[float]
+"""Of a whole batch, or of each of its rows."""
+
+
+def each_of(budget: Budget) -> list[float]:
+    """All of them."""
+    return [*budget] if isinstance(budget, Sequence) else [budget]
+
+
 BEGINS, ENDS = ("check_inputs", "prepare"), ("maybe_free_model_hooks", "clean")
 """What a pipeline's call begins and ends with, diffusers' and the mesh pipeline's."""
 
 
 class Sampled:
-    """Made by `routers.attach`. budget: ratio of dense FLOPs. target: "dense" or "exact" (`universal.py`).
-    narrow: a bundle's plans with narrow evaluations. seconds: for a whole call of the pipeline, None for as
-    many as it takes.
+    """Made by `routers.attach`. budget: ratio of dense FLOPs, of all or of each row. target: "dense" or
+    "exact" (`universal.py`). narrow: a bundle's plans with narrow evaluations. seconds: for a
+    whole call of the pipeline, None for as many as it takes.
 
     trace: of the last run, None before the first. Raises ValueError for a scheduler that a plan cannot stand
     in for, and for a transformer with a cache of its own.
@@ -45,13 +55,12 @@ class Sampled:
         self,
         pipe: Any,
         planner_for: PlannerFor,
-        budget: float,
+        budget: Budget,
         target: str,
         narrow: NarrowPlans | None = None,
         seconds: float | None = None,
     ) -> None:
-        check_wishes(budget, target)
-        _check_seconds(seconds)
+        _check_wishes(budget, target, seconds)
         if "_edit_elastic" in pipe.transformer.__dict__:
             raise ValueError("routers are already attached to this transformer: detach them first")
         check_whole(pipe.transformer)
@@ -65,6 +74,7 @@ class Sampled:
         self._decided: tuple[int, Steps | None] = (0, None)
         self._scope: PlanTrace | None = None
         self._scoped: dict[str, Any] = {}
+        self._apart = ExitStack()
         self._narrowing = None if narrow is None else Narrowing(pipe, narrow.spec)
         self._undo = ExitStack()
         self.scheduler = self._undo.enter_context(elastic_scheduler(pipe, self._plan, self._count))
@@ -75,7 +85,7 @@ class Sampled:
     def scope(
         self,
         *,
-        budget: float | None = None,
+        budget: Budget | None = None,
         target: str | None = None,
         samples: int = 1,
         planner_for: PlannerFor | None = None,
@@ -90,10 +100,10 @@ class Sampled:
         """
         if self._scope is not None:
             raise RuntimeError("a scope is already open on this pipeline; scopes do not nest")
-        _check_seconds(seconds)
+        seconds = self.seconds if seconds is None else seconds
+        _check_wishes(self.budget if budget is None else budget, target or self.target, seconds)
         trace = self._trace(budget, target, samples)
-        trace.seconds, trace.turns = self.seconds if seconds is None else seconds, [*turns]
-        check_wishes(trace.requested, trace.target)
+        trace.seconds, trace.turns = seconds, [*turns]
         self._scope, self._scoped = trace, {"planner_for": planner_for, "size": size, "turns": turns}
         self.pace.start()
         try:
@@ -106,11 +116,21 @@ class Sampled:
             if not trace.made and self._before is not None:
                 vars(trace).update(vars(self._before))
 
-    def evaluations(self, steps: int, budget: float | None = None, target: str | None = None) -> int:
-        """How many evaluations a run of so many steps makes, at most."""
+    def evaluations(self, steps: int, budget: Budget | None = None, target: str | None = None) -> int:
+        """How many evaluations a run of so many steps makes, at most: with a budget for each row, for any."""
         budget = self.budget if budget is None else budget
+        if isinstance(budget, Sequence):
+            each = sum(self.evaluations(steps, one, target) for one in set(budget))
+            return min(each, steps) if (target or self.target) == "dense" else each
         found = None if self.narrow is None else self.narrow.at(budget, target or self.target, steps)
         return evaluations_for(budget, steps) if found is None else found.plan.evaluations
+
+    def shares(self, steps: int, budget: float, target: str | None = None) -> bool:
+        """Whether a row with this budget may share a batch with rows of other budgets: not at budget 1, where
+        the pipeline's own run is made bit for bit, nor where its evaluations are narrow.
+        """
+        narrow = None if self.narrow is None else self.narrow.at(budget, target or self.target, steps)
+        return narrow is None and evaluations_for(budget, steps) < steps
 
     @property
     def trace(self) -> PlanTrace | None:
@@ -126,9 +146,12 @@ class Sampled:
         self._end()
         self._undo.close()
 
-    def _trace(self, budget: float | None, target: str | None, samples: int) -> PlanTrace:
-        budget = self.budget if budget is None else budget
-        return PlanTrace(budget, target or self.target, samples, seconds=self.seconds)
+    def _trace(self, budget: Budget | None, target: str | None, samples: int) -> PlanTrace:
+        budget, target = self.budget if budget is None else budget, target or self.target
+        if not isinstance(budget, Sequence):
+            return PlanTrace(budget, target, samples, seconds=self.seconds)
+        mean = sum(budget) / len(budget)
+        return PlanTrace(mean, target, len(budget), rows=[PlanTrace(each, target) for each in budget])
 
     def _plan(self, grid: Array) -> Any:
         """A run begins. grid: the times that the pipeline would have taken."""
@@ -141,7 +164,8 @@ class Sampled:
         steps, size = len(grid) - 1, self._scoped.get("size")
         self._given = dict(self._scoped.get("turns", ()))
         timed, turning = trace.seconds is not None, trace.seconds is not None or bool(self._given)
-        self._most = evaluations_for(trace.requested, steps)
+        least = min([row.requested for row in trace.rows], default=trace.requested)
+        self._most = evaluations_for(least, steps)
         if getattr(self.scheduler, "higher_order", False) and (turning or self._most < steps):
             trace.target = "exact"  # its dense run is as good as exact
         trace.steps = trace.of = steps
@@ -151,7 +175,10 @@ class Sampled:
             self.pace.begin(size or (steps, trace.samples), trace.seconds or float("inf"))
         self.scheduler.live = turning
         trace.widths, trace.blocks, trace.remarks = (), None, []
-        if turning:
+        plan: Steps | None
+        if trace.rows:
+            plan = self._begin_apart(grid, trace)
+        elif turning:
             plan = self._course_of(grid, trace)
         else:
             plan = self._narrow_plan(trace, grid) or self._planner(trace.requested, trace)(grid)
@@ -160,6 +187,26 @@ class Sampled:
             unfitted = getattr(getattr(self.planner_for, "__self__", None), "unfitted", lambda _: "")
             trace.remarks += [reason] if (reason := unfitted(grid)) else []
         return plan
+
+    def _begin_apart(self, grid: Array, trace: PlanTrace) -> RowPlans:
+        """Plans of rows with budgets of their own, and the transformer called for those that are computed."""
+        plans: dict[float, Any] = {}
+        for row in trace.rows:
+            row.steps = row.of = len(grid) - 1
+            row.made, row.target, budget = 0, trace.target, row.requested
+            if self.narrow is not None and self.narrow.for_times(budget, trace.target, grid) is not None:
+                raise ValueError(f"at budget {budget:g} evaluations are narrow here: give one budget for all")
+            if getattr(self.scheduler, "higher_order", False) and evaluations_for(budget, row.of) == row.of:
+                raise ValueError(
+                    "budget 1 is this solver's own run, which other rows cannot share: give less"
+                )
+            plans[budget] = plans.get(budget) or self._planner(budget, trace)(grid) or euler(moving(grid))
+            row.planned = plans[budget].evaluations
+        together = RowPlans([plans[row.requested] for row in trace.rows])
+        named = vars(self.pipe).items()
+        transformers = [part for name, part in named if name.startswith("transformer") and part is not None]
+        self._apart.enter_context(left_out(transformers, together, lambda: trace.made))
+        return together
 
     def _narrow_plan(self, trace: PlanTrace, grid: Array) -> TimePlan | None:
         """The plan whose evaluations are narrow, its run begun; None where they are whole."""
@@ -181,6 +228,7 @@ class Sampled:
         return self._narrowing.begin(plan, trace.samples)
 
     def _end(self) -> None:
+        self._apart.close()
         if self._narrowing is not None:
             self._narrowing.end()
 
@@ -212,6 +260,9 @@ class Sampled:
         if number <= self._now.made:
             return self._decided[1] if self._decided[0] == number else None
         self._now.made = number
+        if isinstance(plan := getattr(self.scheduler, "plan", None), RowPlans):
+            for row in plan.computed(number - 1):
+                self._now.rows[row].made += 1
         if self.pace.running:
             self.pace.evaluated()
         self._decided = number, None if self._course is None else self._turn(number, self._course)
@@ -269,6 +320,12 @@ def _device_of(pipe: Any) -> str:
     return torch.device(device).type
 
 
-def _check_seconds(seconds: float | None) -> None:
+def _check_wishes(budget: Budget, target: str, seconds: float | None) -> None:
+    for one in each_of(budget):
+        check_wishes(one, target)
+    if not each_of(budget):
+        raise ValueError("no budget for any row; give one for each, or one for all")
+    if seconds is not None and isinstance(budget, Sequence):
+        raise ValueError("seconds are of a whole batch: give them with one budget, or budgets without them")
     if seconds is not None and not 0 < seconds < float("inf"):
         raise ValueError(f"{seconds:g} seconds are no time to make anything in")

@@ -23,6 +23,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
+from .apart import RowFollower, RowPlans, follower
 from .follow import Follower, Planner, Steps
 from .ode import ElasticOdeScheduler, check_ode
 from .serving import OnStep, Serving, check_free, uncounted
@@ -39,7 +40,7 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
     plan: Steps | None
     sigmas: Tensor
     grid: Array
-    _run: Follower
+    _run: Follower | RowFollower
 
     def set_timesteps(
         self,
@@ -81,10 +82,10 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
     def _init_step_index(self, timestep: Any) -> None:
         super()._init_step_index(timestep)
         self._first: int = self._step_index
-        if self._step_index and isinstance(self.plan, TimePlan):
+        if self._step_index and isinstance(self.plan, TimePlan | RowPlans):
             self.plan = self.plan.begun_at(self._step_index)
         if self.plan is not None:
-            self._run = Follower(self.plan)
+            self._run = follower(self.plan)
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, *, return_dict: bool = True, **kwargs: Any
@@ -99,6 +100,8 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
         if self.plan is None:
             return super().step(model_output, timestep, sample, return_dict=return_dict, **kwargs)
         if kwargs.get("per_token_timesteps") is not None:
+            if isinstance(self.plan, RowPlans):
+                raise ValueError("tokens have times of their own here, and so rows cannot: give one budget")
             way = self._run.step(step, sample, model_output, 1.0) - sample.float()
             return super().step(way, timestep, sample, return_dict=return_dict, **kwargs)
         # the step's size from the host: asked of the device, it would wait for all that is queued there

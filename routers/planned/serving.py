@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .apart import RowFollower
 from .follow import Follower, Planner, Steps
 
 OnStep = Callable[[int], Steps | None]
@@ -74,7 +75,7 @@ class Serving:
     _follow: Callable[[Steps], None]
     """Offer the times of something else, of which those up to the present one are as they were."""
     _patched: list[Any]
-    _run: Follower
+    _run: Follower | RowFollower
     own: Any
     """The scheduler whose place is taken, where it is still asked."""
 

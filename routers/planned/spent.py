@@ -33,9 +33,10 @@ class PlanTrace:
     """requested: share of the dense run's FLOPs. target: see `universal.py`. samples: results of the run.
     steps: what the dense run takes; planned: how many of them the plan evaluates. made, of: evaluations made
     so far, and how many the dense run would have made. widths: of narrow evaluations, in turn; blocks: what
-    the engine counted of them, None where all are whole. remarks: see `notes`. seconds: that the run was
-    given, None for as many as it takes; took: that it took. turns: how a plan came about that was chosen on
-    the way (`course.py`).
+    the engine counted of them, None where all are whole. remarks: see `notes`. rows: traces of each row,
+    where these have budgets of their own: `requested` is then their mean, and `made` counts calls for any of
+    them. seconds: that the run was given, None for as many as it takes; took: that it took. turns: how a plan
+    came about that was chosen on the way (`course.py`).
     """
 
     requested: float
@@ -49,6 +50,7 @@ class PlanTrace:
     widths: tuple[float, ...] = ()
     blocks: Trace | None = None
     remarks: list[str] = field(default_factory=list)
+    rows: list[PlanTrace] = field(default_factory=list)
     seconds: float | None = None
     took: float = field(default=0.0, compare=False)
     turns: list[Turn] = field(default_factory=list)
@@ -65,7 +67,9 @@ class PlanTrace:
 
     @property
     def share(self) -> float:
-        """Share of the dense run's FLOPs that was spent."""
+        """Share of the dense run's FLOPs that was spent: of rows with budgets of their own, the mean."""
+        if self.rows:
+            return sum(row.share for row in self.rows) / len(self.rows)
         if not self.of:
             return 1.0
         counted = {} if self.blocks is None else self.blocks.flops
@@ -74,11 +78,13 @@ class PlanTrace:
     @property
     def spent(self) -> list[float]:
         """The share, for every sample."""
-        return [self.share] * self.samples
+        return [row.share for row in self.rows] or [self.share] * self.samples
 
     @property
     def notes(self) -> list[str]:
         """What a user should know of this run, in plain words."""
+        if self.rows:
+            return list(dict.fromkeys([*self.remarks, *(note for row in self.rows for note in row.notes)]))
         if self.seconds is not None:
             late = self.took > self.seconds
             text = f"asked {self.seconds:.3g} s, took {self.took:.3g} s"
@@ -106,6 +112,9 @@ class PlanTrace:
         asked = f"budget asked {self.requested:g}"
         if self.seconds is not None:
             asked = f"asked {self.seconds:g} s, took {self.took:.3g} s"
+        if self.rows:
+            budgets = ", ".join(f"{row.requested:g} (spent {row.share:.3f})" for row in self.rows)
+            asked = f"budgets asked {budgets}"
         spent = f"{asked}, spent {self.share:.3f} of dense FLOPs"
         return "\n".join(
             [f"{spent}: {self.made} evaluations of {self.of}, target {self.target}", *self.notes]

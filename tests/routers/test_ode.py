@@ -19,6 +19,7 @@ from diffusers import (
 )
 
 import routers
+from routers.planned.apart import RowPlans
 from routers.planned.grid import OnGrid
 from routers.planned.sampled import Sampled
 from routers.planned.scheduler import elastic_scheduler
@@ -57,10 +58,10 @@ def model(scheduler: Any, x: torch.Tensor, time: float) -> torch.Tensor:
     }[kind]
 
 
-def run(scheduler: Any, steps: int) -> tuple[torch.Tensor, int]:
+def run(scheduler: Any, steps: int, rows: int = 1) -> tuple[torch.Tensor, int]:
     """A run as pipelines make it: the data, and how often the model was asked."""
     scheduler.set_timesteps(steps)
-    noise = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).repeat(rows, 1)
     x, calls = noise * scheduler.init_noise_sigma, 0
     for time in scheduler.timesteps:
         output = model(scheduler, scheduler.scale_model_input(x, time), float(time))
@@ -128,6 +129,21 @@ def test_noise_that_is_asked_for_is_refused() -> None:
         scheduler.set_timesteps(10)
         with pytest.raises(ValueError, match="eta"):
             scheduler.step(SPREAD, scheduler.timesteps[0], SPREAD, eta=1.0)
+
+
+@pytest.mark.parametrize("target", ["dense", "exact"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_rows_with_plans_of_their_own_go_where_they_go_alone(name: str, target: str) -> None:
+    budgets, pipe = (0.3, 0.6), SimpleNamespace(scheduler=SAMPLERS[name]())
+
+    def planner(grid: Any) -> Any:
+        return RowPlans([universal_planner(budget, target)(grid) for budget in budgets])  # type: ignore[misc]
+
+    with elastic_scheduler(pipe, planner) as scheduler:
+        together, _ = run(scheduler, 20, rows=2)
+    for row, budget in zip(together, budgets, strict=True):
+        alone, _ = planned(name, budget, target)
+        torch.testing.assert_close(row, alone[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("budget", [0.5, 1.0])

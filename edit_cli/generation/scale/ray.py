@@ -1,7 +1,8 @@
 """A plan on Ray: Ray Data hands its batches to actors, each of which holds an open session.
 
 An actor that is lost is started again and gets its batch again; its files are written whole or not at all,
-so nothing is lost and nothing there twice. Files are those of a single process: batches are the same. The
+so nothing is lost and nothing there twice. Files are those of a single process, where batches are the same:
+here each has one budget. The
 output folder has to be one that all nodes see.
 """
 
