@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from edit_cli.generate.record import read_picture
+from edit_cli.generation.record import read_picture
 from tests.cli.test_budget import pixels
 
 LINES = [
