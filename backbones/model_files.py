@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
 import os
 import socket
 import struct
 import urllib.parse
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from backbones.spec import DEFAULT_FIELDS, Defaults, Makes
+if TYPE_CHECKING:
+    from routers.schema import Reader
 
 ROUTERS_FOLDER = "routers"
 DEFAULTS_FILE, STATIC = "edit.json", "static"
 """What a model folder says of itself: defaults for requests, and a static transformer's shape."""
 
-PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
-"""Of a pipeline: not values of its configuration."""
 POINTER = b"version https://git-lfs"
 LFS = "it is a git-lfs pointer and not the file itself; fetch that with: git lfs pull"
 
@@ -37,27 +34,39 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object of a model folder. Raises ModelError."""
     from routers import schema  # `edit --help` reads nothing
 
+    data: dict[str, Any] = read_files({file: schema.mapping})[file]
+    return data
+
+
+def read_files(files: Mapping[Path, Reader]) -> dict[Path, Any]:
+    """What the readers of `routers.schema` make of files of a model folder, of safetensors of their headers.
+
+    A header is 8 bytes of little-endian length, then JSON. Raises ModelError.
+    """
+    import routers.schema as schema
+
+    given = []
+    for file, reader in files.items():
+        what = f"{str(file)!r} is not a complete safetensors file: "
+        is_header = file.suffix == ".safetensors"
+        try:
+            with file.open("rb") as stream:
+                data = stream.read(8)
+                most = min(*struct.unpack("<Q", data), schema.MAX_BYTES + 1) if is_header else -1
+                rest = stream.read(most)
+        except FileNotFoundError:
+            raise ModelError(f"the model folder is incomplete: {str(file)!r} is missing") from None
+        except (OSError, struct.error) as error:
+            reason = what if is_header else f"{str(file)!r} cannot be read: "
+            raise ModelError(f"{reason}{first_line(error)}") from error
+        if (data + rest[: len(POINTER)]).startswith(POINTER):
+            raise ModelError(f"{what if is_header else f'{str(file)!r}: '}{LFS}")
+        where = f"{what}its header" if is_header else repr(str(file))
+        given.append((reader, rest if is_header else data + rest, where))
     try:
-        return schema.decode(file.read_bytes(), dict[str, Any], repr(str(file)))
-    except FileNotFoundError:
-        raise ModelError(f"the model folder is incomplete: {str(file)!r} is missing") from None
-    except OSError as error:
-        raise ModelError(f"{str(file)!r} cannot be read: {first_line(error)}") from error
-    except ValueError as error:
-        raise ModelError(f"{str(file)!r}: {LFS}" if is_pointer(file) else str(error)) from None
-
-
-def read_index(file: Path) -> dict[str, Any]:
-    """A model_index.json: its components are pairs of a library and a class. Raises ModelError."""
-    from routers import schema
-
-    index = read_json(file)
-    parts = {name: entry for name, entry in index.items() if name in PARTS or isinstance(entry, list)}
-    try:
-        schema.convert(parts, dict[schema.Name, tuple[str | None, str | None]], repr(str(file)))
+        return dict(zip(files, schema.read_each(given), strict=True))
     except ValueError as error:
         raise ModelError(str(error)) from None
-    return index
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -74,10 +83,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file's tensors, from its header alone.
-
-    The header is 8 bytes of little-endian length, then JSON. Raises ModelError.
-    """
+    """Names and shapes of a safetensors file's tensors, from its header alone. Raises ModelError."""
     return dict(_read_header(file, stamp(file)))
 
 
@@ -85,15 +91,8 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
 def _read_header(file: Path, _stamp: Stamp) -> dict[str, tuple[int, ...]]:
     from routers import schema
 
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            text = stream.read(min(length, schema.MAX_BYTES + 1))
-        entries = schema.header(text, "its header")
-        return {name: tuple(entry.shape) for name, entry in entries.items()}
-    except (OSError, ValueError, struct.error) as error:
-        reason = LFS if is_pointer(file) else first_line(error)
-        raise ModelError(f"{str(file)!r} is not a complete safetensors file: {reason}") from error
+    shapes: dict[str, tuple[int, ...]] = read_files({file: schema.shapes})[file]
+    return shapes
 
 
 def is_pointer(file: Path) -> bool:
@@ -105,48 +104,11 @@ def is_pointer(file: Path) -> bool:
         return False
 
 
-def count_by_prefix(file: Path) -> dict[str, int]:
-    """Elements in a safetensors file by the first part of their names. Raises ModelError."""
-    counts: dict[str, int] = {}
-    for name, shape in read_header(file).items():
-        prefix = name.split(".", 1)[0]
-        counts[prefix] = counts.get(prefix, 0) + math.prod(shape)
-    return counts
-
-
 def stamp(path: Path) -> Stamp:
     """The state of a file, or of the files in a folder and its subfolders, without reading them."""
     files = [path] if path.is_file() else [*path.glob("*"), *path.glob("*/*")]
     states = ((str(file), file.stat()) for file in files if file.is_file())
     return tuple(sorted((name, state.st_mtime_ns, state.st_size) for name, state in states))
-
-
-def folder_defaults(folder: Path, base: Defaults, makes: Makes) -> Defaults:
-    """Defaults for requests: `base`, changed by the folder's `edit.json`. Raises ModelError."""
-    file, allowed = folder / DEFAULTS_FILE, DEFAULT_FIELDS[makes]
-    if not file.is_file():
-        return base
-    data = read_json(file)
-    data.pop(STATIC, None)
-    unknown = sorted(set(data) - set(allowed))
-    if unknown:
-        raise ModelError(f"{file}: unknown keys {unknown}; allowed are {', '.join(allowed)}")
-    from routers import schema
-
-    given = schema.convert(data, schema.FolderDefaults, str(file))
-    return replace(base, **{name: getattr(given, name) for name in data})
-
-
-def static_entry(folder: Path) -> Any:
-    """What `edit.json` says of a static transformer; None if it is an ordinary one. Raises ModelError."""
-    file = folder / DEFAULTS_FILE
-    return read_json(file).get(STATIC) if file.is_file() else None
-
-
-def folder_bundle(folder: Path) -> Path | None:
-    """The bundle that a model folder brings along, in `routers/`."""
-    bundle = folder / ROUTERS_FOLDER
-    return bundle if (bundle / "bundle.json").is_file() else None
 
 
 def near_names(name: str, names: Iterable[str]) -> str:

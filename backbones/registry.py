@@ -1,9 +1,8 @@
 """The table of models, and `resolve`: registry name, folder, file or hub id -> Backbone. No torch here.
 
 Rows are data: `models.json`, and for some models of the hub `configs/<name>.json`, so that dry runs need no
-download; a row that names a pipeline's class needs no code. Packaged models are folders like any other. A
-folder may hold `edit.json` ({"steps": 20, ...}: defaults for requests) and `routers/` (a bundle used by
-default).
+download; a row that names a pipeline's class needs no code. Packaged models are folders like any other
+(`model_folder.py`).
 """
 
 from __future__ import annotations
@@ -18,23 +17,17 @@ from typing import Any
 
 from backbones import flux, qwen_image
 from backbones.hunyuan3d import family as hunyuan3d
-from backbones.hunyuan3d.folders import cached_folder, find_weights, folders_inside, resolve_folder
+from backbones.hunyuan3d.folders import cached_folder, folders_inside, resolve_folder
 from backbones.model_files import (
-    ROUTERS_FOLDER,
+    STATIC,
     ModelError,
-    Stamp,
-    count_by_prefix,
-    folder_bundle,
-    folder_defaults,
     hub_file,
     near_names,
+    read_files,
     read_header,
-    read_index,
     read_json,
-    read_yaml,
-    stamp,
-    static_entry,
 )
+from backbones.model_folder import CONFIGURED, ModelFolder, layout_of, read_model_folder
 from backbones.pipelines import generic_family, pipeline_family, sibling
 from backbones.single_file import check_fits, denoiser_shapes, read_single_file
 from backbones.spec import (
@@ -53,14 +46,11 @@ from backbones.spec import (
 FAMILIES: tuple[Family, ...] = (qwen_image.FAMILY, flux.FAMILY, hunyuan3d.FAMILY_2, hunyuan3d.FAMILY_21)
 DEFAULT_MODELS: dict[Makes, str] = {"picture": "qwen-image-tiny", "mesh": "hunyuan3d-tiny"}
 
-CONFIGURED = ("transformer", "vae")
-"""Components whose configurations are read; the second may be missing."""
+USUAL = (None, "diffusers", "transformers")
+"""Libraries that the components of a described pipeline are of."""
 
 TRANSFORMERS = ("transformer", "transformer_2")
 """What pipelines call the transformer, and where another makes the second half of the steps, that one."""
-
-MESH_COMPONENTS = {"model": "transformer", "vae": "VAE", "conditioner": "conditioner"}
-"""What the parts of a Hunyuan3D checkpoint are called in reports."""
 
 
 def rows(makes: Makes | None = None) -> dict[str, Backbone]:
@@ -100,7 +90,7 @@ def component_configs(backbone: Backbone) -> Configs:
     Those of a registry row are shipped; Hunyuan3D's are extracts that suffice to count FLOPs.
     """
     if backbone.folder is not None:
-        configs = _read_configs(backbone.folder, backbone.family.layout)
+        configs = read_model_folder(backbone.folder).configs
     else:
         row = next((row for row in rows().values() if row.source == backbone.source), None)
         shipped = None if row is None else _shipped_configs(row.name)
@@ -114,7 +104,7 @@ def component_parameters(backbone: Backbone) -> dict[str, int]:
         rest = "conditioner and VAE" if backbone.makes == "mesh" else "text encoder and VAE"
         counts = dict.fromkeys(TRANSFORMERS[: backbone.transformers], backbone.transformer_parameters)
         return {**counts, rest: max(backbone.parameters - sum(counts.values()), 0)}
-    counts = _count_parameters(backbone.folder, backbone.family.layout)
+    counts = read_model_folder(backbone.folder).counts
     return counts if backbone.file is None else {**counts, "transformer": backbone.transformer_parameters}
 
 
@@ -130,7 +120,7 @@ def _row(name: str) -> Backbone | None:
         return None
     if "folder" in data:
         folder = PACKAGE_FOLDER / data.pop("folder")
-        return replace(_from_folder(folder), packaged=True, **data) if _layout(folder) else None
+        return replace(_from_folder(folder), packaged=True, **data) if layout_of(folder) else None
     data.pop("configs", None)
     defaults, family = Defaults(**data.pop("defaults")), data.pop("family")
     of_row = {key: data.pop(key, None) for key in ("pipeline", "transformer", "makes")}
@@ -175,22 +165,19 @@ def _find(model: str, makes: Makes | None) -> Backbone:
 
 
 def _from_folder(folder: Path) -> Backbone:
-    return _read_folder(folder, stamp(folder))
-
-
-@functools.lru_cache(maxsize=64)
-def _read_folder(folder: Path, _stamp: Stamp) -> Backbone:
-    layout = _layout(folder)
-    if layout is None:
+    if layout_of(folder) is None:
         raise ModelError(
             f"{str(folder)!r} is not a model folder: it has neither {DIFFUSERS} nor {HUNYUAN3D}; "
             + folders_inside(folder)
         )
-    index = folder / layout
-    family = _family(layout, read_index(index) if layout == DIFFUSERS else read_yaml(index), str(folder))
-    configs, counts = _read_configs(folder, layout), _count_parameters(folder, layout)
+    return _of_folder(folder, read_model_folder(folder))
+
+
+@functools.lru_cache(maxsize=64)
+def _of_folder(folder: Path, held: ModelFolder) -> Backbone:
+    family = _family(held.layout, held.index, str(folder))
     try:
-        traits = family.traits(configs)
+        traits = family.traits(held.configs)
     except Exception as error:  # configurations of others hold anything
         raise ModelError(
             f"{str(folder)!r}: its components' config.json are not those of a {family.name}: {error!r:.200}"
@@ -199,22 +186,14 @@ def _read_folder(folder: Path, _stamp: Stamp) -> Backbone:
         name=folder.name,
         family=family,
         source=str(folder),
-        parameters=sum(counts.values()),
-        transformer_parameters=counts.get(TRANSFORMERS[0], 0),
-        transformers=2 if TRANSFORMERS[1] in counts else 1,
-        bundle=folder_bundle(folder),
-        static=static_entry(folder),
-        **vars(traits),
+        parameters=sum(held.counts.values()),
+        transformer_parameters=held.counts.get(TRANSFORMERS[0], 0),
+        transformers=2 if TRANSFORMERS[1] in held.counts else 1,
+        bundle=held.bundle,
+        static=held.says.get(STATIC),
+        **{**vars(traits), "defaults": held.defaults(family.makes, traits.defaults)},
     )
-    return replace(
-        backbone,
-        defaults=folder_defaults(folder, traits.defaults, family.makes),
-        batch_size=8 if backbone.small and family in FAMILIES else 1,
-    )
-
-
-def _layout(folder: Path) -> str | None:
-    return next((index for index in (DIFFUSERS, HUNYUAN3D) if (folder / index).is_file()), None)
+    return replace(backbone, batch_size=8 if backbone.small and family in FAMILIES else 1)
 
 
 def _family(layout: str, index: Config, where: str) -> Family:
@@ -223,6 +202,10 @@ def _family(layout: str, index: Config, where: str) -> Family:
         family.transformer.transformer_class: family for family in FAMILIES if family.layout == layout
     }
     if layout == DIFFUSERS:
+        family = families.get(index.get("transformer", [""])[-1] or "")
+        usual = all(entry[0] in USUAL for entry in index.values() if isinstance(entry, list))
+        if family is not None and usual and family.pipeline_class == index.get("_class_name"):
+            return family  # no source need be read
         return pipeline_family(index, families.values(), where)
     name = hunyuan3d.transformer_class(index)
     if name not in families:
@@ -231,34 +214,15 @@ def _family(layout: str, index: Config, where: str) -> Family:
     return families[name]
 
 
-def _read_configs(folder: Path, layout: str) -> Configs:
-    if layout == HUNYUAN3D:
-        return read_yaml(folder / HUNYUAN3D)
-    index = read_index(folder / DIFFUSERS)
-    return {
-        part: read_json(folder / part / "config.json") for part in CONFIGURED if index.get(part, [None])[0]
-    }
-
-
-def _count_parameters(folder: Path, layout: str) -> dict[str, int]:
-    """Parameters per component; a pickle's are not counted, since that would mean to load it."""
-    counts: dict[str, int] = {}
-    if layout == HUNYUAN3D:
-        weights = find_weights(folder)
-        parts = count_by_prefix(weights) if weights.suffix == ".safetensors" else {}
-        return {MESH_COMPONENTS[part]: count for part, count in parts.items() if part in MESH_COMPONENTS}
-    for file in sorted(folder.glob("*/*.safetensors")):
-        if file.parent.name != ROUTERS_FOLDER:
-            counts[file.parent.name] = counts.get(file.parent.name, 0) + sum(count_by_prefix(file).values())
-    return counts
-
-
 def _from_hub(model: str) -> Backbone:
     """A hub id outside the registry. Hunyuan3D's are fetched whole and then read like any other folder."""
     index = hub_file(model, DIFFUSERS) if model.count("/") == 1 and cached_folder(model) is None else None
     if index is None:
         return replace(_from_folder(resolve_folder(model).resolve()), name=model)
-    family = _family(DIFFUSERS, read_index(index), model)
+    from routers import schema
+
+    named = read_files({index: schema.components})[index]
+    family = _family(DIFFUSERS, named, model)
     return Backbone(name=model, family=family, source=model, **vars(family.traits(_hub_configs(model))))
 
 

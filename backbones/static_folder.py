@@ -11,7 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from backbones.model_files import DEFAULTS_FILE, ModelError, static_entry
+from backbones.model_files import DEFAULTS_FILE, STATIC, ModelError
+from backbones.model_folder import read_model_folder
 from routers.static.frozen import StaticShape, narrow
 
 COUNTS = {
@@ -28,7 +29,7 @@ EXPERT_KIND, EXPERT_COUNT = "experts", "num_moe_layers"
 
 def narrow_like(transformer: Any, spec: Any, folder: Path) -> None:
     """Narrow a transformer that was built from a static folder's configuration. Raises ModelError."""
-    entry = static_entry(folder)
+    entry = read_model_folder(folder).says.get(STATIC)
     try:
         narrow(transformer, spec, StaticShape.from_dict(entry))
     except ValueError as error:

@@ -6,6 +6,7 @@ msgspec reads no others. Imported where something is read: `edit --help` does wi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -14,6 +15,8 @@ from msgspec import Meta
 T = TypeVar("T")
 MAX_BYTES = 64 * 2**20
 """No description, record or trace is larger."""
+PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+"""Of a pipeline: not values of its configuration."""
 PRINTABLE = r"\A[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*\Z"
 """Text without escape codes; a terminal would obey them."""
 
@@ -50,6 +53,33 @@ class FolderDefaults(msgspec.Struct):
     frames: Annotated[int, Meta(ge=1, le=100_000)] | None = None
     fps: Annotated[float, Meta(ge=1, le=240)] | None = None
     seconds: Annotated[float, Meta(ge=0.1, le=3600)] | None = None
+
+
+Reader = Callable[[bytes, str], Any]
+"""(what a file holds, its name for messages) -> the checked value. Raises ValueError, one line."""
+
+
+def read_each(given: Iterable[tuple[Reader, bytes, str]]) -> list[Any]:
+    """What each reader makes of its file, in order."""
+    return [reader(data, where) for reader, data, where in given]
+
+
+def mapping(data: bytes, where: str) -> dict[str, Any]:
+    """Reader of a JSON object."""
+    return decode(data, dict[str, Any], where)
+
+
+def components(data: bytes, where: str) -> dict[str, Any]:
+    """Reader of a `model_index.json`, whose components are pairs of a library and a class."""
+    index = mapping(data, where)
+    parts = {name: entry for name, entry in index.items() if name in PARTS or isinstance(entry, list)}
+    convert(parts, dict[Name, tuple[str | None, str | None]], where)
+    return index
+
+
+def shapes(data: bytes, where: str) -> dict[str, tuple[int, ...]]:
+    """Reader of the header of a safetensors file: its tensors' shapes."""
+    return {name: tuple(entry.shape) for name, entry in header(data, where).items()}
 
 
 def header(text: bytes, where: str) -> dict[str, Entry]:

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from backbones.model_files import ModelError, static_entry
+from backbones.model_files import STATIC, ModelError
+from backbones.model_folder import read_model_folder
 from backbones.spec import HUNYUAN3D
 from backbones.weights import load_weights
 from routers.files import write_whole
@@ -103,7 +104,7 @@ def build_component(
         state = {key: tensor for key, tensor in state.items() if not key.startswith(ENCODER_KEYS)}
     with torch.device("meta"):
         module = build(name, spec)
-        if name == "model" and folder is not None and static_entry(folder) is not None:
+        if name == "model" and folder is not None and STATIC in read_model_folder(folder).says:
             from backbones.static_folder import narrow_like
 
             kinds = {kind.transformer_class: kind for kind in (TRANSFORMER_2, TRANSFORMER_21)}
