@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from backbones.model_files import ModelError, first_line, read_header, read_json
+from backbones.model_files import ModelError, first_line, read_json
+from backbones.model_folder import read_header
 from backbones.spec import Lora
 
 OTHER_KINDS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "boft_": "BOFT", "ia3_": "IA3"}

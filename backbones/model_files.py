@@ -1,9 +1,8 @@
-"""What the registry reads: JSON, YAML and headers of model folders, files of the hub. No torch here."""
+"""How files of models are read: JSON, YAML, headers of weights, files of the hub. No torch here."""
 
 from __future__ import annotations
 
 import difflib
-import functools
 import os
 import socket
 import struct
@@ -21,9 +20,6 @@ DEFAULTS_FILE, STATIC = "edit.json", "static"
 
 POINTER = b"version https://git-lfs"
 LFS = "it is a git-lfs pointer and not the file itself; fetch that with: git lfs pull"
-
-Stamp = tuple[tuple[str, int, int], ...]
-"""Name, time of change and size of files: what was read from them holds while it stays the same."""
 
 
 class ModelError(ValueError):
@@ -82,19 +78,6 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return data
 
 
-def read_header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file's tensors, from its header alone. Raises ModelError."""
-    return dict(_read_header(file, stamp(file)))
-
-
-@functools.lru_cache(maxsize=64)
-def _read_header(file: Path, _stamp: Stamp) -> dict[str, tuple[int, ...]]:
-    from routers import schema
-
-    shapes: dict[str, tuple[int, ...]] = read_files({file: schema.shapes})[file]
-    return shapes
-
-
 def is_pointer(file: Path) -> bool:
     """Whether a file only says where git-lfs has it."""
     try:
@@ -102,13 +85,6 @@ def is_pointer(file: Path) -> bool:
             return stream.read(len(POINTER)) == POINTER
     except OSError:
         return False
-
-
-def stamp(path: Path) -> Stamp:
-    """The state of a file, or of the files in a folder and its subfolders, without reading them."""
-    files = [path] if path.is_file() else [*path.glob("*"), *path.glob("*/*")]
-    states = ((str(file), file.stat()) for file in files if file.is_file())
-    return tuple(sorted((name, state.st_mtime_ns, state.st_size) for name, state in states))
 
 
 def near_names(name: str, names: Iterable[str]) -> str:

@@ -12,18 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from backbones.hunyuan3d.folders import find_weights
+from backbones.hunyuan3d.folders import find_weights, folders_inside
 from backbones.model_files import (
     DEFAULTS_FILE,
     ROUTERS_FOLDER,
     STATIC,
     ModelError,
-    Stamp,
     read_files,
     read_yaml,
-    stamp,
 )
 from backbones.spec import DEFAULT_FIELDS, DIFFUSERS, HUNYUAN3D, Config, Configs, Defaults, Makes
+
+Stamp = tuple[tuple[str, int, int], ...]
+"""Name, time of change and size of files: what was read from them holds while it stays the same."""
 
 CONFIGURED = ("transformer", "vae")
 """Components whose configurations are read; the second may be missing."""
@@ -37,7 +38,7 @@ class ModelFolder:
     """layout: the file that says what the folder holds; index: what it says. configs: of its components.
 
     counts: parameters per component; a pickle's are not counted, since that would mean to load it.
-    says: `edit.json`. bundle: what the folder brings along.
+    says: `edit.json`; checked: a `FolderDefaults` of it. bundle: what the folder brings along.
     """
 
     layout: str
@@ -45,39 +46,62 @@ class ModelFolder:
     configs: Configs
     counts: dict[str, int]
     says: dict[str, Any]
+    checked: Any
     bundle: Path | None
 
     def defaults(self, makes: Makes, base: Defaults) -> Defaults:
         """Defaults for requests: `base`, changed by `edit.json`. Raises ModelError."""
-        import routers.schema as schema
-
-        given, allowed = {**self.says}, DEFAULT_FIELDS[makes]
-        given.pop(STATIC, None)
-        unknown = sorted(set(given) - set(allowed))
+        given, allowed = self.says.keys() - {STATIC}, DEFAULT_FIELDS[makes]
+        unknown = sorted(given - set(allowed))
         if unknown:
             raise ModelError(f"{DEFAULTS_FILE}: unknown keys {unknown}; allowed are {', '.join(allowed)}")
-        try:
-            checked = schema.convert(given, schema.FolderDefaults, DEFAULTS_FILE)
-        except ValueError as error:
-            raise ModelError(str(error)) from None
-        return replace(base, **{name: getattr(checked, name) for name in given})
+        return replace(base, **{name: getattr(self.checked, name) for name in given})
 
 
-def layout_of(folder: Path) -> str | None:
-    """The file that says what a folder holds; None where it is not a model folder."""
-    return next((index for index in (DIFFUSERS, HUNYUAN3D) if (folder / index).is_file()), None)
-
-
-def read_model_folder(folder: Path) -> ModelFolder:
-    """A model folder, read anew only when its files change. Raises ModelError."""
+def find_model_folder(folder: Path) -> ModelFolder | None:
+    """A model folder, read anew only when its files change; None for another one. Raises ModelError."""
     return _read(folder, stamp(folder))
 
 
+def read_model_folder(folder: Path) -> ModelFolder:
+    """A model folder. Raises ModelError, also for another folder."""
+    held = find_model_folder(folder)
+    if held is None:
+        raise ModelError(
+            f"{str(folder)!r} is not a model folder: it has neither {DIFFUSERS} nor {HUNYUAN3D}; "
+            + folders_inside(folder)
+        )
+    return held
+
+
+def stamp(path: Path) -> Stamp:
+    """The state of a file, or of the files in a folder and its subfolders, without reading them."""
+    files = [path] if path.is_file() else [*path.glob("*"), *path.glob("*/*")]
+    states = ((str(file), file.stat()) for file in files if file.is_file())
+    return tuple(sorted((name, state.st_mtime_ns, state.st_size) for name, state in states))
+
+
+def read_header(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file's tensors, from its header alone. Raises ModelError."""
+    return dict(_read_header(file, stamp(file)))
+
+
 @functools.lru_cache(maxsize=64)
-def _read(folder: Path, _stamp: Stamp) -> ModelFolder:
+def _read_header(file: Path, _stamp: Stamp) -> dict[str, tuple[int, ...]]:
+    from routers import schema
+
+    shapes: dict[str, tuple[int, ...]] = read_files({file: schema.shapes})[file]
+    return shapes
+
+
+@functools.lru_cache(maxsize=64)
+def _read(folder: Path, _stamp: Stamp) -> ModelFolder | None:
     import routers.schema as schema
 
-    layout, said = layout_of(folder) or DIFFUSERS, folder / DEFAULTS_FILE
+    layout = next((index for index in (DIFFUSERS, HUNYUAN3D) if (folder / index).is_file()), None)
+    said = folder / DEFAULTS_FILE
+    if layout is None:
+        return None
     if layout == HUNYUAN3D:
         weights = [file for file in [find_weights(folder)] if file.suffix == ".safetensors"]
     else:
@@ -85,7 +109,7 @@ def _read(folder: Path, _stamp: Stamp) -> ModelFolder:
         weights = [file for file in files if file.parent.name != ROUTERS_FOLDER]
     readers: dict[Path, schema.Reader] = dict.fromkeys(weights, schema.shapes)
     if said.is_file():
-        readers[said] = schema.mapping
+        readers[said] = schema.folder_defaults
     configs = {part: folder / part / "config.json" for part in CONFIGURED}
     if layout == DIFFUSERS:
         readers[folder / layout] = schema.components
@@ -106,4 +130,5 @@ def _read(folder: Path, _stamp: Stamp) -> ModelFolder:
                 parts[part] = read[file] if file in read else read_files({file: schema.mapping})[file]
     bundle = folder / ROUTERS_FOLDER
     has_bundle = (bundle / "bundle.json").is_file()
-    return ModelFolder(layout, index, parts, counts, read.get(said, {}), bundle if has_bundle else None)
+    says, checked = read.get(said, ({}, None))
+    return ModelFolder(layout, index, parts, counts, says, checked, bundle if has_bundle else None)

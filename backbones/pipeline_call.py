@@ -68,6 +68,10 @@ class PipelineCall:
         """What the call calls something of ARGUMENTS; None if it does not take it."""
         return next((argument for argument in ARGUMENTS[name] if argument in self.defaults), None)
 
+    def known(self) -> dict[str, str]:
+        """Those of its arguments that `edit` knows, and what they are in ARGUMENTS."""
+        return {argument: name for name in ARGUMENTS if (argument := self.argument(name)) is not None}
+
     def default(self, name: str) -> Any:
         """The call's own default for something of ARGUMENTS."""
         argument = self.argument(name)

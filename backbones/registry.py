@@ -17,23 +17,21 @@ from typing import Any
 
 from backbones import flux, qwen_image
 from backbones.hunyuan3d import family as hunyuan3d
-from backbones.hunyuan3d.folders import cached_folder, folders_inside, resolve_folder
+from backbones.hunyuan3d.folders import cached_folder, resolve_folder
 from backbones.model_files import (
     STATIC,
     ModelError,
     hub_file,
     near_names,
     read_files,
-    read_header,
     read_json,
 )
-from backbones.model_folder import CONFIGURED, ModelFolder, layout_of, read_model_folder
+from backbones.model_folder import CONFIGURED, ModelFolder, find_model_folder, read_header, read_model_folder
 from backbones.pipelines import generic_family, pipeline_family, sibling
 from backbones.single_file import check_fits, denoiser_shapes, read_single_file
 from backbones.spec import (
     COMMANDS,
     DIFFUSERS,
-    HUNYUAN3D,
     PACKAGE_FOLDER,
     Backbone,
     Config,
@@ -120,7 +118,8 @@ def _row(name: str) -> Backbone | None:
         return None
     if "folder" in data:
         folder = PACKAGE_FOLDER / data.pop("folder")
-        return replace(_from_folder(folder), packaged=True, **data) if layout_of(folder) else None
+        held = find_model_folder(folder)
+        return None if held is None else replace(_of_folder(folder, held), packaged=True, **data)
     data.pop("configs", None)
     defaults, family = Defaults(**data.pop("defaults")), data.pop("family")
     of_row = {key: data.pop(key, None) for key in ("pipeline", "transformer", "makes")}
@@ -165,11 +164,6 @@ def _find(model: str, makes: Makes | None) -> Backbone:
 
 
 def _from_folder(folder: Path) -> Backbone:
-    if layout_of(folder) is None:
-        raise ModelError(
-            f"{str(folder)!r} is not a model folder: it has neither {DIFFUSERS} nor {HUNYUAN3D}; "
-            + folders_inside(folder)
-        )
     return _of_folder(folder, read_model_folder(folder))
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from backbones.model_files import ModelError, read_header
+from backbones.model_files import ModelError
+from backbones.model_folder import read_header
 from backbones.spec import Config, Family, FileLayout, Part, Shapes, SingleFile
 
 SUFFIXES = (".safetensors", ".sft")

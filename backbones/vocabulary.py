@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from backbones.model_files import ModelError, read_json
+from backbones.model_files import ModelError
 
 FILE = "vocabulary.json"
 GRAMMAR = frozenset({
@@ -60,25 +60,24 @@ def split(text: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=8)
-def vocabulary(folder: Path | None) -> Vocabulary | None:
-    """Of the model in a folder; None where it is not said. Raises ModelError for a broken file."""
-    file = None if folder is None else folder / FILE
-    if file is None or not file.is_file():
+def vocabulary(source: str) -> Vocabulary | None:
+    """Of a model by its folder or hub id; None where it is not said. Raises ModelError for a broken file."""
+    file = Path(source) / FILE
+    if not file.is_absolute() or not file.is_file():
         return None
-    data = read_json(file)
+    import routers.schema as schema  # `edit --help` reads nothing
+
     try:
-        things = {str(name): list(map(str, words)) for name, words in data["things"].items()}
-        sizes = [(int(width), int(height)) for width, height in data["sizes"]]
-        return Vocabulary(things, list(map(str, data["others"])), sizes)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"{str(file)!r} does not list things, others and sizes: {error!r}") from error
+        return schema.decode(
+            file.read_bytes(), Vocabulary, f"{str(file)!r} does not list things, others and sizes"
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(str(error)) from error
 
 
-def remarks(
-    folder: Path | None, name: str, prompt: str, size: tuple[int | None, int | None]
-) -> Iterable[str]:
+def remarks(source: str, name: str, prompt: str, size: tuple[int | None, int | None]) -> Iterable[str]:
     """One line on words that a model does not know, and one on a size that it was not trained for."""
-    known = vocabulary(folder)
+    known = vocabulary(source)
     if known is None:
         return
     unknown = known.unknown(prompt)

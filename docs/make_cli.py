@@ -12,7 +12,7 @@ import typer
 
 from edit_cli import api, checks
 from edit_cli.commands import help as cli_help
-from edit_cli.main import COMMANDS, app
+from edit_cli.commands.app import COMMANDS, app
 from edit_cli.request import Option
 
 PAGE = Path(__file__).with_name("cli.md")

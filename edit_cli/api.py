@@ -145,10 +145,10 @@ _kept: dict[Any, Session] = {}
 
 def make(name: str, subjects: Subject | Sequence[Subject], given: Mapping[str, Any]) -> Results:
     """What a command of this name makes of its argument and options."""
+    from edit_cli.commands.app import COMMANDS
     from edit_cli.generation.mesh import MESH
     from edit_cli.generation.picture import PICTURE
     from edit_cli.generation.plan import make_plan
-    from edit_cli.main import COMMANDS
 
     command = COMMANDS[name]
     medium: Medium = MESH if name == "generate-3d" else PICTURE

@@ -23,19 +23,13 @@ CONTROLS = dict.fromkeys([*range(32), *range(127, 160), *range(0x202A, 0x202F), 
 del CONTROLS[ord("\n")], CONTROLS[ord("\t")]
 
 
-_began: float | None = None
-"""By time.perf_counter; None where nobody started a command: a caller in Python."""
-
-
-def begin(seconds_ago: float | None) -> None:
-    """A command began so long ago; None: it is over."""
-    global _began
-    _began = None if seconds_ago is None else time.perf_counter() - seconds_ago
+command_began: float | None = None
+"""By time.perf_counter, set around a command; None where nobody started one: a caller in Python."""
 
 
 def began() -> float:
     """When the command began that runs now, by time.perf_counter; now, if none does."""
-    return time.perf_counter() if _began is None else _began
+    return time.perf_counter() if command_began is None else command_began
 
 
 def printable(text: str) -> str:

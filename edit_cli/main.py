@@ -1,4 +1,4 @@
-"""Entry point `edit`: registers the commands and turns every error into one line. Imports no torch."""
+"""Entry point `edit`: runs one command, from its first signal handler to its exit code. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -13,66 +14,16 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from edit_cli import __version__
-from edit_cli.commands.help import Commands, EditGroup
-from edit_cli.console import begin, print_error
+from edit_cli import console
+from edit_cli.commands.app import call
+from edit_cli.console import print_error
 from edit_cli.errors import BAD_INPUT, FAILED_RUN, EditError, Interrupted, is_out_of_memory, out_of_memory
 
 if TYPE_CHECKING:
-    from edit_cli.request import Command, Option
-
-COMMANDS = Commands(
-    {
-        "generate": "Pictures from prompts, at a share of the model's compute.",
-        "generate-3d": "Meshes from pictures, at a share of the model's compute.",
-        "models": "What can be generated with, and what of it is on this machine.",
-        "download": "Fetch a model from the hub, or the rest of it.",
-        "config": "What your edit.toml files say.",
-        "calibrate": "Fit a bundle to a model, so that a budget costs less likeness.",
-        "profile": "Where the compute goes: blocks, steps, stages.",
-        "export": "Take routers or a model elsewhere, checked by loading it again.",
-    }
-)
-"""The commands with what `edit --help` says of them, in its order."""
-EXAMPLES = """edit generate "a cat" --budget 0.6 -o cat.png
-edit generate "a cat" --budget 0.5 --compare   # beside the dense picture
-edit generate-3d cat.png -o cat.glb            # a mesh of it
-edit generate "a cat" --preset fast            # options saved in edit.toml
-edit models qwen-image-tiny                    # what a model makes and needs"""
-
-
-class Edit(EditGroup):
-    """The group of these commands."""
-
-    all_commands, examples = COMMANDS, EXAMPLES
-
+    pass
 
 STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 ENDING = ("SIGTERM", "SIGHUP")
-
-app = typer.Typer(
-    name="edit",
-    cls=Edit,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def version(show: bool) -> None:
-    """Callback of `--version`."""
-    if show:
-        print(f"edit {__version__}")
-        raise typer.Exit()
-
-
-@app.callback()
-def root(
-    show_version: bool = typer.Option(
-        False, "--version", metavar="", callback=version, is_eager=True, help="Print the version."
-    ),
-) -> None:
-    """One diffusion transformer, any compute budget."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -88,7 +39,7 @@ def lifetime(as_program: bool) -> Iterator[None]:
 
     as_program: its time counts from the process's start, not from now.
     """
-    begin(_age() if as_program else 0.0)
+    console.command_began = time.perf_counter() - (_age() if as_program else 0.0)
     _open_streams()
     usual = {}
     for name in ENDING:
@@ -104,7 +55,7 @@ def lifetime(as_program: bool) -> Iterator[None]:
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
-        begin(None)
+        console.command_began = None
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -173,12 +124,8 @@ def _ended(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    group = typer.main.get_command(app)
-    called = COMMANDS.get(next(iter(arguments), ""))
-    if called is not None:
-        arguments = [arguments[0], *spread(arguments[1:], called)]
     try:
-        result = group.main(arguments or ["--help"], prog_name="edit", standalone_mode=False)
+        result = call(arguments)
     except typer.Abort:
         raise KeyboardInterrupt from None
     except typer.TyperException as error:  # unknown option, missing value...
@@ -188,42 +135,6 @@ def _run(arguments: list[str]) -> int:
     if result == Interrupted.exit_code:  # typer turns KeyboardInterrupt into this
         raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
-
-
-def spread(words: Sequence[str], command: Command) -> list[str]:
-    """`--seed 1 2 3` -> `--seed 1 --seed 2 --seed 3`: option parsers take one value for each name.
-
-    A further word belongs to the option if it could be a value of it: a number is never a prompt.
-    """
-    result: list[str] = []
-    current, rest = "", list(words)
-    while rest:
-        word = rest.pop(0)
-        typed, inline, _ = word.partition("=")
-        if word == "--":
-            result += [word, *rest]
-            rest.clear()
-        elif typed in command.spelled:
-            _, option = command.spelled[typed]
-            takes_next = option.check is not None and not inline
-            if takes_next and option.bare and not (rest and _accepts(option, rest[0])):
-                rest.insert(0, option.bare)
-            result += [word, *([rest.pop(0)] if takes_next and rest else [])]
-            current = typed if option.many and option.metavar.endswith("...") else ""
-        elif current and not word.startswith("-") and _accepts(command.spelled[current][1], word):
-            result += [current, word]
-        else:
-            current = ""
-            result.append(word)
-    return result
-
-
-def _accepts(option: Option, word: str) -> bool:
-    try:
-        option.value(option.label, word)
-    except EditError:
-        return False
-    return True
 
 
 def _describe(error: Exception) -> str:

@@ -127,24 +127,20 @@ class Command:
         """What was given, checked, and what of it came from presets. Raises EditError."""
         given = {name: value for name, value in values.items() if not _absent(value)}
         labels = {name: self.options[name].label for name in given}
-        request = Request()
+        typed = {name for name, value in given.items() if value != self.options[name].default}
+        request, held = Request(), {}
         for name, value in given.items():
             check = self.options[name].check
             if check is not None and self.options[name].many:
                 request[name] = list(map(check, [labels[name]] * len(value), value))
             else:
                 request[name] = True if check is None else check(labels[name], value)
-        preset = self._preset(request.pop("preset", None), "replay" in request)
-        typed = {name for name in request if values[name] != self.options[name].default}
-        held = {name: value for name, value in preset.items() if name not in typed}
-        return Request({**request, **held}), held
+        if "preset" in self.options:
+            from edit_cli.commands.presets import settings  # reads TOML, which `edit --help` does without
 
-    def _preset(self, name: str | None, replayed: bool) -> dict[str, Any]:
-        if "preset" not in self.options:
-            return {}
-        from edit_cli.commands.presets import settings  # reads TOML, which `edit --help` does without
-
-        return settings(self.options, name, replayed)
+            held = settings(self.options, request.pop("preset", None), typed)
+            request.update(held)
+        return request, held
 
 
 def _absent(value: Any) -> bool:

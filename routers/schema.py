@@ -82,6 +82,11 @@ def shapes(data: bytes, where: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry.shape) for name, entry in header(data, where).items()}
 
 
+def folder_defaults(data: bytes, where: str) -> tuple[dict[str, Any], FolderDefaults]:
+    """Reader of what a model folder says of requests: as it is, and checked."""
+    return mapping(data, where), decode(data, FolderDefaults, where)
+
+
 def header(text: bytes, where: str) -> dict[str, Entry]:
     """The tensors that the header of a safetensors file names. Raises ValueError, one line."""
     entries = decode(text, dict[str, msgspec.Raw], where)

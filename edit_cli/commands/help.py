@@ -1,7 +1,4 @@
-"""Help without rich, which takes longer to import than to read: options by heading, none of them cut.
-
-Also the group whose commands are imported when they are called.
-"""
+"""Help without rich, which takes longer to import than to read: options by heading, none of them cut."""
 
 from __future__ import annotations
 
@@ -11,127 +8,34 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
-
-if TYPE_CHECKING:
-    from edit_cli.request import Command
 
 COLUMN = 28
 """Where what an option means begins; longer ones have it on the next line."""
 WIDEST = 100
 
 
-class Commands(Mapping[str, "Command"]):
-    """Commands by name, each imported from `edit_cli.commands` when it is asked for."""
-
-    def __init__(self, summaries: Mapping[str, str]) -> None:
-        self.summaries = summaries
-
-    def __getitem__(self, name: str) -> Command:
-        if name not in self.summaries:
-            raise KeyError(name)
-        function = name.replace("-", "_")
-        command: Command = getattr(import_module(f"edit_cli.commands.{function}"), function)
-        return command
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.summaries)
-
-    def __len__(self) -> int:
-        return len(self.summaries)
+def write_command(command: Any, ctx: Any, formatter: Any) -> None:
+    """Usage, what a command does, its options under their headings."""
+    text, examples = split(command.help or "")
+    named: list[Any] = [p for p in command.params if p.param_type_name == "argument"]
+    usage = " ".join(a.metavar if a.required else f"[{a.metavar}]" for a in named)
+    formatter.write(f"Usage: {ctx.command_path} {usage}{' ' if usage else ''}[OPTIONS]\n\n{text}\n")
+    formatter.write(_indented(examples))
+    _write_rows(formatter, "Arguments", [(a.metavar, a.help or "") for a in named])
+    _write_options(formatter, command.params)
 
 
-class _AsTyped:
-    """Gives Typer every value as it was typed: our options are text or switches, and are checked later.
-
-    Typer would import pydantic and build a schema for each option, which takes longer than `edit models`.
-    """
-
-    def coerce(self, value: Any, **_: Any) -> Any:
-        return value
-
-
-def as_typed(params: Iterable[Any]) -> None:
-    """Spare Typer the schemas of these parameters."""
-    for param in params:
-        param._runtime_param = _AsTyped()
-
-
-class EditCommand(TyperCommand):
-    """A command with our help."""
-
-    def get_params(self, ctx: Any) -> Any:
-        """Those of the command, and `--help`."""
-        params = super().get_params(ctx)
-        as_typed(params)
-        return params
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Usage, what it does, its options under their headings."""
-        text, examples = split(self.help or "")
-        named: list[Any] = [p for p in self.params if p.param_type_name == "argument"]
-        usage = " ".join(a.metavar if a.required else f"[{a.metavar}]" for a in named)
-        formatter.write(f"Usage: {ctx.command_path} {usage}{' ' if usage else ''}[OPTIONS]\n\n{text}\n")
-        formatter.write(_indented(examples))
-        _write_rows(formatter, "Arguments", [(a.metavar, a.help or "") for a in named])
-        _write_options(formatter, self.params)
-
-
-class EditGroup(TyperGroup):
-    """`edit` itself."""
-
-    all_commands: Commands
-    examples = ""
-
-    def get_params(self, ctx: Any) -> Any:
-        """As of a command."""
-        params = super().get_params(ctx)
-        as_typed(params)
-        return params
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        """All names."""
-        return list(self.all_commands)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """One, imported now."""
-        if cmd_name not in self.commands and cmd_name in self.all_commands:
-            one = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-            one.command(cmd_name, cls=EditCommand, context_settings=dict(self.context_settings))(
-                self.all_commands[cmd_name]
-            )
-            self.commands[cmd_name] = typer.main.get_command(one)
-        return self.commands.get(cmd_name)
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """With a guess at what an unknown name was meant to be."""
-        import difflib
-
-        if args and args[0] not in self.all_commands and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], self.all_commands, n=1)
-            meant = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.all_commands)}"
-            ctx.fail(f"No such command {args[0]!r}; {meant}")
-        return super().resolve_command(ctx, args)
-
-    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
-        """Names and summaries, without importing the commands."""
-        from typer._click.shell_completion import CompletionItem
-
-        summaries = self.all_commands.summaries.items()
-        return [CompletionItem(name, help=text) for name, text in summaries if name.startswith(incomplete)]
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """What there is, and how it is typed."""
-        formatter.write(f"Usage: edit COMMAND [...]\n\n{self.help}\n")
-        _write_rows(formatter, "Commands", self.all_commands.summaries.items())
-        formatter.write(f"\n{bold('Examples:')}\n{_indented(self.examples, '')}")
-        _write_options(formatter, self.params)
-        formatter.write("\n`edit COMMAND --help` tells the options of one.\n")
+def write_group(group: Any, summaries: Mapping[str, str], examples: str, formatter: Any) -> None:
+    """What commands there are, and how they are typed."""
+    formatter.write(f"Usage: edit COMMAND [...]\n\n{group.help}\n")
+    _write_rows(formatter, "Commands", summaries.items())
+    formatter.write(f"\n{bold('Examples:')}\n{_indented(examples, '')}")
+    _write_options(formatter, group.params)
+    formatter.write("\n`edit COMMAND --help` tells the options of one.\n")
 
 
 def split(text: str) -> tuple[str, str]:

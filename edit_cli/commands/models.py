@@ -77,7 +77,7 @@ def words(rows: Sequence[Backbone], as_json: bool) -> None:
     found = {}
     for row in rows:
         with bad_input():
-            known = vocabulary(row.folder)
+            known = vocabulary(row.source)
         if known is None:
             raise EditError(f"--words: {row.name!r} was trained on too many words to be listed; try some")
         found[row.name] = {"things": known.things, "others": known.others, "sizes": known.sizes}

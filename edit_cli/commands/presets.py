@@ -14,7 +14,7 @@ that over `default`; the folder's file wins over the user's.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,10 +71,11 @@ def read_presets() -> Presets:
     return presets
 
 
-def settings(options: Options, preset: str | None, replayed: bool) -> dict[str, Any]:
+def settings(options: Options, preset: str | None, typed: Container[str]) -> dict[str, Any]:
     """Checked values by option of one command, from `default` and a named preset. Raises EditError.
 
-    Keys that are other commands' are left out. replayed: whether a record says what else holds.
+    Keys that are other commands' are left out, and what was typed. Where a record is replayed, it says what
+    `default` would.
     """
     if not any(place.is_file() for place in places()):
         if preset is not None:
@@ -86,11 +87,11 @@ def settings(options: Options, preset: str | None, replayed: bool) -> dict[str, 
     presets = read_presets()
     if preset is not None and preset not in presets:
         raise EditError(f"--preset {preset!r} is unknown; known are {', '.join(presets) or 'none'}")
-    chosen = [] if replayed else [DEFAULT]
+    chosen = [] if "replay" in typed else [DEFAULT]
     values = {}
     for name in [*chosen, *([preset] if preset else [])]:
         for key, setting in presets.get(name, {}).items():
-            if key in options and key not in NEVER:
+            if key in options and key not in NEVER and key not in typed:
                 values[key] = _listed(options[key], setting.where(name, key), setting.value)
     return {key: value for key, value in values.items() if value is not False}
 

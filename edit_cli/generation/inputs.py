@@ -31,8 +31,11 @@ PASSED = ("width", "height", "frames", "fps", "seconds", "strength", "max_sequen
 """Inputs that go into the call as they are, once for all rows."""
 
 
-def given_inputs(fields: Fields) -> Fields:
-    """What was given of ARGUMENTS; "none" takes out what a record holds. `image` is a tuple."""
+def settled_inputs(fields: Fields, backbone: Backbone, options: Options) -> tuple[Fields, PipelineCall]:
+    """What was given of ARGUMENTS, and the call that takes all of it; "none" takes out what a record holds.
+
+    `image` is a tuple. Raises EditError naming what no call takes, or what it lacks.
+    """
     given = {name: fields[name] for name in ARGUMENTS if fields.get(name) not in (None, "", checks.NONE)}
     images = given.get("image", ())
     images = tuple(images) if isinstance(images, (list, tuple)) else (images,)
@@ -41,27 +44,24 @@ def given_inputs(fields: Fields) -> Fields:
         given.pop("image")
         if fields.get("image"):  # taken out: what belonged to it goes with it
             given.pop("strength", None)
-    return given
+    return given, _call_for(given, backbone, options)
 
 
-def check_inputs(given: Fields, backbone: Backbone, options: Options) -> PipelineCall:
-    """The call that takes all that was given. Raises EditError naming what none takes, or what it lacks."""
-    labels = {name: option.label for name, option in options.items()}
-    wanted = tuple(name for name in given if name in labels)
+def _call_for(given: Fields, backbone: Backbone, options: Options) -> PipelineCall:
+    wanted = tuple(name for name in given if name in options)
     if "strength" in given and "image" not in given:
         raise EditError("--strength is for image-to-image; give --image FILE too")
     call = variant(backbone.family.pipeline_class, wanted)
     for name in wanted:
         if call.argument(name) is None and not (name == "fps" and GIVES.get(call.gives) == "video"):
             # every video file has frames per second
-            what = "prompt" if name == "prompt" else labels[name]
+            what = "prompt" if name == "prompt" else options[name].label
             raise EditError(f"{backbone.name} ({call.pipeline}) takes no {what}; leave it out")
     if len(given.get("image", ())) > 1 and call.argument("image") not in (*call.lists, "video"):
         raise EditError(
             f"{backbone.name} ({call.pipeline}) takes one --image and {len(given['image'])} were given"
         )
-    known = {argument: name for name in ARGUMENTS if (argument := call.argument(name)) is not None}
-    needed = list(call.required)
+    known, needed = call.known(), list(call.required)
     if GIVES.get(call.gives) == "picture" and call.argument("image") == "image" not in call.lists:
         # signatures say None for these where only a caller with latents of its own can do without
         mask = call.argument("mask")
@@ -72,7 +72,9 @@ def check_inputs(given: Fields, backbone: Backbone, options: Options) -> Pipelin
                 f"{backbone.name} ({call.pipeline}) needs {argument!r}, which `edit generate` cannot give"
             )
         if known[argument] not in given:
-            raise EditError(f"{backbone.name} ({call.pipeline}) needs {labels[known[argument]]}; give it too")
+            raise EditError(
+                f"{backbone.name} ({call.pipeline}) needs {options[known[argument]].label}; give it too"
+            )
     return call
 
 
@@ -203,8 +205,8 @@ def steps_taken(steps: int, strength: float | None) -> int:
 
 
 def settled_strength(given: Mapping[str, Any], call: PipelineCall, steps: int) -> float | None:
-    """How far a start picture is left. Raises EditError where no step would be left to run."""
-    if "image" not in given or call.argument("strength") is None:
+    """How far the start picture is left. Raises EditError where no step would be left to run."""
+    if call.argument("strength") is None:
         return None
     strength = float(given.get("strength") or call.default("strength") or DEFAULT_STRENGTH)
     if steps_taken(steps, strength) < 1:

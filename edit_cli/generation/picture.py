@@ -15,13 +15,13 @@ from backbones.pipeline_call import known_call
 from backbones.spec import Backbone, CallSize, Makes
 from backbones.vocabulary import remarks
 from edit_cli import options
-from edit_cli.errors import EditError, RunError, bad_input
+from edit_cli.checks import NONE
+from edit_cli.errors import EditError, RunError
 from edit_cli.generation.inputs import (
     PICTURES,
     arguments,
-    check_inputs,
-    given_inputs,
     refused_inputs,
+    settled_inputs,
     settled_strength,
     shown,
     steps_taken,
@@ -106,13 +106,12 @@ class Picture:
     def complete(self, fields: Fields, backbone: Backbone, warnings: list[str]) -> Fields:
         """The model's defaults filled in, and what depends on the model checked. Raises EditError."""
         family, base, guidance = backbone.family, backbone.defaults, fields["guidance"]
-        given = given_inputs(fields)
-        if family.negative_prompt is None and given.get("negative_prompt"):
+        if family.negative_prompt is None and fields.get("negative_prompt") not in (None, "", NONE):
             raise EditError(
                 f"{family.name} takes no --negative-prompt: its guidance is distilled; leave it out"
             )
-        call = check_inputs(given, backbone, self.options)
-        settled = {name: given.get(name, getattr(base, name)) for name in ("width", "height")}
+        given, call = settled_inputs(fields, backbone, self.options)
+        settled = {"width": given.get("width", base.width), "height": given.get("height", base.height)}
         for name, side in settled.items():
             low = 0 if side is None else side - side % backbone.size_multiple
             if side is not None and low != side:
@@ -127,14 +126,15 @@ class Picture:
         elif negative:
             warnings.append(f"the negative prompt has no effect at guidance {guidance:g}; use more than 1")
         images = given.get("image", ())
-        warnings += stretched(given, call, **settled)
-        with bad_input():
-            size = (settled["width"], settled["height"])
-            warnings += remarks(backbone.folder, backbone.name, fields["prompt"], size)
+        if not given.keys().isdisjoint(PICTURES):
+            warnings += stretched(given, call, **settled)
+        size = (settled["width"], settled["height"])
+        warnings += remarks(backbone.source, backbone.name, fields["prompt"], size)
         return {
             "prompt": fields["prompt"], "negative_prompt": negative, **settled, "image": images,
             "mask": given.get("mask"), "control_image": given.get("control_image"),
-            "strength": settled_strength(given, call, fields["steps"]), "pipeline": call.pipeline,
+            "strength": settled_strength(given, call, fields["steps"]) if images else None,
+            "pipeline": call.pipeline,
             "alone": fields["index"] if images and call.argument("image") in call.lists else None,
         }  # fmt: skip
 

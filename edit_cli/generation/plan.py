@@ -14,15 +14,18 @@ from typing import Any
 
 from backbones import registry
 from backbones.quantise import check_quantise
-from backbones.spec import Backbone, Placement
+from backbones.spec import Backbone, Makes, Placement
 from edit_cli import checks
 from edit_cli.errors import EditError, bad_input
-from edit_cli.generation.media import medium_for
 from edit_cli.generation.medium import Fields, Job, Medium
 from edit_cli.generation.outputs import Output, plan_outputs
 from edit_cli.generation.routers import DEFAULT_ROUTERS, find_routers
+from edit_cli.generation.sound import SOUND
+from edit_cli.generation.video import VIDEO
 from edit_cli.request import Request
 
+PROMPTED: Mapping[Makes, Medium] = {"video": VIDEO, "sound": SOUND}
+"""What `edit generate` makes besides pictures."""
 SHORT = 40
 """Characters of a title that leave room in a file's name for a budget."""
 SAME_RESULT = (
@@ -102,8 +105,8 @@ def make_plan(request: Request, medium: Medium, *, kept: bool = True, listed: Se
     record = medium.read_record(request["replay"]) if "replay" in request else {}
     base = request.get("base") or (None if "model" in request else record.get("model_base"))
     backbone = registry.resolve(request.get("model") or record.get("model_source"), base, medium.makes)
-    medium = medium_for(backbone, medium)
     routers = find_routers(request.get("routers") or record.get("routers") or DEFAULT_ROUTERS, backbone)
+    medium = PROMPTED.get(backbone.family.makes, medium)
     placement = _placement(request, record, backbone)
     warnings: list[str] = []
     fields, names = _fields(_requests(request, record, medium, listed), backbone, medium, warnings)

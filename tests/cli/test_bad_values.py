@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edit_cli.main import COMMANDS
+from edit_cli.commands.app import COMMANDS
 
 WORDS = {
     "generate": ("a cat",),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edit_cli import checks
+from edit_cli.commands.app import COMMANDS, spread
 from edit_cli.console import readable_count
 from edit_cli.errors import EditError, RunError
 from edit_cli.files import write_files
@@ -26,7 +27,6 @@ from edit_cli.generation.picture import PICTURE, timed_parts
 from edit_cli.generation.report import flops
 from edit_cli.generation.result import StageClock
 from edit_cli.generation.seen import Seen
-from edit_cli.main import COMMANDS, spread
 from routers.files import ordinary_mode
 
 RECORD = {

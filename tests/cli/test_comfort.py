@@ -31,7 +31,7 @@ def test_the_first_page_has_examples_and_every_command(edit_bare, tmp_path):
     ran = edit_bare(cwd=tmp_path)
     assert ran.code == 0 and ran.out == edit_bare("--help", cwd=tmp_path).out and ran.imported is False
     assert 'edit generate "a cat" --budget 0.6' in ran.out
-    from edit_cli.main import COMMANDS
+    from edit_cli.commands.app import COMMANDS
 
     for name, command in COMMANDS.items():
         assert f"  {name} " in ran.out and command.run.__name__ == name.replace("-", "_")

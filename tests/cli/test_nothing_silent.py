@@ -183,7 +183,7 @@ def test_what_a_small_model_does_not_know_is_said(edit_bare, edit_here, tmp_path
 @pytest.mark.parametrize("model", ["qwen_image_tiny", "flux_tiny"])
 def test_the_words_of_a_packaged_model_are_those_it_was_judged_by(model):
     tiny = PACKAGE_FOLDER / "tiny"
-    known = vocabulary(tiny / model)
+    known = vocabulary(str(tiny / model))
     assert known is not None
     prompts = (tiny / "prompts" / "common100.txt").read_text().splitlines()
     assert [prompt for prompt in prompts if known.unknown(prompt)] == []

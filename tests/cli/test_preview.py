@@ -58,11 +58,11 @@ def test_a_preview_replaces_nothing_else(edit_here, tmp_path, file, message):
 
 @pytest.mark.bench
 def test_previews_take_about_a_hundredth_of_the_time(tmp_path):
+    from edit_cli.commands.app import COMMANDS
     from edit_cli.generation import loop
     from edit_cli.generation.picture import PICTURE
     from edit_cli.generation.plan import make_plan
     from edit_cli.generation.result import Result, StageClock
-    from edit_cli.main import COMMANDS
 
     values = {"prompt": ["a red car"], "steps": 500, "budget": 1, "preview": str(tmp_path / "live.png")}
     plan = make_plan(COMMANDS["generate"].request(values)[0], PICTURE, kept=False)
