@@ -98,6 +98,17 @@ def load_buckets(path: Path, sections: list[str]) -> dict[str, Bucket]:
     return buckets
 
 
+def all_captions(path: Path) -> list[str]:
+    """Every caption of the file, to tokenise them at once."""
+    data = np.load(path)
+    texts = (data[name].tobytes().decode() for name in data.files if name.startswith("captions_"))
+    return [
+        "",
+        " ",
+        *(caption for text in texts for line in text.split("\n") for caption in line.split("\t")),
+    ]
+
+
 class TrainingSet:
     """Seeded batches of latents and captions."""
 

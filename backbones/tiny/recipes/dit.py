@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Tokenizer
 
 from backbones.tiny.recipes import parcel
-from backbones.tiny.recipes.dataset import SMALL, SQUARE, TrainingSet
+from backbones.tiny.recipes.dataset import SMALL, SQUARE, TrainingSet, all_captions
 from backbones.tiny.recipes.fast_dit import block_forward, build_dit, dit_forward, rope
 from backbones.tiny.recipes.grow import grow
 from backbones.tiny.recipes.text import PromptTokens, build_text_encoder, encode_text, train_tokenizer
@@ -154,6 +154,7 @@ def setup(args: argparse.Namespace) -> tuple[TinyModel, PromptBatches]:
     folder = args.tokenizer
     tokenizer = Qwen2Tokenizer.from_pretrained(folder) if folder.exists() else train_tokenizer(index, folder)
     tokens = PromptTokens(tokenizer)
+    tokens.read(all_captions(args.latents))
     model = TinyModel(tokenizer)
     data = TrainingSet(
         args.latents, index, args.seed, lambda text: len(tokens.ids(text)) <= TEXT_TOKENS, args.device

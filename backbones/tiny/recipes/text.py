@@ -133,6 +133,12 @@ class PromptTokens:
         self.prefix = torch.tensor([tokenizer(TEMPLATE.split("{}")[0]).input_ids])
         self._cache: dict[str, list[int]] = {}
 
+    def read(self, prompts: list[str]) -> None:
+        """Tokenise many prompts at once, which `ids` then need not."""
+        new = list(dict.fromkeys(prompts))
+        rows = self.tokenizer.backend_tokenizer.encode_batch_fast([TEMPLATE.format(text) for text in new])
+        self._cache.update(zip(new, (row.ids[PREFIX_TOKENS:] for row in rows), strict=True))
+
     def ids(self, prompt: str) -> list[int]:
         """Token ids after the prefix: the user's words and the template's tail (5 tokens)."""
         if prompt not in self._cache:

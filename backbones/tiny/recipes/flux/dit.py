@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.tiny.recipes import parcel
-from backbones.tiny.recipes.dataset import SMALL, TrainingSet
+from backbones.tiny.recipes.dataset import SMALL, TrainingSet, all_captions
 from backbones.tiny.recipes.dit import Sizes, add_noise, worth_compiling
 from backbones.tiny.recipes.elastic import draw_subnetworks
 from backbones.tiny.recipes.flux.fast_dit import BlockFns, build_dit, dit_forward, rope
@@ -149,6 +149,9 @@ def load_data(args: argparse.Namespace, teacher: Teacher | None = None) -> Promp
     """The training set with its tokenizers, which step `text` wrote."""
     index = json.loads((args.data / "pictures.json").read_text())
     prompts = Prompts.load(args.tokenizer)
+    prompts.read(all_captions(args.latents))
+    if teacher is not None:
+        teacher.tokens.read(all_captions(args.latents))
 
     def fits(text: str) -> bool:
         return prompts.fits(text) and (teacher is None or teacher.fits(text))

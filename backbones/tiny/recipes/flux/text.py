@@ -122,6 +122,7 @@ class Prompts:
     def __init__(self, clip: CLIPTokenizer, t5: T5TokenizerFast):
         self.clip, self.t5 = clip, t5
         self._cache: dict[str, tuple[list[int], list[int]]] = {}
+        self._lengths: dict[str, int] = {}  # T5 tokens
 
     @classmethod
     def load(cls, folder: Path) -> "Prompts":
@@ -134,22 +135,31 @@ class Prompts:
             CLIPTokenizer.from_pretrained(folder / "clip"), T5TokenizerFast.from_pretrained(folder / "t5")
         )
 
+    def read(self, prompts: list[str]) -> None:
+        """Count the T5 tokens of many prompts at once, which `fits` then need not."""
+        new, backend = list(dict.fromkeys(prompts)), self.t5.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        self._lengths.update(zip(new, map(len, backend.encode_batch_fast(new)), strict=True))
+
     def ids(self, prompt: str) -> list[int]:
         """T5 ids with the end token, neither padded nor cut: they tell if a caption is short enough."""
         return self.t5(prompt).input_ids
 
     def fits(self, prompt: str) -> bool:
         """Whether T5 need not cut the prompt."""
-        return len(self.ids(prompt)) <= T5_TOKENS
+        length = self._lengths.get(prompt)
+        return (len(self.ids(prompt)) if length is None else length) <= T5_TOKENS
 
     def batch(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """CLIP ids (B, CLIP_TOKENS) and T5 ids (B, T5_TOKENS), padded and cut."""
-        for prompt in prompts:
-            if prompt not in self._cache:
-                self._cache[prompt] = tuple(
-                    tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
-                    for tokenizer, length in ((self.clip, CLIP_TOKENS), (self.t5, T5_TOKENS))
-                )
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
+        if new:
+            ids = (
+                tokenizer(new, padding="max_length", max_length=length, truncation=True).input_ids
+                for tokenizer, length in ((self.clip, CLIP_TOKENS), (self.t5, T5_TOKENS))
+            )
+            self._cache.update(zip(new, zip(*ids, strict=True), strict=True))
         clip, t5 = zip(*(self._cache[prompt] for prompt in prompts), strict=True)
         return torch.tensor(clip), torch.tensor(t5)
 
