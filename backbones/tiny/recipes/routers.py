@@ -187,7 +187,7 @@ def landed(gate: Tensor, width: Tensor, prices: Costs, budget: Tensor) -> Tensor
     order = gate.sort(1, descending=True).values
     spent = torch.stack([prices.at((gate >= least[:, None]).float(), widths) for least in order.T], 1)
     best = (spent - budget[:, None]).abs().argmin(1, keepdim=True)
-    return gate - order.gather(1, best) + 1e-3
+    return gate - order.gather(1, best) + 1e-5
 
 
 class Trainer:
