@@ -71,8 +71,10 @@ class Claims:
 
 
 @contextmanager
-def claimed_folder(output: str | Path, kind: str, mark: str, may_replace: Container[str]) -> Iterator[Path]:
-    """The name of a folder to be written, claimed.
+def claimed_folder(
+    output: str | Path, kind: str, mark: str, may_replace: Container[str], option: str = "--output"
+) -> Iterator[Path]:
+    """The name of a folder to be written, claimed. option: that named it.
 
     An earlier folder of this kind holds the JSON file `mark`. It may be replaced if the request that made it
     is one of `may_replace`, or any if `ANY` is. Raises EditError for what is in the way.
@@ -81,15 +83,15 @@ def claimed_folder(output: str | Path, kind: str, mark: str, may_replace: Contai
     target = target if target.name not in ("", "..") else target.resolve()
     with Claims() as claims:
         if not claims.take(target, output):
-            raise EditError(f"--output {str(output)!r} {TAKEN}, or choose another name")
+            raise EditError(f"{option} {str(output)!r} {TAKEN}, or choose another name")
         if target.exists() and not target.is_dir():
-            raise EditError(f"--output {str(output)!r} is a file; give a folder for the {kind}")
+            raise EditError(f"{option} {str(output)!r} is a file; give a folder for the {kind}")
         if target.is_dir() and any(target.iterdir()):
             if not (target / mark).is_file():
-                raise EditError(f"--output {str(output)!r} exists and holds no {kind}; choose another name")
+                raise EditError(f"{option} {str(output)!r} exists and holds no {kind}; choose another name")
             if ANY not in may_replace and request_in(target / mark) not in may_replace:
                 raise EditError(
-                    f"--output {str(output)!r} exists; choose another name, or replace it with --overwrite"
+                    f"{option} {str(output)!r} exists; choose another name, or replace it with --overwrite"
                 )
         yield target
 

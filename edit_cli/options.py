@@ -180,6 +180,10 @@ KEEP: Options = under("Output", {
     "resume": Option("--resume", "", "Go on where the same command was stopped: what it made is not made "
                      "again."),
 })
+LEARN: Options = under("Output", {
+    "observe": Option("--observe --learn", "BUNDLE", "Make the first result with all steps, a bundle of what "
+                      "that run taught, and the rest with it.", text),
+})
 DRY_RUN: Options = under("Output", {
     "dry_run": Option("--dry-run", "", "Show plan, FLOPs and memory; load no weights, write nothing."),
 })

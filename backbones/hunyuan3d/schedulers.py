@@ -126,7 +126,7 @@ class ElasticMeshScheduler(Serving, FlowMatchEulerScheduler):
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         """One step of the plan in float32."""
-        self.evaluated(index + 1)
+        self.evaluated(index + 1, sample, -velocity)
         if self.plan is None:
             return self.own.step(velocity, index, sample)
         size = (self.sigmas[index] - self.sigmas[index + 1]).item()

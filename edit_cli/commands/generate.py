@@ -14,6 +14,7 @@ from edit_cli.generation.plan import Plan, make_plan, side_files
 from edit_cli.options import (
     DRY_RUN,
     KEEP,
+    LEARN,
     LORA,
     MACHINE,
     MEMORY,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     MEMORY,
     OUTPUT,
     KEEP,
+    LEARN,
     DRY_RUN,
     OPEN,
     REPORT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from backbones import loading
 from edit_cli.console import progress, working
 from edit_cli.errors import Interrupted, RunError, bad_input
 from edit_cli.files import write_files
-from edit_cli.generation import sweep
+from edit_cli.generation import learn, sweep
 from edit_cli.generation.medium import Job, OnStep
 from edit_cli.generation.plan import Plan
 from edit_cli.generation.record import differences, make_record
@@ -22,8 +23,6 @@ from edit_cli.generation.session import Batch, Session
 
 if TYPE_CHECKING:
     from edit_cli.generation.scale.crew import Crew
-
-Batches = Sequence[tuple[tuple[Job, ...], Sequence[int]]]
 
 
 def run_plan(plan: Plan, show_progress: bool, crew: Crew | None = None) -> Result:
@@ -44,8 +43,8 @@ def run_plan(plan: Plan, show_progress: bool, crew: Crew | None = None) -> Resul
 
             session.preview = Preview(session.plan.preview)
             session.preview.prepare(session, session.plan.jobs[0])
-        with progress(show_progress) as bars:
-            dense = _run_batches(session, list(session.batches()), result, bars, crew)
+        with progress(show_progress) as bars, learn.claimed_bundle(plan) as bundle:
+            dense = _run_batches(session, list(session.batches()), result, bars, crew, bundle)
         result.note(*session.notes)
         if crew is not None:
             crew.gather(result)
@@ -74,7 +73,7 @@ def open_session(result: Result, clock: StageClock) -> Session:
     plan, source = settle(result.plan)
     result.plan = plan
     session = Session.open(plan, source, clock)
-    result.note(*session.notes, *source.notes(plan.jobs))
+    result.note(*session.notes, *source.notes(plan.jobs), *learn.offer(plan, source))
     if plan.replayed is not None and plan.replayed.get("threads"):
         torch.set_num_threads(int(plan.replayed["threads"]))  # sums depend on the number of threads
     session.attach()  # routers that do not fit are refused before a dense run is waited for
@@ -97,9 +96,11 @@ def make_batch(
 
 
 def _run_batches(
-    session: Session, batches: Batches, result: Result, bars: Any, crew: Crew | None
-) -> StageClock:
-    """Run, save and compare. Returns what the dense runs took."""
+    session: Session, batches: learn.Batches, result: Result, bars: Any, crew: Crew | None,
+    bundle: Path | None = None,
+) -> StageClock:  # fmt: skip
+    """Run, save and compare. bundle: to make of the first batch. Returns what the dense runs took."""
+    batches = batches if bundle is None or not batches else learn.densely_first(batches)
     medium, compare = session.plan.medium, session.plan.compare
     on_step = _task(bars, "denoising", [session.evaluations(jobs) for jobs, _ in batches], crew)
     dense_steps = [jobs[0].denoising_steps for jobs, _ in batches] if compare else []
@@ -118,7 +119,12 @@ def _run_batches(
                     references["exact"] = session.run_exact(jobs)
             if number == 0:
                 session.warm_up(jobs)
-        batch = make_batch(session, jobs, rows, result, on_step)
+        if bundle is None or number:
+            batch = make_batch(session, jobs, rows, result, on_step)
+        else:
+            with session.observing() as seen:
+                batch = make_batch(session, jobs, rows, result, on_step)
+            learn.learn(session, seen, bundle, result)
         if references:
             _compare(result, batch, rows, references)
     return taken

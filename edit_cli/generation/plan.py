@@ -6,6 +6,7 @@ input list. Everything that can be wrong with the input is found here, before an
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from edit_cli import checks
 from edit_cli.errors import EditError, bad_input
 from edit_cli.generation.medium import Fields, Job, Medium
 from edit_cli.generation.outputs import Output, plan_outputs
-from edit_cli.generation.routers import DEFAULT_ROUTERS, find_routers
+from edit_cli.generation.routers import DEFAULT_ROUTERS, NO_ROUTERS, find_routers
 from edit_cli.generation.sound import SOUND
 from edit_cli.generation.video import VIDEO
 from edit_cli.request import Request
@@ -48,7 +49,8 @@ class Plan:
     anything: "dense", or with both that and "exact".
     replayed: the record that is replayed unchanged, else None; peers: the batch that it came from.
     free: paths whose names are ours, so that a number may be added. overwrite: other paths may be replaced.
-    resume: what is there already is not made again. preview: where to show a picture under way.
+    resume: what is there already is not made again. preview: where to show a picture under way. observe: the
+    bundle to make of the first result's run.
     """
 
     medium: Medium
@@ -66,6 +68,7 @@ class Plan:
     overwrite: bool = False
     resume: bool = False
     preview: Path | None = None
+    observe: Path | None = None
 
     def group(self, job: Job) -> tuple[Any, ...]:
         """Jobs with equal groups may share a batch: these fields exist once per pipeline call."""
@@ -105,7 +108,8 @@ def make_plan(request: Request, medium: Medium, *, kept: bool = True, listed: Se
     record = medium.read_record(request["replay"]) if "replay" in request else {}
     base = request.get("base") or (None if "model" in request else record.get("model_base"))
     backbone = registry.resolve(request.get("model") or record.get("model_source"), base, medium.makes)
-    routers = find_routers(request.get("routers") or record.get("routers") or DEFAULT_ROUTERS, backbone)
+    named = NO_ROUTERS if "observe" in request else record.get("routers") or DEFAULT_ROUTERS
+    routers = find_routers(request.get("routers") or named, backbone)
     medium = PROMPTED.get(backbone.family.makes, medium)
     placement = _placement(request, record, backbone)
     warnings: list[str] = []
@@ -139,6 +143,7 @@ def make_plan(request: Request, medium: Medium, *, kept: bool = True, listed: Se
         overwrite="overwrite" in request,
         resume="resume" in request,
         preview=_preview(request, medium, jobs),
+        observe=_observe(request, jobs),
     )
 
 
@@ -153,6 +158,24 @@ def _turns(file: str, recorded: Any, steps: int) -> tuple[tuple[int, int], ...]:
             f"--from {file}: turns are not those of a plan; give --budget to replace them"
         ) from None
     return turns
+
+
+def _observe(request: Request, jobs: Sequence[Job]) -> Path | None:
+    """The bundle that a run of all steps becomes. Raises EditError for what it cannot go together with."""
+    if "observe" not in request:
+        return None
+    if request.get("routers", NO_ROUTERS) != NO_ROUTERS:
+        raise EditError("--observe makes a bundle and --routers uses one; leave one of them out")
+    for name, wrong in (
+        ("--time", any(job.time is not None for job in jobs)),
+        ("--solver", any(job.solver for job in jobs)),
+        ("--target exact", any(job.target == "exact" for job in jobs)),
+        ("--engine ray", request.get("engine") == "ray"),
+        ("several processes", "WORLD_SIZE" in os.environ),
+    ):
+        if wrong:
+            raise EditError(f"--observe learns from the pipeline's own run, in one process: not with {name}")
+    return Path(request["observe"]).expanduser()
 
 
 PREVIEW_MARK = "preview by edit"

@@ -70,6 +70,7 @@ class Session:
     preview: Any = None
     """A `preview.Preview`, where one is asked for."""
     _release_routers: Any = None
+    _seen: Any = None
 
     @classmethod
     def open(cls, plan: Plan, source: RouterSource, clock: StageClock) -> Session:
@@ -179,9 +180,26 @@ class Session:
             return False
         return self.elastic.shares(job.denoising_steps, job.budget, job.target)
 
+    @contextmanager
+    def observing(self) -> Iterator[Any]:
+        """Inside, runs are watched: what they teach (`routers.planned.observed`). Raises EditError."""
+        if not isinstance(self.elastic, Sampled):
+            raise EditError(
+                f"--observe needs a sampler that a plan can take the place of, and this model's "
+                f"({self.sampler}) keeps its steps; leave it out"
+            )
+        with bad_input():
+            self._seen = self.elastic.observation()
+        try:
+            yield self._seen
+        finally:
+            self._seen = None
+
     def _scope(self, jobs: Sequence[Job], size: Any = None) -> Any:
         job, samples = jobs[0], len(jobs)
         wishes: dict[str, Any] = {"budget": _budgets(jobs), "samples": samples}
+        if self._seen is not None:
+            wishes["seen"] = self._seen
         if not isinstance(self.elastic, Sampled):
             return self.elastic.scope(num_steps=job.denoising_steps, **wishes)
         if job.solver is not None:

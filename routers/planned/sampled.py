@@ -21,6 +21,8 @@ from .apart import RowPlans, left_out
 from .course import Course, Turn
 from .follow import Planner, Steps
 from .narrow import Narrowing, NarrowPlans
+from .observed import Observation
+from .ode import ElasticOdeScheduler
 from .scheduler import elastic_scheduler
 from .seconds import Pace, fitting
 from .spent import PlanTrace, evaluations_for
@@ -92,11 +94,13 @@ class Sampled:
         seconds: float | None = None,
         size: Hashable = None,
         turns: Sequence[Turn] = (),
+        seen: Observation | None = None,
     ) -> Iterator[PlanTrace]:
         """A run with wishes of its own: its trace. samples: pictures that it makes. planner_for: instead of
         the bundle's or the universal plan. seconds: from here to the end of the scope. size: runs of equal
         size take equal seconds; default: of equal steps and samples. turns: of an earlier run's trace, to go
-        the same way again. Raises RuntimeError if a scope is open, ValueError as `attach`.
+        the same way again. seen: what watches a run of all steps. Raises RuntimeError if a scope is
+        open, ValueError as `attach`.
         """
         if self._scope is not None:
             raise RuntimeError("a scope is already open on this pipeline; scopes do not nest")
@@ -105,6 +109,7 @@ class Sampled:
         trace = self._trace(budget, target, samples)
         trace.seconds, trace.turns = seconds, [*turns]
         self._scope, self._scoped = trace, {"planner_for": planner_for, "size": size, "turns": turns}
+        self._scoped["seen"], self.scheduler.watch = seen, None if seen is None else seen.see
         self.pace.start()
         try:
             yield trace
@@ -112,9 +117,24 @@ class Sampled:
         finally:
             self._end()
             self.pace.drop()
-            self._scope, self._scoped, self._now = None, {}, trace
+            self._scope, self._scoped, self._now, self.scheduler.watch = None, {}, trace, None
             if not trace.made and self._before is not None:
                 vars(trace).update(vars(self._before))
+
+    def observation(self) -> Observation:
+        """What watches runs of all steps. Raises ValueError for a sampler that follows no flow."""
+        if isinstance(self.scheduler, ElasticOdeScheduler):
+            raise ValueError("runs of this sampler teach nothing by themselves; use: edit calibrate")
+        return Observation(self.pipe)
+
+    @contextmanager
+    def observe(self) -> Iterator[Observation]:
+        """Inside, runs make all steps and are watched: `Observation.bundle` is what they teach, for any
+        budget. Raises ValueError as `observation`.
+        """
+        with self.scope(budget=1.0, target="dense", seen=self.observation()) as trace:
+            trace.seconds = None
+            yield self._scoped["seen"]
 
     def evaluations(self, steps: int, budget: Budget | None = None, target: str | None = None) -> int:
         """How many evaluations a run of so many steps makes, at most: with a budget for each row, for any."""
@@ -168,6 +188,8 @@ class Sampled:
         self._most = evaluations_for(least, steps)
         if getattr(self.scheduler, "higher_order", False) and (turning or self._most < steps):
             trace.target = "exact"  # its dense run is as good as exact
+        if self._scoped.get("seen") is not None:
+            self._scoped["seen"].begin(grid)
         trace.steps = trace.of = steps
         trace.made, self._course, self._decided = 0, None, (0, None)
         over = self._scope is not None and self._before is not None

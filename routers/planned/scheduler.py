@@ -96,7 +96,7 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
         if self.step_index is None:
             self._init_step_index(timestep)
         step = self.step_index
-        self.evaluated(step - self._first + 1)
+        self.evaluated(step - self._first + 1, sample, model_output)
         if self.plan is None:
             return super().step(model_output, timestep, sample, return_dict=return_dict, **kwargs)
         if kwargs.get("per_token_timesteps") is not None:

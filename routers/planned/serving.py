@@ -20,6 +20,10 @@ OnStep = Callable[[int], Steps | None]
 something else than so far."""
 
 
+Watch = Callable[[int, Tensor, Tensor], None]
+"""Called at each evaluation with its number, from 1, the state and the flow's velocity there."""
+
+
 def uncounted(number: int) -> None:
     """An evaluation that nobody counts."""
 
@@ -65,6 +69,8 @@ class Serving:
 
     live = False
     read = 0
+    watch: Watch | None = None
+    """Of a run of all steps, where a scheduler follows a flow."""
     planner: Planner
     on_step: OnStep
     timesteps: Tensor
@@ -96,8 +102,10 @@ class Serving:
         self._offer(int(max(self._steps - min(self._steps * strength, self._steps), 0)))
         return self.timesteps
 
-    def evaluated(self, number: int) -> None:
-        """An evaluation was made; what follows may change."""
+    def evaluated(self, number: int, x: Tensor | None = None, v: Tensor | None = None) -> None:
+        """An evaluation was made, of a flow's velocity v at the state x; what follows may change."""
+        if self.watch is not None and x is not None and v is not None:
+            self.watch(number, x, v)
         steps = self.on_step(number)
         if steps is not None:
             self._run.plan = steps

@@ -62,13 +62,21 @@ class Rows:
         self.made += len(next(iter((*args, *kwargs.values()))))
 
 
+@contextmanager
+def counted_rows(pipe: Any) -> Iterator[Rows]:
+    rows = Rows(pipe)
+    try:
+        yield rows
+    finally:
+        rows.handle.remove()
+
+
 @pytest.mark.parametrize("target", ["dense", "exact"])
 @pytest.mark.parametrize("folder", [pytest.param(FLUX, marks=pytest.mark.slow), QWEN, MESH], ids=NAMES)
 def test_rows_spend_what_each_was_given_and_are_as_if_alone(folder: Path, target: str) -> None:
     with attached(folder, BUDGETS, target=target) as (pipe, sampled):
-        rows = Rows(pipe)
-        made = batch(pipe, [0, 1, 2])
-        rows.handle.remove()
+        with counted_rows(pipe) as rows:
+            made = batch(pipe, [0, 1, 2])
         trace = sampled.trace
     assert trace is not None
     evaluations = [evaluations_for(budget, 10) for budget in BUDGETS]
