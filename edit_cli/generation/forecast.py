@@ -4,12 +4,14 @@ largest call's tensors, traced on the meta device (routers/memory.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from backbones import registry
 from backbones.quantise import BYTES_PER_WEIGHT, quantised
+from backbones.spec import Backbone, CallSize, Placement
 from edit_cli.generation.plan import Plan
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -52,18 +54,22 @@ def stages(plan: Plan, dtype: str, kept: float, block: float) -> dict[str, float
 
 def _denoising(plan: Plan, dtype: str) -> float:
     """Bytes of the largest transformer call's tensors, of what goes in, and of latents beside it."""
+    backbone, rows = plan.backbone, min(plan.batch_size, len(plan.jobs))
+    calls = {call for job in plan.jobs for call in plan.medium.calls(job, backbone)}
+    largest = max(calls, key=lambda size: (size.width * size.height, size.text, size.rows))
+    # latents, and with guidance the other branch's output
+    beside = 2 * BYTES[dtype] * rows * max(plan.medium.latent(job, backbone) for job in plan.jobs)
+    return beside + _call_bytes(backbone, replace(largest, rows=largest.rows * rows), dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _call_bytes(backbone: Backbone, size: CallSize, dtype: str) -> float:
+    """Bytes of a transformer call's tensors and of what goes in."""
     import torch
 
     from backbones import loading
     from routers.memory import peak_bytes
     from routers.meta import meta_twin
-
-    backbone, rows = plan.backbone, min(plan.batch_size, len(plan.jobs))
-    calls = {call for job in plan.jobs for call in plan.medium.calls(job, backbone)}
-    largest = max(calls, key=lambda size: (size.width * size.height, size.text, size.rows))
-    size = replace(largest, rows=largest.rows * rows)
-    twin = meta_twin(loading.meta_transformer(backbone)).to(loading.DTYPES[dtype])
-    inputs = backbone.family.call_inputs(registry.component_configs(backbone), size)
 
     def cast(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -72,29 +78,36 @@ def _denoising(plan: Plan, dtype: str) -> float:
             return value.to(loading.DTYPES[dtype])
         return value
 
-    given = cast(inputs)
-    # latents, and with guidance the other branch's output
-    beside = 2 * BYTES[dtype] * rows * max(plan.medium.latent(job, backbone) for job in plan.jobs)
-    return (
-        beside
-        + peak_bytes(twin, **given)
-        + sum(value.nbytes for value in given.values() if isinstance(value, torch.Tensor))
-    )
+    twin = meta_twin(loading.meta_transformer(backbone)).to(loading.DTYPES[dtype])
+    given = cast(backbone.family.call_inputs(registry.component_configs(backbone), size))
+    inputs = sum(value.nbytes for value in given.values() if isinstance(value, torch.Tensor))
+    return float(peak_bytes(twin, **given) + inputs)
 
 
 def _decoding(plan: Plan, dtype: str) -> tuple[float, float] | None:
     """Bytes of the decoder's weights and of its tensors; None for a kind of decoder that is not known."""
+    job, rows = plan.jobs[0], min(plan.batch_size, len(plan.jobs))
+    width, height = getattr(job, "width", None), getattr(job, "height", None)
+    if not width or not height or getattr(job, "frames", None):
+        return None
+    return _decoder_bytes(plan.backbone, plan.placement, (rows, width, height), dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _decoder_bytes(
+    backbone: Backbone, placement: Placement, size: tuple[int, int, int], dtype: str
+) -> tuple[float, float] | None:
+    """As of `_decoding`. size: rows, and px of both sides."""
     import diffusers
     import torch
 
     from backbones import loading
     from routers.memory import peak_bytes
 
-    config = dict(registry.component_configs(plan.backbone).get("vae", {}))
+    rows, width, height = size
+    config = dict(registry.component_configs(backbone).get("vae", {}))
     kind = getattr(diffusers, str(config.get("_class_name")), None)
-    job, rows = plan.jobs[0], min(plan.batch_size, len(plan.jobs))
-    width, height = getattr(job, "width", None), getattr(job, "height", None)
-    if kind is None or not width or not height or getattr(job, "frames", None):
+    if kind is None:
         return None
     if "z_dim" in config:
         channels, halvings, still = config["z_dim"], len(config["temperal_downsample"]), [1]
@@ -112,12 +125,12 @@ def _decoding(plan: Plan, dtype: str) -> tuple[float, float] | None:
         return None
     with torch.device("meta"):
         vae = kind.from_config(config).eval().to(loading.DTYPES[dtype])
-        if plan.placement.vae_tiling:
+        if placement.vae_tiling:
             vae.enable_tiling()
         latents = torch.empty(
             rows, channels, *still, height >> halvings, width >> halvings, dtype=loading.DTYPES[dtype]
         )
-    device = loading.pick_device(plan.placement.device).type
+    device = loading.pick_device(placement.device).type
     own = sum(parameter.nbytes for parameter in vae.parameters())
     return own, latents.nbytes + peak_bytes(vae.decode, latents, return_dict=False, workspace_on=device)
 

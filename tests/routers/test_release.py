@@ -5,7 +5,9 @@ Shapes: B batch, L tokens, D dim, R rows, W widths.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,11 @@ def test_recorded_run_is_reproduced(case: str) -> None:
 
 def tiny(seed: int = 0, layers: int = 4) -> tuple[Any, nn.ModuleList]:
     """A tiny transformer and routers whose gates move across the threshold during a run."""
+    return copy.deepcopy(_tiny(seed, layers))
+
+
+@functools.cache
+def _tiny(seed: int, layers: int) -> tuple[Any, nn.ModuleList]:
     torch.manual_seed(seed)
     model = QwenImageTransformer2DModel(
         in_channels=16, out_channels=4, num_layers=layers, attention_head_dim=16, num_attention_heads=3,
