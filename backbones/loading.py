@@ -225,7 +225,8 @@ def _load_diffusers(
     pipe = _from_pretrained(backbone, dtype, components, placement if quantize else None)
     if from_file:
         pipe.register_modules(transformer=load_transformer(backbone, dtype))
-    notes += add_loras(pipe, placement.loras)
+    if placement.loras:
+        notes += add_loras(pipe, placement.loras)
     if placement.vae_tiling:
         if not hasattr(getattr(pipe, "vae", None), "enable_tiling"):
             raise ModelError(f"--vae-tiling: {backbone.name} has no VAE that decodes in tiles; leave it out")

@@ -24,15 +24,14 @@ class TooStrongError(ModelError):
 
 
 def add_loras(pipe: Any, loras: tuple[Lora, ...]) -> list[str]:
-    """Load LoRAs at their scales. Returns what of them has no effect, one line each. Raises ModelError."""
+    """Load LoRAs, one at least, at their scales. Returns what of them has no effect, one line each. Raises ModelError."""
     notes, scales = [], []
     for i, lora in enumerate(loras):
         note, own = _add(pipe, lora, f"lora_{i}")
         notes += note
         scales.append(lora.scale * own)
-    if loras:
-        pipe.set_adapters([f"lora_{i}" for i in range(len(loras))], scales)
-        _check_strength(pipe, loras)
+    pipe.set_adapters([f"lora_{i}" for i in range(len(loras))], scales)
+    _check_strength(pipe, loras)
     return notes
 
 

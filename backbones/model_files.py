@@ -28,7 +28,7 @@ class ModelError(ValueError):
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object of a model folder. Raises ModelError."""
-    from routers import schema  # `edit --help` reads nothing
+    import routers.schema as schema  # `edit --help` reads nothing
 
     data: dict[str, Any] = read_files({file: schema.mapping})[file]
     return data

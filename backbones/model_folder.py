@@ -88,7 +88,7 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=64)
 def _read_header(file: Path, _stamp: Stamp) -> dict[str, tuple[int, ...]]:
-    from routers import schema
+    import routers.schema as schema
 
     shapes: dict[str, tuple[int, ...]] = read_files({file: schema.shapes})[file]
     return shapes

@@ -213,7 +213,7 @@ def _from_hub(model: str) -> Backbone:
     index = hub_file(model, DIFFUSERS) if model.count("/") == 1 and cached_folder(model) is None else None
     if index is None:
         return replace(_from_folder(resolve_folder(model).resolve()), name=model)
-    from routers import schema
+    import routers.schema as schema
 
     named = read_files({index: schema.components})[index]
     family = _family(DIFFUSERS, named, model)

@@ -103,6 +103,13 @@ def test_imports_are_read() -> None:
     assert "routers.block" not in IMPORTS["routers.cost"], "for type checkers alone"
 
 
+def test_the_tool_is_ten_files_and_five_folders() -> None:
+    """At its top level, so that a new module has one obvious place below it."""
+    held = [path for path in (ROOT / "edit_cli").iterdir() if path.name != "__pycache__"]
+    folders = [path.name for path in held if path.is_dir()]
+    assert len(folders) <= 5 and len(held) - len(folders) <= 10, sorted(path.name for path in held)
+
+
 def test_no_module_is_in_a_circle() -> None:
     assert circles(IMPORTS) == []
 

@@ -149,6 +149,7 @@ def _save(batch: Batch, rows: Sequence[int], session: Session, result: Result) -
     """Write the results of a batch; one that failed by itself is raised when the others are kept."""
     medium = result.plan.medium
     good = [row for row in rows if not isinstance(batch.results[row], RunError)]
+    several = len({job.budget for job in result.plan.jobs}) > 1
     for row in good:
         job, made = batch.jobs[row], batch.results[row]
         record = make_record(batch, row, session)
@@ -156,7 +157,7 @@ def _save(batch: Batch, rows: Sequence[int], session: Session, result: Result) -
         for path, data in medium.encode(job, made, record).items():
             write_files({path: data})
             result.written.append(path)
-        if sweep.is_sweep(result.plan.jobs):
+        if several and sweep.is_sweep(result.plan.jobs):
             result.shown[job.index] = medium.thumbnail(made)
     result.add(batch, good)
     for row in rows:

@@ -66,7 +66,7 @@ def _read_text(source: str, option: str) -> str:
 
 def _parse_json(line: str, where: str, medium: Medium) -> Fields:
     """An object's fields; null stands for what is not given, except for what every line needs."""
-    from routers import schema  # a list of plain prompts does without
+    import routers.schema as schema  # a list of plain prompts does without
 
     try:
         data = schema.decode(line, dict[str, Any], where)

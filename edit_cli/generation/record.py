@@ -263,7 +263,7 @@ def encode_mesh(mesh: Any, suffix: str, record: Mapping[str, Any]) -> bytes:
 
 def read_mesh(path: str | Path) -> dict[str, Any]:
     """The record of a GLB made by `edit`, from its JSON chunk. Raises EditError if there is none."""
-    from routers import schema
+    import routers.schema as schema
 
     try:
         with Path(path).expanduser().open("rb") as file:

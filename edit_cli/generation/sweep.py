@@ -19,8 +19,8 @@ SAME = 1e-6
 
 
 def is_sweep(jobs: Sequence[Job]) -> bool:
-    """Whether something is made at several budgets."""
-    return len({_apart(job) for job in jobs}) < len(jobs) and len({job.budget for job in jobs}) > 1
+    """Whether one thing is made at several budgets, among jobs that have several."""
+    return len({_apart(job) for job in jobs}) < len(jobs)
 
 
 def finish(result: Result) -> None:
