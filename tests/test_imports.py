@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,7 +60,10 @@ def imported(name: str) -> set[str]:
     return (targets & MODULES.keys()) - {name}
 
 
-IMPORTS = {name: imported(name) for name in MODULES}
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """What every module imports."""
+    return {name: imported(name) for name in MODULES}
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -97,10 +101,10 @@ def test_a_circle_is_found() -> None:
 
 def test_imports_are_read() -> None:
     """Inside of functions and `from package import module` too; not those for type checkers."""
-    assert "routers.planned.timeplan" in IMPORTS["routers.bundle"]
-    assert "routers.train.loop" in IMPORTS["edit_cli.calibrate.training"], "imported where it is needed"
-    assert "routers.paper.policy" in IMPORTS["edit_cli.generation.session"], "from package import module"
-    assert "routers.block" not in IMPORTS["routers.cost"], "for type checkers alone"
+    assert "routers.planned.timeplan" in imports()["routers.bundle"]
+    assert "routers.train.loop" in imports()["edit_cli.calibrate.training"], "imported where it is needed"
+    assert "routers.paper.policy" in imports()["edit_cli.generation.session"], "from package import module"
+    assert "routers.block" not in imports()["routers.cost"], "for type checkers alone"
 
 
 def test_the_tool_is_ten_files_and_five_folders() -> None:
@@ -111,7 +115,7 @@ def test_the_tool_is_ten_files_and_five_folders() -> None:
 
 
 def test_no_module_is_in_a_circle() -> None:
-    assert circles(IMPORTS) == []
+    assert circles(imports()) == []
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -119,7 +123,7 @@ def test_packages_import_downwards(package: str) -> None:
     above = PACKAGES[PACKAGES.index(package) + 1 :]
     wrong = [
         f"{name} imports {target}"
-        for name, targets in IMPORTS.items()
+        for name, targets in imports().items()
         for target in targets
         if name.split(".")[0] == package and target.split(".")[0] in above
     ]
@@ -132,7 +136,7 @@ def test_the_engine_imports_nothing_that_makes_bundles() -> None:
 
     wrong = [
         f"{name} imports {target}"
-        for name, targets in IMPORTS.items()
+        for name, targets in imports().items()
         for target in targets
         if name.split(".")[0] == "routers" and not makes(name) and makes(target)
     ]

@@ -120,10 +120,10 @@ def test_budgets_that_are_none_raise() -> None:
 
 
 @pytest.fixture(scope="module")
-def made(edit, qwen_folder, tmp_path_factory):
-    """A bundle of the random pipeline for all budgets that four steps have, made once in a fresh process."""
+def made(edit_here, qwen_folder, tmp_path_factory):
+    """A bundle of the random pipeline for all budgets that four steps have, made once."""
     folder = tmp_path_factory.mktemp("calibrated")
-    ran = edit(
+    ran = edit_here(
         "calibrate", "-m", qwen_folder, "-o", "b", "--budgets", "0.5:1:3", *SHORT, "--json", cwd=folder
     )
     assert ran.code == 0, ran.err
