@@ -24,7 +24,7 @@ class TooStrongError(ModelError):
 
 
 def add_loras(pipe: Any, loras: tuple[Lora, ...]) -> list[str]:
-    """Load LoRAs, one at least, at their scales. Returns what of them has no effect, one line each. Raises ModelError."""
+    """Load LoRAs at their scales, one at least. Returns what of them has no effect. Raises ModelError."""
     notes, scales = [], []
     for i, lora in enumerate(loras):
         note, own = _add(pipe, lora, f"lora_{i}")
