@@ -44,7 +44,7 @@ def read_files(files: Mapping[Path, Reader]) -> dict[Path, Any]:
     given = []
     for file, reader in files.items():
         what = f"{str(file)!r} is not a complete safetensors file: "
-        is_header = file.suffix == ".safetensors"
+        is_header = reader is schema.shapes
         try:
             with file.open("rb") as stream:
                 data = stream.read(8)

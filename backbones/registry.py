@@ -26,9 +26,9 @@ from backbones.model_files import (
     read_files,
     read_json,
 )
-from backbones.model_folder import CONFIGURED, ModelFolder, find_model_folder, read_header, read_model_folder
+from backbones.model_folder import CONFIGURED, ModelFolder, find_model_folder, read_model_folder
 from backbones.pipelines import generic_family, pipeline_family, sibling
-from backbones.single_file import check_fits, denoiser_shapes, read_single_file
+from backbones.single_file import check_fits, denoiser_shapes, read_single_file, stored_shapes
 from backbones.spec import (
     COMMANDS,
     DIFFUSERS,
@@ -240,7 +240,7 @@ def _from_file(path: Path, base: str | None) -> Backbone:
     configs = component_configs(source)
     config = {**configs["transformer"], **file.config}
     check_fits(file, config, configs["transformer"], source.family)
-    count = sum(math.prod(shape) for shape in denoiser_shapes(read_header(path), file.prefix).values())
+    count = sum(math.prod(shape) for shape in denoiser_shapes(stored_shapes(path), file.prefix).values())
     traits, defaults = source.family.traits({**configs, "transformer": config}), source.defaults
     if traits.takes_guidance != source.takes_guidance:  # a dev file on schnell's folder
         defaults = replace(traits.defaults, width=defaults.width, height=defaults.height)

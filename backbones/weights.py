@@ -10,9 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, dtype, nn
 
+from backbones.gguf_file import load_gguf
 from backbones.model_files import ModelError
 from backbones.registry import component_configs
-from backbones.single_file import read_denoiser
+from backbones.single_file import is_gguf, read_denoiser
 from backbones.spec import HUNYUAN3D, Backbone
 from routers.paper.headers import misfits
 
@@ -51,6 +52,9 @@ def load_transformer(backbone: Backbone, dtype: dtype) -> Any:
             weights = read_denoiser(backbone.file, transformer.state_dict().keys(), dtype)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{str(path)!r} cannot be read: {error}") from error
+    if backbone.file is not None and is_gguf(path):
+        config = backbone.file.config
+        return load_gguf(weights, repr(str(path)), type(transformer).__name__, config, dtype)
     load_weights(transformer, weights, repr(str(path)))
     return transformer.eval()
 

@@ -98,8 +98,8 @@ PRESET: Options = under("Model and routers", {
                      "those of [default] hold always (edit config).", text, complete=preset_names),
 })
 MODEL: Options = under("Model and routers", {
-    "model": Option("--model -m", "MODEL", "Registry name (edit models), folder, .safetensors file or hub "
-                    f"id. [dim]default {DEFAULT_MODELS['picture']}[/]", text, complete=names),
+    "model": Option("--model -m", "MODEL", "Registry name (edit models), folder, .safetensors or .gguf file, "
+                    f"hub id. [dim]default {DEFAULT_MODELS['picture']}[/]", text, complete=names),
     "base": Option("--base", "MODEL", "For a single-file --model: what text encoders and VAE come from. "
                    "[dim]default: the published model, if it is in the local cache[/]", text),
 })

@@ -11,6 +11,7 @@ from typing import Any
 
 from backbones import registry
 from backbones.quantise import BYTES_PER_WEIGHT, quantised
+from backbones.single_file import is_gguf
 from backbones.spec import Backbone, CallSize, Placement
 from edit_cli.generation.plan import Plan
 
@@ -21,7 +22,11 @@ def weight_bytes(plan: Plan, dtype: str) -> dict[str, float]:
     """Bytes per component as it is loaded."""
     counts, how = registry.component_parameters(plan.backbone), plan.placement.quantize
     packed = BYTES_PER_WEIGHT.get(how, BYTES[dtype])
-    return {name: n * (packed if quantised(name) else BYTES[dtype]) for name, n in counts.items()}
+    found = {name: n * (packed if quantised(name) else BYTES[dtype]) for name, n in counts.items()}
+    file = plan.backbone.file
+    if file is not None and is_gguf(file.path):  # stays packed
+        found["transformer"] = float(file.path.stat().st_size)
+    return found
 
 
 def stages(plan: Plan, dtype: str, kept: float, block: float) -> dict[str, float]:

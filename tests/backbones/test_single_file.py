@@ -90,7 +90,7 @@ def files(flux_folder, tmp_path_factory) -> Path:
     save_file(own, folder / "diffusers.safetensors")
     everything = {f"model.diffusion_model.{name}": tensor for name, tensor in original.items()}
     save_file({**everything, "vae.encoder.w": torch.zeros(2)}, folder / "all-in-one.safetensors")
-    save_file({**original, "img_in.scale_weight": torch.ones(1)}, folder / "quantised.safetensors")
+    save_file({**original, "img_in.weight_scale_2": torch.ones(1)}, folder / "quantised.safetensors")
     fewer = {name: tensor for name, tensor in original.items() if name != "txt_in.bias"}
     save_file(fewer, folder / "incomplete.safetensors")
     fill = {**original, "img_in.weight": torch.zeros(64, 96)}
@@ -163,7 +163,7 @@ def test_defaults_and_counts_of_a_file(files, flux_folder):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("quantised", "1 tensors are unknown, for example 'img_in.scale_weight'; quantised files are not"),
+        ("quantised", "1 tensors are unknown, for example 'img_in.weight_scale_2'; give one in fp32,"),
         ("incomplete", "1 tensors are missing, for example 'txt_in.bias'"),
         ("fill", "has in_channels 96 and the base"),
     ],

@@ -87,7 +87,7 @@ QUICK = [
     (["a cat", "-o", "x" * 260 + ".png"], "has 264 bytes; allowed are 240, shorten it"),
     (["a cat", "a cat compare", "--compare"], "--compare would write 'a-cat-compare.png' over another"),
     (["a cat", "-m", "garbage.safetensors"], "is not a complete safetensors file"),
-    (["a cat", "-m", "old.ckpt"], "is not a .safetensors file, and other formats are not loaded"),
+    (["a cat", "-m", "old.ckpt"], "is not a .safetensors or .gguf file, and other formats are not loaded"),
     (["a cat", "-m", "foreign.safetensors"], "does not hold a Qwen-Image or FLUX.1 transformer"),
     (["a cat", "--base", "qwen-image"], "is for a single-file --model"),
     (["a cat", "-n", "0"], "--num-images '0' is out of range"),
