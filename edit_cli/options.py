@@ -267,6 +267,8 @@ CALIBRATE: Options = {
                      "both. [dim]default dense[/]", choice(*TARGETS, "both")),
     "samples": Option("--samples", "N", "Pictures or meshes to calibrate on, in one batch (train: in "
                       "several).", whole(1, 4096), shown="4, 1 for large models, 32 to train"),
+    "trained": Option("--routers", "BUNDLE", "Trained routers of this model (--method train): plans leave "
+                      "evaluations to them where that ends nearer.", text),
     "tries": Option("--tries", "N", "Candidates that are run for each plan. [dim]default: 1 or 2, of the "
                     "first of many all[/]", whole(1, 6)),
     **PRESET, **only(MODEL, "model"), **only(PROMPTS, "prompts_file"),

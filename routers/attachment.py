@@ -61,7 +61,7 @@ def attach(
     pipe, transformer = (None, model) if isinstance(model, nn.Module) else (model, model.transformer)
     check_free(getattr(pipe, "scheduler", None))
     loaded = bundle if isinstance(bundle, Bundle) or bundle is None else load_bundle(bundle)
-    routed = loaded is not None and loaded.trained is not None
+    routed = loaded is not None and loaded.decides
     if seconds is not None and (routed or pipe is None or not takes_plans(pipe.scheduler)):
         raise ValueError("seconds are kept by plans, and here none takes the sampler's place: give a budget")
     if isinstance(budget, Sequence):
@@ -77,7 +77,7 @@ def attach(
         budget = loaded.recommended_budget if seconds is None else 1.0
     for one in each_of(budget):
         loaded.check_budget(one)
-    if loaded.trained is not None and not isinstance(budget, Sequence):
+    if loaded.decides and loaded.trained is not None and not isinstance(budget, Sequence):
         return _routed(pipe, transformer, loaded, loaded.trained, budget, num_steps, force)
     check_fits(loaded, transformer, force)
     steps, narrow = num_steps or loaded.num_steps, loaded.narrow_plans()

@@ -2,7 +2,7 @@
 
     routers.safetensors    "plans.<target>.<evaluations>.<array>" of plans in time,
                            "narrow.<target>.<i>.<array>" of those with narrow evaluations; of a trained
-                           one instead "routers.<i>.<key>" and "profile.<name>"
+                           one instead, or besides, "routers.<i>.<key>" and "profile.<name>"
     bundle.json            block map, base model and its fingerprint, what it was fitted for, measured quality
     backbone.safetensors   only where the backbone was trained with the routers: its LoRA or all its weights
 
@@ -43,7 +43,7 @@ FILES = (DESCRIPTION, WEIGHTS, BACKBONE_FILE)
 ENTRY = "edit_bundle"
 """Metadata entry of the description where a bundle is one file."""
 FORMAT, TRAINED_FORMAT = 5, 3
-"""Written and read: for plans in time, and for trained routers."""
+"""Written and read: for plans in time, with trained routers or without; and for trained routers alone."""
 UNIVERSAL = "the plan is the one that needs no calibration"
 PLAIN_FIELDS = (
     "base_model",
@@ -61,7 +61,7 @@ PLAIN_FIELDS = (
 
 @dataclass
 class Bundle:
-    """Plans or trained routers, and where they belong.
+    """Plans or trained routers or both, and where they belong.
 
     times [N + 1]: of the run that plans were fitted for. plans: by target and number of evaluations. warps:
     by target, of the times where there is no plan. narrow: plans with narrow evaluations by target, cheapest
@@ -90,7 +90,12 @@ class Bundle:
         """What serves budgets where narrow evaluations are best; None where none were measured."""
         if not self.narrow:
             return None
-        return NarrowPlans(self.spec, np.array(self.times), self.narrow)
+        return NarrowPlans(self.spec, np.array(self.times), self.narrow, self.trained)
+
+    @property
+    def decides(self) -> bool:
+        """Whether routers decide in every step of a run; else plans do, which may call for routers."""
+        return self.trained is not None and not self.plans
 
     def policy(self, *, batch_mean: bool = False) -> TrainedPolicy:
         """Of trained routers. batch_mean: they decide for the batch's mean, not for each sample."""
@@ -134,7 +139,7 @@ class Bundle:
         tensors |= to_tensors(self.plans, self.narrow)
         weights = save(tensors)
         description = {
-            "format": FORMAT if trained is None else TRAINED_FORMAT,
+            "format": TRAINED_FORMAT if self.decides else FORMAT,
             "spec": self.spec.to_dict(),
             **{name: getattr(self, name) for name in PLAIN_FIELDS},
             "warps": self.warps,
@@ -200,13 +205,22 @@ def load_bundle(path: str | Path) -> Bundle:
             plans=read_plans(stored.tensors, times),
             narrow=read_narrow(stored.tensors, times),
             warps=cast(dict[str, Warp], data.warps),
-            trained=Trained.read(path, data.backbone, stored.tensors) if form == TRAINED_FORMAT else None,
+            trained=_read_trained(path, form, data, stored),
             digest=stored.digest,
             path=str(file or path),
             **{name: getattr(data, name) for name in PLAIN_FIELDS},
         )
     except ValueError as error:
         raise ValueError(f"{path} is not a readable bundle: {error}") from error
+
+
+def _read_trained(path: str | Path, form: int, data: Described, stored: Stored) -> Trained | None:
+    """Beside plans there may be none; then weights of the backbone are the model's own. Raises ValueError."""
+    if form == FORMAT and not any(key.startswith("routers.") for key in stored.tensors):
+        return None
+    if form == FORMAT and data.backbone is not None:
+        raise ValueError("it has plans and weights of the backbone, and plans are made for the model's own")
+    return Trained.read(path, data.backbone, stored.tensors)
 
 
 class Stored(NamedTuple):

@@ -243,7 +243,8 @@ class Elastic(Watch):
                     with self.timed("router"):
                         if run.routers is None:  # anew in every run, because training changes them
                             stacked = [block.router for block in self.blocks]
-                            run.routers = RouterStack.at(stacked, run.info.budget, device)
+                            told = getattr(run.policy, "told", run.info.budget)
+                            run.routers = RouterStack.at(stacked, told, device)
                         run.routers.read(call)
                 run.end(call)
             finally:

@@ -23,7 +23,7 @@ from edit_cli.files import ANY, claimed_folder, reason, whole_folder
 from edit_cli.generation.result import StageClock
 from edit_cli.generation.routers import RouterSource
 from edit_cli.generation.session import Session
-from routers.attachment import architecture, attach, fingerprint
+from routers.attachment import architecture, attach, check_fits, fingerprint
 from routers.bundle import DESCRIPTION, FILES
 from routers.calibrate.evaluate import Quality, as_metadata, evaluate, recommend
 from routers.calibrate.fit import fit
@@ -42,7 +42,7 @@ class Calibration:
     """A loaded model with its calibration and held-out samples.
 
     processes: of a training (accelerate). data [samples, L, C]: latents of the pictures it learns from.
-    seconds: by phase.
+    beside: trained routers, where plans are made for them too. seconds: by phase.
     """
 
     plan: CalibrationPlan
@@ -52,6 +52,7 @@ class Calibration:
     processes: Any = None
     data: torch.Tensor | None = None
     state: State | None = None
+    beside: routers.Bundle | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -64,7 +65,8 @@ class Calibration:
         rows = generation.batch_size
         train, judge = (medium.workload(session, jobs, rows) for jobs in (generation.jobs, plan.held_out))
         data = training.encode_pictures(plan, session) if plan.pictures else None
-        return cls(plan, session, train, judge, processes, data)
+        beside = None if plan.routers is None else read_beside(plan.routers, session.pipe.transformer)
+        return cls(plan, session, train, judge, processes, data, beside=beside)
 
     @property
     def is_main(self) -> bool:
@@ -114,7 +116,10 @@ class Calibration:
         bundle = fit(
             self.transformer, backbone.family.transformer, self.train, backbone.name,
             self.plan.generation.jobs[0].guidance, self.plan.fitted, phases(bars), self.state,
+            None if self.beside is None else self.beside.trained,
         )  # fmt: skip
+        if self.beside is not None:
+            bundle.metadata["routers"] = self.beside.digest
         return bundle
 
     def load(self, path: str) -> routers.Bundle:
@@ -177,6 +182,7 @@ class Calibration:
             "seed": jobs[0].seed,
             **({} if plan.training else {"fit": asdict(plan.fitted)}),
             "size": medium.size(jobs),
+            **({} if self.beside is None else {"routers": self.beside.digest}),
             **({"method": "fit"} if plan.training is None else training.identity(self)),
         }
 
@@ -185,6 +191,20 @@ class Calibration:
         start = time.perf_counter()
         yield
         self.seconds[phase] = time.perf_counter() - start
+
+
+def read_beside(path: str, transformer: Any) -> routers.Bundle:
+    """Trained routers that decide over the model's own weights. Raises ValueError."""
+    bundle = routers.load_bundle(path)
+    if bundle.trained is None:
+        raise ValueError(f"--routers {path!r} holds no trained routers; make them with --method train")
+    if bundle.trained.backbone is not None:
+        raise ValueError(
+            f"--routers {path!r} holds weights of the backbone too, and plans are made for the model's own: "
+            "make them its own with: edit export --format diffusers"
+        )
+    check_fits(bundle, transformer)
+    return bundle
 
 
 def run_calibration(plan: CalibrationPlan, quiet: bool) -> tuple[routers.Bundle, list[Quality]] | None:

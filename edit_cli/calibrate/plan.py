@@ -45,7 +45,7 @@ class CalibrationPlan:
     generation: its jobs are the calibration samples. held_out: the samples that measure. budgets: to measure,
     ascending. fitted: see `FitSettings`. training: None for --method fit. pictures: to train on, with
     the prompts of the jobs. output: folder of the new bundle; None: only measure the bundle `evaluate`.
-    asked: a hash of the request.
+    asked: a hash of the request. routers: bundle of trained routers that plans may leave evaluations to.
     """
 
     generation: Plan
@@ -59,6 +59,7 @@ class CalibrationPlan:
     asked: str = ""
     training: TrainSettings | None = None
     pictures: tuple[str, ...] = ()
+    routers: str | None = None
 
 
 def make_calibration_plan(request: Request) -> CalibrationPlan:
@@ -104,6 +105,7 @@ def make_calibration_plan(request: Request) -> CalibrationPlan:
         asked=request_hash(request),
         training=training,
         pictures=tuple(file for file, _ in pictures),
+        routers=request.get("trained"),
     )
 
 
@@ -115,6 +117,8 @@ def _check_output(request: Request) -> None:
         raise EditError("--resume continues a calibration and --evaluate makes none; leave one of them out")
     if output is None and request["method"] == "train":
         raise EditError("--method train makes a bundle and --evaluate makes none; leave one of them out")
+    if "trained" in request and (output is None or request["method"] == "train"):
+        raise EditError("--routers is for --method fit, which makes plans beside them; leave it out")
     if output is not None and request["method"] == "fit" and request.get("budgets", MEASURED)[0] == 1:
         raise EditError("--budgets 1 is the run of all steps, which needs no plan; give a budget below 1")
 

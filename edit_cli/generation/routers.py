@@ -69,7 +69,7 @@ class RouterSource:
     @property
     def plans(self) -> bool:
         """Whether a budget is met by a plan in time, and not by routers that decide."""
-        return self.release is None and (self.bundle is None or self.bundle.trained is None)
+        return self.release is None and (self.bundle is None or not self.bundle.decides)
 
     def buys(self, job: Job) -> tuple[int, float]:
         """Steps of a job's run that call the transformer, and the share of the dense FLOPs that they take.

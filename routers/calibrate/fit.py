@@ -31,6 +31,7 @@ from ..planned.spent import EXACT_SHARE
 from ..planned.timeplan import Array, TimePlan, euler, moving
 from ..planned.universal import Warp, solver_plan
 from ..spec import TransformerSpec
+from ..trained.bundle import Trained
 from .narrow import Measured, candidates, overshooting_error, worth_it
 from .settings import FitSettings
 from .state import State
@@ -45,9 +46,9 @@ class Fit:
 
     def __init__(
         self, workload: Workload, spec: TransformerSpec, settings: FitSettings, state: State | None,
-        report: Report,
+        report: Report, trained: Trained | None = None,
     ) -> None:  # fmt: skip
-        self.narrowing = Narrowing(workload.pipe, spec)
+        self.narrowing = Narrowing(workload.pipe, spec, trained)
         self.workload, self.settings, self.state, self.report = workload, settings, state, report
         self.grid: Array = np.zeros(0)
         self.warps: dict[str, Warp] = {}
@@ -146,7 +147,8 @@ class Fit:
 
     def narrow(self, plans: Mapping[str, Mapping[int, TimePlan]]) -> dict[str, list[NarrowPlan]]:
         """By target, the narrow plans that are worth their compute. plans: the whole ones."""
-        numbers, chosen = self.settings.narrow(len(self.grid) - 1), {}
+        steps = len(self.grid) - 1
+        numbers, chosen = self.settings.narrow(steps, self.narrowing.trained is not None), {}
         for target in self.settings.targets if numbers else ():
             self.report(f"narrow, {target}", 0, 1)
             name = f"narrow-{target}"
@@ -176,17 +178,18 @@ class Fit:
             plan = whole[number]
             error = overshooting_error(self.run(always(plan)), end)
             measured.append(Measured(plan, number / steps, error))
-        for near in candidates(grid, numbers, self.workload.pipe.scheduler):
+        routed = self.narrowing.trained is not None
+        for near, ratio in candidates(grid, numbers, self.workload.pipe.scheduler, routed):
             stages = StageFit(near.times, target, FREE, near)
-            trace = self.narrowing.begin(near, self.workload.rows)
+            trace = self.narrowing.begin(NarrowPlan(near, 0.0, 1.0, ratio), self.workload.rows)
             try:
                 latents = self.run(always(stages))
             finally:
                 self.narrowing.end()
             share = near.evaluations / steps * trace.flops["spent"] / trace.flops["dense"]
             plan = replace(stages.plan, widths=near.widths)
-            measured.append(Measured(plan, share, overshooting_error(latents, end)))
-        return worth_it(measured, (max(numbers) + 1) / steps)
+            measured.append(Measured(plan, share, overshooting_error(latents, end), ratio))
+        return worth_it(measured, min(1.0, (max(numbers) + 1) / steps))
 
     def _plan(
         self, recorded: Trajectory, evaluations: int, target: str, warps: Sequence[Warp]
@@ -221,15 +224,17 @@ def fit(
     settings: FitSettings | None = None,
     report: Report = lambda phase, done, total: None,
     state: State | None = None,
+    trained: Trained | None = None,
 ) -> Bundle:
     """Fit a bundle to a model on the first batch of a workload.
 
-    state: keeps the progress; a fit that continues gives the same bundle as one in one go.
+    state: keeps the progress; a fit that continues gives the same bundle as one in one go. trained: routers
+    of the model's own weights, which narrow evaluations may be left to.
     Raises NotFiniteError, OSError if the state cannot be written, ValueError for a scheduler that a plan
     cannot stand in for.
     """
     settings = settings or FitSettings()
-    work = Fit(workload, spec, settings, state, report)
+    work = Fit(workload, spec, settings, state, report, trained)
     plans = work.plans()
     narrow = work.narrow(plans)
     metadata: dict[str, Any] = {"method": "fit", "rows": workload.rows, "seed": settings.seed}
@@ -245,5 +250,6 @@ def fit(
         plans=plans,
         warps=work.warps,
         narrow=narrow,
+        trained=trained,
         metadata=metadata,
     )

@@ -21,6 +21,8 @@ from ..planned.timeplan import Array, TimePlan, euler, resampled, shifted
 from ..planned.universal import missing_shift
 from ..spec import WIDTHS
 
+RATIOS = (0.3, 0.45, 0.6, 0.75, 0.9)
+"""What routers may spend of an evaluation, of the plans that are tried."""
 SHIFT = 1.75
 """Of the times towards the noise, unless the scheduler knows better (`warps`)."""
 
@@ -34,17 +36,23 @@ class Measured:
     plan: TimePlan
     share: float
     error: float
+    ratio: float = 1.0
 
 
-def candidates(grid: Array, numbers: Sequence[int], scheduler: Any) -> Iterator[TimePlan]:
-    """Few narrow evaluations, from the least on, with Euler's weights. grid [N + 1]: the run's own times;
-    numbers: of evaluations.
+def candidates(
+    grid: Array, numbers: Sequence[int], scheduler: Any, routed: bool
+) -> Iterator[tuple[TimePlan, float]]:
+    """Few narrow evaluations, from the least on, with Euler's weights, and what routers may spend of each.
+
+    grid [N + 1]: the run's own times; numbers: of evaluations. routed: whether there are routers.
     """
     shift, _ = getattr(scheduler, "warps", {}).get("exact", (SHIFT, 1.0))
     for evaluations in numbers:
         steps = euler(shifted(resampled(grid, evaluations), missing_shift(grid, shift)))
         for width in WIDTHS[:-1]:
-            yield replace(steps, widths=np.full(evaluations, width))
+            yield replace(steps, widths=np.full(evaluations, width)), 1.0
+        for ratio in RATIOS if routed else ():
+            yield steps, ratio
 
 
 def overshooting_error(ended: Tensor, target: Tensor) -> float:
@@ -67,7 +75,7 @@ def worth_it(measured: Iterable[Measured], below: float) -> list[NarrowPlan]:
             nearer.append(found)
     ends = [*(found.share for found in nearer[1:]), below]
     return [
-        NarrowPlan(found.plan, found.share, end)
+        NarrowPlan(found.plan, found.share, end, found.ratio)
         for found, end in zip(nearer, ends, strict=True)
-        if found.plan.narrows
+        if found.plan.narrows or found.ratio < 1
     ]

@@ -1,8 +1,9 @@
 """Evaluations x widths: where fewer whole evaluations fall apart, more of them with narrow MLPs are made.
 
-A plan says a width for each evaluation (`TimePlan.widths`). While a run of such a plan lasts, and no longer,
-the transformer's blocks are under the engine, which runs every MLP on its first hidden units and counts what
-that costs. Which plans are narrow was measured (`routers/calibrate/narrow.py`).
+A plan says a width for each evaluation (`TimePlan.widths`), or what share of an evaluation routers may spend
+(`NarrowPlan.ratio`), which then decide for every sample and block. While a run of such a plan lasts, and no
+longer, the transformer's blocks are under the engine, which counts what that costs. Which plans are narrow
+was measured (`routers/calibrate/narrow.py`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from typing import Any
 import numpy as np
 
 from ..elastic import Elastic
-from ..policy import OpenPolicy, WidthPolicy
+from ..policy import OpenPolicy, Policy, WidthPolicy
+from ..router import Router
 from ..spec import TransformerSpec
 from ..trace import Trace
+from ..trained.bundle import Trained
+from ..trained.policy import TrainedPolicy
+from ..trained.router import build_router
 from .spent import ROUNDING
 from .timeplan import Array, TimePlan
 
@@ -29,36 +34,51 @@ SAME_TIMES = 2e-3
 class NarrowPlan:
     """A plan that measured better than all that cost less. share: of the dense run's FLOPs.
 
-    until: budgets from share up to this are best served by it.
+    until: budgets from share up to this are best served by it. ratio: what trained routers spend of an
+    evaluation; 1: they do not decide.
     """
 
     plan: TimePlan
     share: float
     until: float
+    ratio: float = 1.0
 
     def to_arrays(self) -> dict[str, Array]:
         """Plain arrays for a file; `from_arrays` reads them."""
-        return {**self.plan.to_arrays(), "serves": np.array([self.share, self.until])}
+        serves = [self.share, self.until, *([self.ratio] if self.ratio < 1 else [])]
+        return {**self.plan.to_arrays(), "serves": np.array(serves)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> NarrowPlan:
         """The plan of `to_arrays`. Raises ValueError for what makes none."""
         serves = np.ravel(arrays.get("serves", ()))
-        if len(serves) != 2 or not 0 < serves[0] < serves[1] <= 1:
+        if len(serves) not in (2, 3) or not 0 < serves[0] < serves[1] <= 1:
             raise ValueError(f"it serves budgets {serves.tolist()}: from one share up to another, up to 1")
-        return cls(TimePlan.from_arrays(arrays), float(serves[0]), float(serves[1]))
+        if not 0 < (ratio := float([*serves, 1.0][2])) <= 1:
+            raise ValueError(f"routers spend {ratio:g} of its evaluations: a share in (0, 1]")
+        return cls(TimePlan.from_arrays(arrays), float(serves[0]), float(serves[1]), ratio)
+
+    def policy(self, trained: Trained | None) -> Policy:
+        """What decides over the blocks. Raises ValueError where that are routers, and none were trained."""
+        if self.ratio >= 1:
+            return WidthPolicy(self.plan.widths.tolist())
+        if trained is None:
+            raise ValueError("routers decide over this plan's evaluations, and the bundle has none")
+        return TrainedPolicy(trained.profile, trained.trend, within=(self.plan.evaluations, self.ratio))
 
 
 @dataclass(frozen=True)
 class NarrowPlans:
     """A bundle's narrow plans, by target, cheapest first; the first serves all budgets below its share too.
 
-    times [N + 1]: of the run that they were fitted for. spec: of the transformer.
+    times [N + 1]: of the run that they were fitted for. spec: of the transformer. trained: its routers, where
+    plans leave decisions to them.
     """
 
     spec: TransformerSpec
     times: Array
     plans: Mapping[str, Sequence[NarrowPlan]]
+    trained: Trained | None = None
 
     def at(self, budget: float, target: str, steps: int) -> NarrowPlan | None:
         """The narrow plan for a budget of a run of so many steps; None where evaluations are whole.
@@ -77,26 +97,32 @@ class NarrowPlans:
         return found if found is not None and np.allclose(grid, self.times, atol=SAME_TIMES) else None
 
 
-class Narrowing:
-    """Puts a pipeline's transformer at a plan's widths for one run at a time."""
+def made_routers(trained: Trained | None) -> list[Router] | None:
+    """Of all blocks, frozen."""
+    return None if trained is None else [build_router(state) for state in trained.routers]
 
-    def __init__(self, pipe: Any, spec: TransformerSpec) -> None:
-        self.pipe, self.spec = pipe, spec
+
+class Narrowing:
+    """Puts a pipeline's transformer at a plan's widths, or under its routers, for one run at a time."""
+
+    def __init__(self, pipe: Any, spec: TransformerSpec, trained: Trained | None = None) -> None:
+        self.pipe, self.spec, self.trained = pipe, spec, trained
         self._elastic: Elastic | None = None
         self._run = ExitStack()
 
-    def begin(self, plan: TimePlan, samples: int) -> Trace:
+    def begin(self, found: NarrowPlan, samples: int) -> Trace:
         """A run of a plan begins; the trace is filled while it lasts. Raises ValueError, one line, for a
         transformer whose blocks cannot be narrowed (compiled as a whole).
         """
         self.end()
+        policy = found.policy(self.trained)
         if self._elastic is None or self._elastic.transformer is not self.pipe.transformer:
-            self._elastic = Elastic(self.pipe.transformer, self.spec, OpenPolicy, pipe=self.pipe)
+            routers = made_routers(self.trained)
+            self._elastic = Elastic(self.pipe.transformer, self.spec, OpenPolicy, routers, pipe=self.pipe)
         else:
             self._elastic.attach()
         self._run.callback(self._elastic.detach)
-        policy = WidthPolicy(plan.widths.tolist())
-        scope = self._elastic.scope(policy=policy, num_steps=plan.evaluations, samples=samples)
+        scope = self._elastic.scope(policy=policy, num_steps=found.plan.evaluations, samples=samples)
         return self._run.enter_context(scope)
 
     def end(self) -> None:

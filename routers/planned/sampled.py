@@ -20,7 +20,7 @@ from ..trace import Trace
 from .apart import RowPlans, left_out
 from .course import Course, Turn
 from .follow import Planner, Steps
-from .narrow import Narrowing, NarrowPlans
+from .narrow import Narrowing, NarrowPlan, NarrowPlans
 from .observed import Observation
 from .ode import ElasticOdeScheduler
 from .scheduler import elastic_scheduler
@@ -77,7 +77,7 @@ class Sampled:
         self._scope: PlanTrace | None = None
         self._scoped: dict[str, Any] = {}
         self._apart = ExitStack()
-        self._narrowing = None if narrow is None else Narrowing(pipe, narrow.spec)
+        self._narrowing = None if narrow is None else Narrowing(pipe, narrow.spec, narrow.trained)
         self._undo = ExitStack()
         self.scheduler = self._undo.enter_context(elastic_scheduler(pipe, self._plan, self._count))
         if seconds is not None:
@@ -196,7 +196,7 @@ class Sampled:
         if (timed or size is not None) and not over:
             self.pace.begin(size or (steps, trace.samples), trace.seconds or float("inf"))
         self.scheduler.live = turning
-        trace.widths, trace.blocks, trace.remarks = (), None, []
+        trace.widths, trace.ratio, trace.blocks, trace.remarks = (), 1.0, None, []
         plan: Steps | None
         if trace.rows:
             plan = self._begin_apart(grid, trace)
@@ -238,16 +238,17 @@ class Sampled:
         if found is None:
             return None
         try:
-            trace.blocks = self._begin(found.plan, trace)
+            trace.blocks = self._begin(found, trace)
         except ValueError as error:
             trace.remarks = [f"evaluations are whole: {error}"]
             return None
-        trace.widths = tuple(found.plan.widths.tolist())
+        trace.widths = tuple(found.plan.widths.tolist()) if found.plan.narrows else ()
+        trace.ratio = found.ratio
         return found.plan
 
-    def _begin(self, plan: TimePlan, trace: PlanTrace) -> Trace:
+    def _begin(self, found: NarrowPlan, trace: PlanTrace) -> Trace:
         assert self._narrowing is not None
-        return self._narrowing.begin(plan, trace.samples)
+        return self._narrowing.begin(found, trace.samples)
 
     def _end(self) -> None:
         self._apart.close()

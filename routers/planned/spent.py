@@ -31,12 +31,13 @@ def evaluations_for(budget: float, steps: int) -> int:
 @dataclass
 class PlanTrace:
     """requested: share of the dense run's FLOPs. target: see `universal.py`. samples: results of the run.
-    steps: what the dense run takes; planned: how many of them the plan evaluates. made, of: evaluations made
-    so far, and how many the dense run would have made. widths: of narrow evaluations, in turn; blocks: what
-    the engine counted of them, None where all are whole. remarks: see `notes`. rows: traces of each row,
-    where these have budgets of their own: `requested` is then their mean, and `made` counts calls for any of
-    them. seconds: that the run was given, None for as many as it takes; took: that it took. turns: how a plan
-    came about that was chosen on the way (`course.py`).
+    steps: what the dense run takes; planned: how many of them the plan evaluates. made, of: evaluations
+    made so far, and how many the dense run would have made. widths: of narrow evaluations, in turn;
+    ratio: what routers may spend of each; blocks: what the engine counted of them, None where all are
+    whole. remarks: see `notes`. rows: traces of each row, where these have budgets of their own:
+    `requested` is then their mean, and `made` counts calls for any of them. seconds: that the run was
+    given, None for as many as it takes; took: that it took. turns: how a plan came about that was chosen
+    on the way (`course.py`).
     """
 
     requested: float
@@ -48,6 +49,7 @@ class PlanTrace:
     of: int = 0
     host_syncs: int = 0
     widths: tuple[float, ...] = ()
+    ratio: float = 1.0
     blocks: Trace | None = None
     remarks: list[str] = field(default_factory=list)
     rows: list[PlanTrace] = field(default_factory=list)
@@ -91,7 +93,7 @@ class PlanTrace:
             return [*self.remarks, text] if late else self.remarks
         share = self.planned / self.steps if self.steps else self.requested
         share = self.share if self.blocks is not None else share
-        if abs(share - self.requested) <= GRAIN and not self.widths:
+        if abs(share - self.requested) <= GRAIN and not self.narrow:
             return self.remarks
         return [
             *self.remarks,
@@ -102,6 +104,8 @@ class PlanTrace:
     @property
     def narrow(self) -> str:
         """How narrow evaluations are, in words."""
+        if self.ratio < 1:
+            return f", of each {self.ratio:g} as its routers choose"
         names = list(dict.fromkeys(f"{width:g}" for width in self.widths))
         return f" with MLPs at width {' and '.join(names)}" if names else ""
 

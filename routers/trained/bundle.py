@@ -45,7 +45,10 @@ class Trained:
             budgets, spend = (tensors[f"profile.{name}"].double().numpy() for name in ("budgets", "spend"))
         except KeyError as error:
             raise ValueError(f"{error.args[0]} is missing") from None
-        profile, each = Profile(budgets, spend), [routers[i] for i in numbers]
+        first = tensors["profile.first"].double().numpy() if "profile.first" in tensors else None
+        profile, each = Profile(budgets, spend, first), [routers[i] for i in numbers]
+        if first is not None and first.shape[1] != len(each):
+            raise ValueError(f"profile.first {list(first.shape)} is not of {len(each)} blocks")
         for number, state in enumerate(each):
             try:
                 build_router(state)
@@ -65,6 +68,7 @@ class Trained:
             **{f"routers.{i}.{k}": v.contiguous() for i, r in enumerate(self.routers) for k, v in r.items()},
             "profile.budgets": torch.from_numpy(self.profile.budgets),
             "profile.spend": torch.from_numpy(self.profile.spend),
+            **({} if self.profile.first is None else {"profile.first": torch.from_numpy(self.profile.first)}),
             **({} if self.trend is None else {"profile.trend": torch.from_numpy(self.trend)}),
         }
 

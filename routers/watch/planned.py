@@ -11,20 +11,39 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..elastic import Elastic
-from ..planned.narrow import NarrowPlans
+from ..planned.narrow import NarrowPlan, NarrowPlans, made_routers
 from ..planned.sampled import PlannerFor, Sampled
 from ..planned.spent import PlanTrace
 from ..planned.timeplan import Array, TimePlan
-from ..policy import WidthPolicy
+from ..policy import CallInfo, Decision, OpenPolicy, Policy, RunInfo, WidthPolicy
 from ..spec import TransformerSpec
 from ..trace import REUSE, CallRecord, Trace
 
 
+class Chosen(OpenPolicy):
+    """Decides as the policy that a run's plan chose when it began. told: the budget that routers hear of."""
+
+    told = 1.0
+
+    def __init__(self) -> None:
+        self.chosen: Policy = OpenPolicy()
+
+    def start(self, run: RunInfo) -> None:
+        """A new run begins."""
+        self.chosen.start(run)
+        self.reads_routers, self.told = self.chosen.reads_routers, getattr(self.chosen, "told", 1.0)
+
+    def decide(self, call: CallInfo, logits: NDArray[np.float32] | None) -> Decision:
+        """As the chosen one."""
+        return self.chosen.decide(call, logits)
+
+
 class WatchedPlan(Sampled):
-    """`Sampled` with all blocks under an `Elastic`, whose trace and observers see the run: open, or at
-    a plan's widths.
+    """`Sampled` with all blocks under an `Elastic`, whose trace and observers see the run: open, at a plan's
+    widths, or under its routers.
     """
 
     def __init__(
@@ -33,8 +52,9 @@ class WatchedPlan(Sampled):
     ) -> None:  # fmt: skip
         super().__init__(pipe, planner_for, budget, target, narrow)
         self._steps: list[int] = []
-        self._policy = WidthPolicy()
-        self.elastic = Elastic(pipe.transformer, spec, lambda: self._policy, pipe=pipe)
+        self._policy = Chosen()
+        routers = None if narrow is None else made_routers(narrow.trained)
+        self.elastic = Elastic(pipe.transformer, spec, lambda: self._policy, routers, pipe=pipe)
         self.elastic.step_of = lambda call: self._steps[call] if call < len(self._steps) else call
 
     @contextmanager
@@ -50,6 +70,7 @@ class WatchedPlan(Sampled):
         super().detach()
 
     def _plan(self, grid: Array) -> Any:
+        self._policy.chosen = WidthPolicy()
         plan = super()._plan(grid)
         times = grid[:-1] if plan is None else plan.times[:-1]
         self._steps = _nearest_steps(grid[:-1], times)
@@ -57,11 +78,14 @@ class WatchedPlan(Sampled):
         if isinstance(plan, TimePlan):
             for step, width in zip(self._steps, plan.widths.tolist(), strict=True):
                 widths[step] = width
-        self._policy.widths = widths
+        if isinstance(self._policy.chosen, WidthPolicy):
+            self._policy.chosen = WidthPolicy(widths)
         return plan
 
-    def _begin(self, plan: TimePlan, trace: PlanTrace) -> Trace:
+    def _begin(self, found: NarrowPlan, trace: PlanTrace) -> Trace:
         """Its blocks are in sight already, and their trace is the one that a scope yields."""
+        assert self.narrow is not None
+        self._policy.chosen = found.policy(self.narrow.trained)
         return Trace()
 
 
