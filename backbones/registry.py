@@ -59,7 +59,7 @@ def rows(makes: Makes | None = None) -> dict[str, Backbone]:
 
 def names() -> list[str]:
     """The names of `rows`, without reading what the packaged ones hold."""
-    return [row["name"] for row in _table()]
+    return [row["name"] for row in _table() if (PACKAGE_FOLDER / row.get("folder", "")).is_dir()]
 
 
 def resolve(model: str | None, base: str | None = None, makes: Makes | None = None) -> Backbone:

@@ -20,8 +20,9 @@ from ..planned.narrow import NarrowPlan
 from ..planned.timeplan import Array, TimePlan, euler, resampled, shifted
 from ..planned.universal import missing_shift
 from ..spec import WIDTHS
+from .settings import NARROW
 
-RATIOS = (0.3, 0.45, 0.6, 0.75, 0.9)
+RATIOS = (0.3, 0.5, 0.7, 0.85)
 """What routers may spend of an evaluation, of the plans that are tried."""
 SHIFT = 1.75
 """Of the times towards the noise, unless the scheduler knows better (`warps`)."""
@@ -49,7 +50,7 @@ def candidates(
     shift, _ = getattr(scheduler, "warps", {}).get("exact", (SHIFT, 1.0))
     for evaluations in numbers:
         steps = euler(shifted(resampled(grid, evaluations), missing_shift(grid, shift)))
-        for width in WIDTHS[:-1]:
+        for width in WIDTHS[:-1] if evaluations <= NARROW else ():
             yield replace(steps, widths=np.full(evaluations, width)), 1.0
         for ratio in RATIOS if routed else ():
             yield steps, ratio

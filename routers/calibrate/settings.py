@@ -13,7 +13,7 @@ NARROW, NARROW_SHARE = 4, 0.2
 """Evaluations of a plan with narrow ones, and as a share of the steps, at most: beyond, fewer whole ones were
 always better."""
 FEW = 8
-"""Steps of a model that has nothing to leave out."""
+"""Evaluations of a plan that leaves them to routers, at most."""
 BUDGETS = 19
 """Plans at most: from 0.05 to 0.95."""
 LEADING = 0.35
@@ -58,10 +58,10 @@ class FitSettings:
 
     def narrow(self, steps: int, routed: bool = False) -> list[int]:
         """Numbers of evaluations that are tried narrow, at each width below the whole one. routed: whether
-        routers may decide over them too; then of a model of few steps all are.
+        routers may decide over them too.
         """
-        if routed and steps <= FEW:
-            return list(range(1, steps + 1))
+        if routed:
+            return list(range(1, min(steps, FEW) + 1))
         asked = self.budgets is None or (len(self.budgets) > 1 and self.budgets[0] < NARROW_BELOW)
         return list(range(1, max(1, min(NARROW, int(NARROW_SHARE * steps))) + 1)) if asked else []
 

@@ -9,6 +9,7 @@ import pytest
 import trimesh
 from PIL import Image, ImageDraw
 
+from backbones.spec import PACKAGE_FOLDER
 from backbones.tiny.recipes.shapes.dataset import BOX
 from backbones.tiny.recipes.shapes.silhouettes import outline_iou, wanted_silhouette, with_alpha
 from benchmarks.classifier import load_classifier
@@ -57,4 +58,5 @@ def test_from_a_prompt_to_a_mesh(edit_here, tmp_path: Path):
 def test_models_lists_what_is_packaged(edit_here, tmp_path):
     ran = edit_here("models", "--json", cwd=tmp_path)
     packaged = [row["name"] for row in ran.json["models"] if row["packaged"]]
-    assert packaged == ["qwen-image-tiny", "flux-tiny", "hunyuan3d-tiny"]
+    turbo = ["flux-tiny-turbo"] if (PACKAGE_FOLDER / "tiny" / "flux_tiny_turbo").is_dir() else []
+    assert packaged == ["qwen-image-tiny", "flux-tiny", *turbo, "hunyuan3d-tiny"]

@@ -11,8 +11,9 @@ held against the model as it was, guided, at these very states. A closed block a
 that it would. Routers decide one evaluation ahead for all branches of a sample; at the first they see nothing
 but learned numbers. Some samples are the whole model, and as many the least one (sandwich).
 
-Writes to `--out`: last.pt (to resume), routers.safetensors, and with `--train full` the transformer as a
-parcel (parcel.py) in `parcel`. `routers_bundle` makes the packaged bundle of them.
+Writes to `--out`: last.pt (to resume), routers.safetensors, and with `--train full` a parcel (parcel.py) in
+`parcel`: of qwen-image-tiny the model, for step `export`; of flux-tiny-turbo the transformer.
+`routers_bundle` makes the packaged bundle of them.
 
 Shapes: S samples, R rows, N blocks, E time embedding, C packed latent channels, W widths.
 """
@@ -35,7 +36,7 @@ from backbones.tiny.recipes.dit import TEXT_TOKENS, TinyModel, load_average
 from backbones.tiny.recipes.flux.teacher import guided_velocity
 from backbones.tiny.recipes.flux.text import Prompts
 from backbones.tiny.recipes.muon import Muon
-from backbones.tiny.recipes.parcel import compress, write_parts
+from backbones.tiny.recipes.parcel import compress, untied, write_parts
 from backbones.tiny.recipes.routers_model import Passes, Qwen, Seen, Turbo, costs, forward
 from backbones.tiny.recipes.text import PromptTokens
 from backbones.tiny.recipes.training import ADAM_OPTIONS, Loop, Step, cosine
@@ -326,7 +327,9 @@ def train(args: argparse.Namespace) -> None:
     save_file(own, args.out / "routers.safetensors", {"family": args.family, "low": str(args.low)})
     if full:
         trained = {name: p for name, p in weights.items() if name.startswith("dit.")}
-        write_parts(compress(trained, 16), args.out / "parcel")
+        if isinstance(model, Qwen):  # whole, as step `export` reads it
+            trained |= {f"text.{name}": p.cpu() for name, p in model.encoder.state_dict().items()}
+        write_parts(compress(untied(trained), 16), args.out / "parcel")
     print(f"routers: -> {args.out}", flush=True)
 
 

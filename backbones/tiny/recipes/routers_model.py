@@ -28,6 +28,7 @@ from routers.train.student import Decision, per_row, per_stream
 from routers.train.trajectory import Costs
 
 Streams = tuple[Tensor, ...]
+HALF = torch.bfloat16  # what blocks compute in
 
 
 @dataclass
@@ -217,7 +218,7 @@ def forward(
     rows = samples * model.branches
     x, sigma = x.repeat(model.branches, 1, 1), sigma.repeat(model.branches)
     pooled = []
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with torch.autocast(x.device.type, HALF):
         streams, told = model.open(x, sigma, text)
         for index in range(len(model.blocks)):
             pooled.append(streams[0][:samples].detach().float().mean(1))
@@ -247,7 +248,7 @@ def forward(
 def costs(model: Qwen | Turbo, x: Tensor, text: Streams) -> Costs:
     """FLOPs of one row of a call. x (1, N, C); text of its rows."""
     x, sigma = x.repeat(model.branches, 1, 1), torch.ones(model.branches, device=x.device)
-    with torch.autocast(x.device.type, torch.bfloat16), FlopCounterMode(display=False) as whole:
+    with torch.autocast(x.device.type, HALF), FlopCounterMode(display=False) as whole:
         streams, told = model.open(x, sigma, text)
         dense, mlp = [], []
         for index in range(len(model.blocks)):
