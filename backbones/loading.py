@@ -67,6 +67,17 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def card(kind: str) -> str | None:
+    """Name of the current GPU, with the versions of its driver and of CUDA: their kernels decide over the
+    last bits of a result. kind: a device's type; None for others than a GPU.
+    """
+    if kind != "cuda":
+        return None
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    name = torch.cuda.get_device_name()
+    return f"{name}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}, CUDA {torch.version.cuda}"
+
+
 def pick_dtype(name: str, backbone: Backbone, device: torch.device) -> torch.dtype:
     """Name "auto": fp32 for small models (faster and exact on a CPU), else what the family was made for.
 

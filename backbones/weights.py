@@ -37,7 +37,11 @@ def build_transformer(backbone: Backbone) -> Any:
 
 
 def load_transformer(backbone: Backbone, dtype: dtype) -> Any:
-    """The transformer of a single file or of a static folder, in `dtype`, on the CPU. Raises ModelError."""
+    """The transformer of a single file or of a folder, in `dtype`, on the CPU. Raises ModelError."""
+    if backbone.family.layout == HUNYUAN3D:
+        from backbones.hunyuan3d.checkpoints import load_component
+
+        return load_component("model", Path(backbone.source)).to(dtype)
     from accelerate import init_empty_weights
 
     # parameters only: tables that a constructor computes and no file holds stay real

@@ -81,10 +81,14 @@ class Block:
     def _place(self, stream: str) -> RowsAt | None:
         return self.picker.places.get(stream)
 
-    def adopt_compiled(self) -> None:
-        """Take over `module.compile()`, so that deciding stays outside of what is compiled."""
+    def adopt_compiled(self) -> bool:
+        """Take over `module.compile()`, so that deciding stays outside of what is compiled.
+
+        Returns whether the block is compiled.
+        """
         if self.module._compiled_call_impl is not None:
             self.compiled, self.module._compiled_call_impl = self.module._compiled_call_impl, None
+        return self.compiled is not None
 
     def return_compiled(self) -> None:
         """Undo `adopt_compiled`."""

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .lengths import length_told
 from .meta import count_flops, meta_twin, to_meta, unshared
 from .packed import in_features, is_packed, out_features
 from .router import router_flops
@@ -62,9 +65,21 @@ class CallCost:
     router: float
     together: str = ""
 
+    def numbers(self) -> NDArray[np.float64]:
+        """[2 N + 2]: all of its FLOPs."""
+        each = [number for block in self.blocks for number in (block.dense, block.mlp)]
+        return np.array([*each, self.outside, self.router])
+
+    def with_numbers(self, numbers: NDArray[np.float64]) -> CallCost:
+        """A call like this one with other FLOPs."""
+        each, (outside, router) = numbers[:-2].reshape(-1, 2).tolist(), numbers[-2:].tolist()
+        blocks = [replace(b, dense=dense, mlp=mlp) for b, (dense, mlp) in zip(self.blocks, each, strict=True)]
+        return replace(self, blocks=blocks, outside=outside, router=router)
+
 
 class Costs:
-    """What the calls of a transformer cost, counted once for each set of shapes.
+    """What the calls of a transformer cost, counted once for each set of shapes, and no more once a few
+    lengths of a sequence tell the others (`lengths.py`).
 
     A pass with closed blocks shows what each is called with. seen: these calls, None while nothing is
     counted. notes: for people, on how it was counted. per_row: see `TransformerSpec`.
@@ -80,6 +95,10 @@ class Costs:
         """call: makes the call. alone: a context in which a block may run by itself, to be counted for real
         where shapes do not tell. Raises ValueError for a transformer that does not call its blocks in turn.
         """
+        if shapes not in self._counted:
+            told = length_told(shapes, {key: cost.numbers() for key, cost in self._counted.items()})
+            if told is not None:
+                self._counted[shapes] = self._counted[told[0]].with_numbers(told[1])
         if shapes not in self._counted:
             seen: list[Any] = []
             self.seen = seen

@@ -22,7 +22,7 @@ from .block import Block, argument_names, by_name, call_shapes, find_blocks, seg
 from .cost import Costs
 from .forward import Computed as Computed
 from .forward import Watch, carry_out
-from .patching import COMPILED_WHOLE, Patches, check_call, check_run, learns_order
+from .patching import COMPILED_WHOLE, Patches, check_call, check_run, learns_order, more_graphs
 from .policy import OpenPolicy, Policy, RunInfo
 from .router import RouterStack
 from .rows import copied, count_rows, row_times, tensors_in
@@ -173,6 +173,7 @@ class Elastic(Watch):
 
     def _attach(self) -> None:
         self._patches = patches = Patches()
+        self._many_graphs = False
         # not to be traced where the transformer is compiled from outside: it then says that this cannot be
         forward = torch.compiler.disable(self._transformer_forward)
         self._own = patches.add(self.transformer, forward)
@@ -218,8 +219,9 @@ class Elastic(Watch):
         inputs = by_name(self.names, args, kwargs)
         if not self.blocks:
             self._derive(inputs)
-        for block in self.blocks:
-            block.adopt_compiled()
+        if sum([block.adopt_compiled() for block in self.blocks]) and not self._many_graphs:
+            self._patches.enter_context(more_graphs())
+            self._many_graphs = True
         if learns_order(self.transformer) and vars(self.transformer)["forward"] is self._own:
             original = self._patch_again(args, kwargs)
         sample = inputs[self.spec.sample]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -33,6 +33,18 @@ HARMLESS_HOOKS = (
 """diffusers' hooks that only move weights or change their dtype."""
 SPLIT_HOOKS = ("cp_input---", "cp_output---")
 """Beginnings of the names of those that share tokens out over devices and put them together again."""
+
+
+GRAPHS = 64
+"""Of a compiled block: four widths, for one row and for several, at a few lengths of the text. Beyond torch's
+own limit of 8 a block would run uncompiled, without a word."""
+
+
+def more_graphs() -> AbstractContextManager[Any]:
+    """Inside, compiled blocks may have as many graphs as mixed batches need."""
+    from torch._dynamo import config
+
+    return config.patch(recompile_limit=max(config.recompile_limit, GRAPHS))  # type: ignore[no-any-return]
 
 
 class Patch:

@@ -228,7 +228,8 @@ class Run:
         branch.step += 1
         trace.samples = self.samples or max(trace.samples, info.rows)
         trace.cache_bytes = max(trace.cache_bytes, sum(cache.nbytes() for cache in self.caches()))
-        seconds = perf_counter() - call.started
+        # elsewhere the work goes on when a call returns
+        seconds = perf_counter() - call.started if call.time.device.type == "cpu" else 0.0
         trace.calls.append(CallRecord(info.step, info.branch, call.actions, flops, dense, seconds, call.gate))
 
         if all(branch.step >= self.info.num_steps for branch in self.branches.values()):

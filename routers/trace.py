@@ -38,7 +38,7 @@ class CallRecord:
     dense_flops: float
     """FLOPs of one row run densely."""
     seconds: float = 0.0
-    """Host time of the call in s; on a GPU the work may end later."""
+    """Of the call, in s, on a CPU; 0 where a device works on when the call returns."""
     gate: NDArray[np.float32] | None = None
     """[R, N] gate logits the routers gave, where a policy read them."""
 
@@ -105,7 +105,7 @@ class Trace:
 
     @property
     def seconds(self) -> float:
-        """Host time in the transformer, s."""
+        """Time in the transformer on a CPU, s; 0 on other devices, whose own clock `Elastic.timer` reads."""
         return sum(call.seconds for call in self.calls)
 
     @property
@@ -146,8 +146,8 @@ class Trace:
         widths = ", ".join(f"{w}: {n}" for w, n in decisions["compute"].items() if n)  # type: ignore[attr-defined]
         lines = [
             f"budget asked {asked}, spent {sum(spent) / len(spent):.3f} of dense FLOPs "
-            f"({self.flops['spent']:.3g} of {self.flops['dense']:.3g}) in {self.num_calls} calls, "
-            f"{self.seconds:.2f} s",
+            f"({self.flops['spent']:.3g} of {self.flops['dense']:.3g}) in {self.num_calls} calls"
+            + (f", {self.seconds:.2f} s" if self.seconds else ""),
             f"blocks skipped {decisions['skip']}, reused {decisions['reuse']}, computed at width "
             f"{{{widths}}}; cache {self.cache_bytes / 2**20:.1f} MiB",
             *self.notes,

@@ -113,6 +113,14 @@ def build_component(
     return module.requires_grad_(False).eval()
 
 
+def load_component(name: str, folder: Path) -> nn.Module:
+    """One module of a published folder, in its file's dtype, on the CPU. Raises ModelError."""
+    config, states = read_config(folder / HUNYUAN3D), read_weights(find_weights(folder))
+    if name not in states or name not in config:
+        raise ModelError(f"{folder}: there is no {name!r} in it")
+    return build_component(name, config[name], states[name], folder)
+
+
 def load_pipeline(
     model: str | Path,
     *,

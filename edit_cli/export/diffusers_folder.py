@@ -91,12 +91,16 @@ def _order(source: Source, calls: list[Inputs]) -> dict[str, float | bool]:
 
 def load_stock(source: Source, folder: Path) -> Any:
     """The written transformer: pictures through diffusers alone, meshes as their own reader finds it."""
+    device = next(source.transformer.parameters()).device
     if source.backbone.family.layout != DIFFUSERS:
-        return load_again(source, folder)
-    from diffusers import DiffusionPipeline
+        return load_again(source, folder).to(device)
+    import diffusers
 
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=source.dtype, local_files_only=True)
-    return pipe.transformer.to(source.transformer.device).eval()
+    kind: Any = getattr(diffusers, source.backbone.family.transformer.transformer_class)
+    again = kind.from_pretrained(
+        folder, subfolder="transformer", torch_dtype=source.dtype, local_files_only=True
+    )
+    return again.to(device).eval()
 
 
 def _units_line(units: Any) -> str:

@@ -14,7 +14,8 @@ from torch import nn
 from backbones import loading, registry
 from backbones import static_folder as static
 from backbones.model_files import DEFAULTS_FILE
-from backbones.spec import DIFFUSERS, Placement
+from backbones.spec import DIFFUSERS
+from backbones.weights import load_transformer
 from edit_cli.errors import EditError
 from edit_cli.export.source import Source, put_in
 from edit_cli.generation.samples import PICTURES_FOLDER
@@ -74,6 +75,23 @@ def _forget_origin(folder: Path) -> None:
 
 
 def load_again(source: Source, folder: Path) -> Any:
-    """The transformer as `edit generate --model FOLDER` finds it."""
-    placement = Placement(dtype=loading.dtype_name(source.dtype))
-    return loading.load(registry.resolve(str(folder)), placement).transformer
+    """The transformer alone, as `edit generate --model FOLDER` finds it, on the CPU: there need be no room
+    for it beside the one that it is compared with.
+    """
+    return load_transformer(registry.resolve(str(folder)), source.dtype)
+
+
+def largest_weight_difference(one: nn.Module, other: nn.Module) -> float:
+    """Of all weights and buffers, one at a time, on the CPU; infinite where the modules are not alike."""
+    left, right = dict(one.state_dict()), dict(other.state_dict())
+    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (left, right)]
+    if shapes[0] != shapes[1] or _settings(one) != _settings(other):
+        return float("inf")
+    pairs = ((tensor.cpu().double(), right[name].cpu().double()) for name, tensor in left.items())
+    return max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0)
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """The configuration of a class of diffusers, without what says where it came from."""
+    told: Any = getattr(module, "config", None) or {}
+    return {name: value for name, value in dict(told).items() if not name.startswith("_")}

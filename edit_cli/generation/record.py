@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 MUST_MATCH = (
     "model_hash", "routers_hash", "lora_hashes", "image_hash", "image_hashes", "mask_hash",
-    "control_image_hash", "device", "dtype", "compile", "quantize", "vae_tiling", "versions",
+    "control_image_hash", "device", "card", "dtype", "compile", "quantize", "vae_tiling",
+    "versions",
 )  # fmt: skip
 """Record entries that decide whether a replayed result can be identical."""
 
@@ -77,6 +78,7 @@ def make_record(batch: Batch, row: int, session: Session) -> dict[str, Any]:
         "lora_hashes": [loading.fingerprint(lora.path) for lora in plan.placement.loras],
         **medium.record(job, session),
         "device": session.device,
+        "card": loading.card(session.device),
         "dtype": loading.dtype_name(session.pipe.dtype),
         "compile": plan.placement.compile,
         "quantize": plan.placement.quantize,

@@ -161,6 +161,17 @@ def test_flux(edit_here, tmp_path, flux_folder):
     assert "FLUX.1 takes no --negative-prompt" in refused.err
 
 
+def test_a_replay_on_another_card_says_so(edit_here, qwen_folder, tmp_path, monkeypatch):
+    typed = ["-q", "--steps", "2", "--routers", "none", "-m", qwen_folder]
+    for name, card, more in (("one.png", "Card A, driver 1", ["a cat"]), ("two.png", "Card B", [])):
+        monkeypatch.setattr("backbones.loading.card", lambda kind, card=card: card)
+        more = more or ["--from", "one.png"]
+        ran = edit_here("generate", *more, *typed, "-o", name, cwd=tmp_path)
+        assert ran.code == 0, ran.err
+        assert read_picture(tmp_path / name)["card"] == card
+    assert "not what the original was made with: card; the picture may differ" in ran.err
+
+
 def test_lora_changes_the_picture_and_scale_zero_does_not(edit_here, made, qwen_folder):
     import torch
     from safetensors.torch import save_file

@@ -150,6 +150,30 @@ def test_wrong_program_is_not_kept(qwen_folder: Path, tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_check_holds_one_transformer_beside_the_model(flux_folder, tmp_path: Path, monkeypatch) -> None:
+    """A second pipeline would need a card with room for both, and its text encoders say nothing."""
+    from diffusers import DiffusionPipeline
+
+    from edit_cli.export import static
+
+    loaded, own = [], DiffusionPipeline.from_pretrained.__func__
+    monkeypatch.setattr(
+        DiffusionPipeline, "from_pretrained", classmethod(lambda *a, **k: loaded.append(1) or own(*a, **k))
+    )
+    write = static.save_model
+
+    def spoiled(source, transformer, *args):
+        write(source, transformer, *args)
+        with torch.no_grad():
+            transformer.proj_out.bias += 1
+
+    monkeypatch.setattr(static, "save_model", spoiled)
+    with pytest.raises(EditError, match="the written model differs by 1 when loaded") as caught:
+        export_to(tmp_path / "p", flux_folder, "static", budget=0.7)
+    assert caught.value.exit_code == 1 and len(loaded) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 BAD = [
     (["--format", "static"], "this format freezes one budget; give --budget B"),
     (["--format", "static", "--budget", "x"], "--budget 'x' is not a number; it is the share of"),
