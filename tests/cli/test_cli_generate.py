@@ -162,7 +162,7 @@ def test_flux(edit_here, tmp_path, flux_folder):
 
 
 def test_a_replay_on_another_card_says_so(edit_here, qwen_folder, tmp_path, monkeypatch):
-    typed = ["-q", "--steps", "2", "--routers", "none", "-m", qwen_folder]
+    typed = ["--steps", "2", "--routers", "none", "-m", qwen_folder]
     for name, card, more in (("one.png", "Card A, driver 1", ["a cat"]), ("two.png", "Card B", [])):
         monkeypatch.setattr("backbones.loading.card", lambda kind, card=card: card)
         more = more or ["--from", "one.png"]
