@@ -278,7 +278,10 @@ CALIBRATE: Options = {
                      "one object each for models that make meshes.", text),
     **only(MESH, "remove_background"), **LORA,
     **only(MACHINE, "batch_size", "device", "dtype", "offload", "compile"), **only(MEMORY, "quantize"),
-    **TRAIN, **REPORT,
+    **TRAIN,
+    "dry_run": replace(DRY_RUN["dry_run"], help="Forecast FLOPs, time and memory; load no weights, write "
+                       "nothing."),
+    **REPORT,
 }
 
 

@@ -15,9 +15,9 @@ import torch
 
 import routers
 from edit_cli import __version__
-from edit_cli.calibrate import report, training
+from edit_cli.calibrate import forecast, report, training
 from edit_cli.calibrate.plan import CalibrationPlan
-from edit_cli.console import phases, print_warning, progress
+from edit_cli.console import phases, print_note, print_warning, progress
 from edit_cli.errors import INTERRUPTED, EditError, RunError, bad_input
 from edit_cli.files import ANY, claimed_folder, reason, whole_folder
 from edit_cli.generation.result import StageClock
@@ -233,11 +233,15 @@ def _run(calibration: Calibration, quiet: bool) -> tuple[routers.Bundle, list[Qu
     plan = calibration.plan
     output = plan.output
     try:
-        with progress(not quiet and calibration.is_main) as bars, bad_input():
+        with bad_input():
             if output is None:
                 bundle = calibration.load(plan.evaluate or "")
             else:
                 calibration.begin(output)
+        if plan.training is None and not quiet:
+            print_note(forecast.note(plan, calibration.train, calibration.session.device))
+        with progress(not quiet and calibration.is_main) as bars, bad_input():
+            if output is not None:
                 bundle = calibration.make(output, bars)
             if not calibration.is_main:
                 return None

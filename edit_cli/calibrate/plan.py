@@ -34,7 +34,8 @@ HELD_OUT, HELD_OUT_LARGE = 8, 2
 SAMPLES, SAMPLES_LARGE, SAMPLES_TRAIN = 4, 1, 32
 """By default: to fit a small model, one whose runs take long, and to train."""
 MEASURED = tuple(round(0.35 + 0.05 * i, 2) for i in range(14))
-"""Budgets that are measured unless others are named."""
+MEASURED_LARGE = (0.35, 0.45, 0.55, 0.7, 0.85)
+"""Budgets that are measured unless others are named: of a small model, and of one whose runs take long."""
 WITH_PROMPTS = "a folder of pictures, each with its prompt in a .txt"
 
 
@@ -96,7 +97,7 @@ def make_calibration_plan(request: Request) -> CalibrationPlan:
     return CalibrationPlan(
         generation=replace(plan, jobs=take(plan.jobs, samples, seed), batch_size=rows),
         held_out=held_out(plan.jobs, max(HELD_OUT if small else HELD_OUT_LARGE, rows), seed),
-        budgets=request.get("budgets", MEASURED),
+        budgets=request.get("budgets", MEASURED if small else MEASURED_LARGE),
         fitted=fitted,
         output=Path(request["output"]).expanduser() if "output" in request else None,
         evaluate=request.get("evaluate"),

@@ -23,6 +23,12 @@ def calibrate(request: Request) -> None:
     """
     plan = make_calibration_plan(request)
     print_warnings(plan.generation.warnings, request)
+    if "dry_run" in request:
+        from edit_cli.calibrate import forecast
+
+        planned = forecast.dry_run(plan)
+        print_result(planned, forecast.as_table(plan, planned), request)
+        return
     with working(f"starting {plan.generation.backbone.name}", "quiet" not in request):
         from edit_cli.calibrate import report
         from edit_cli.calibrate.calibration import run_calibration

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ def dry_run(plan: Plan) -> DryRun:
     budgets = [1.0 if job.budget is None else job.budget for job in plan.jobs]
     with bad_input():
         dense = [job_flops(plan, job) for job in plan.jobs]
-        memory = _memory(plan, source)
+        needed = memory(plan, lambda blocks, size: _kept(plan, source, blocks, size))
     calls = sum(
         source.buys(jobs[0])[0] * len(plan.medium.calls(jobs[0], plan.backbone)) for jobs, _ in plan.batches()
     )
@@ -55,7 +55,7 @@ def dry_run(plan: Plan) -> DryRun:
         "budget": one_or_all(budgets),
         "flops": {"dense": sum(dense), "spent": sum(spent)},
         "transformer_calls": calls,
-        "memory_gib": memory,
+        "memory_gib": needed,
     }
     return DryRun(plan, report)
 
@@ -96,7 +96,10 @@ def as_table(dry: DryRun) -> RenderableType:
     return Group(Text("dry run: nothing was loaded or written", style="bold"), Text(), two_columns(rows))
 
 
-def _memory(plan: Plan, source: RouterSource) -> Mapping[str, Any]:
+def memory(plan: Plan, kept: Callable[[int, int], float]) -> Mapping[str, Any]:
+    """GiB by component and by stage. kept: from the number of blocks and the bytes of a value to the bytes
+    that stay from one step to another. Raises ModelError.
+    """
     from backbones import loading
 
     backbone = plan.backbone
@@ -106,7 +109,7 @@ def _memory(plan: Plan, source: RouterSource) -> Mapping[str, Any]:
     weights = {name: size / GIB for name, size in weight_bytes(plan, dtype).items()}
     blocks = loading.blocks(loading.meta_transformer(backbone), backbone)
     block = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0)
-    cache = _kept(plan, source, len(blocks), size)
+    cache = kept(len(blocks), size)
     peaks = {name: peak / GIB for name, peak in stages(plan, dtype, cache, block).items()}
     return {
         "dtype": dtype,

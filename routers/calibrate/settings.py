@@ -65,19 +65,21 @@ class FitSettings:
         asked = self.budgets is None or (len(self.budgets) > 1 and self.budgets[0] < NARROW_BELOW)
         return list(range(1, max(1, min(NARROW, int(NARROW_SHARE * steps))) + 1)) if asked else []
 
-    def cost(self, steps: int) -> float:
-        """What a fit costs at most, in dense generations of its samples."""
-        numbers = self.evaluations(steps)
+    def runs(self, steps: int) -> list[int]:
+        """Evaluations of each run of the samples that a fit makes, at most."""
+        numbers, narrow = self.evaluations(steps), self.narrow(steps)
         middle = numbers[len(numbers) // 2]
-        made = 0
+        made = []
         if "dense" in self.targets:
-            made += steps + sum(n * self.tries_for(n, steps, first=n == middle) for n in numbers)
+            made.append(steps)
+            made += [n for n in numbers for _ in range(self.tries_for(n, steps, first=n == middle))]
         if "exact" in self.targets:
             runs = (self.tries or WARPS_TRIED) + 1 + self.rounds * RUNS_A_ROUND
-            made += EXACT_SHARE * steps + runs * self.leading(steps)
-        narrow = self.narrow(steps)
-        few = [
-            n for n in numbers if n <= max(narrow, default=0)
-        ]  # whole ones, measured beside the narrow ones
-        made += len(self.targets) * (sum(few) + (len(WIDTHS) - 1) * sum(narrow))
-        return made / steps
+            made += [EXACT_SHARE * steps, *[self.leading(steps)] * runs]
+        # whole ones too, measured beside the narrow ones
+        few = [n for n in numbers if n <= max(narrow, default=0)]
+        return made + len(self.targets) * (few + (len(WIDTHS) - 1) * narrow)
+
+    def cost(self, steps: int) -> float:
+        """What a fit costs at most, in dense generations of its samples."""
+        return sum(self.runs(steps)) / steps

@@ -250,7 +250,9 @@ def test_damaged_weights_stop_with_the_place_and_keep_the_bundle(
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "bundle.json").write_text("old")
     run = PipelineWorkload.run
-    monkeypatch.setattr(PipelineWorkload, "run", lambda self, batch: run(self, batch) * float("nan"))
+    monkeypatch.setattr(
+        PipelineWorkload, "run", lambda self, batch, **more: run(self, batch, **more) * float("nan")
+    )
     ran = edit_here("calibrate", "-m", qwen_folder, "-o", "b", "--overwrite", *SHORT, cwd=tmp_path)
     assert ran.code == 1
     assert (
