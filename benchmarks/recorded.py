@@ -49,9 +49,9 @@ def exact_plan(bench: Bench, grid: Array, evaluations: int = EXACT_EVALUATIONS) 
     return solver_plan(grid, evaluations, warps.get("exact"))
 
 
-def run_samples(bench: Bench, planning: Planning | None = None) -> Any:
-    """Final latents of the calibration samples."""
-    prompts = bench.calibration[:SAMPLES]
+def run_samples(bench: Bench, planning: Planning | None = None, most: int = SAMPLES) -> Any:
+    """Final latents of the calibration samples, at most so many."""
+    prompts = bench.calibration[:most]
     workload = bench.workload(len(prompts), prompts)
     if planning is None:
         return workload.run(0)

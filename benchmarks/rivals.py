@@ -21,7 +21,7 @@ import numpy as np
 
 import routers
 from backbones import loading, registry
-from benchmarks import caches, recorded, teacache
+from benchmarks import caches, forecasts, recorded, teacache
 from benchmarks.bench import Attached, Bench, untouched
 from benchmarks.mixes import forced_mix, whole_steps
 from benchmarks.samplers import SHIFTS, SOLVERS, optimal_steps
@@ -97,6 +97,11 @@ def all_rivals(bench: Bench, *, release_file: Path | None = None) -> list[Rival]
             "own code after arXiv 2411.19108; polynomial fitted on calibration prompts",
         ),
     ]
+    dense = aimed[: len(budgets)]
+    for name, note in forecasts.NAMES.items():
+        found.append(Rival(name, dense, functools.partial(forecasts.forecast, name), note=note))
+    note = "own code after arXiv 2507.02860"
+    found.append(Rival("EasyCache", thresholds(0.03, 0.6), forecasts.easy_cache, note=note))
     for name, settings, apply, why_not, note in caches.ROWS:
         found.append(Rival(name, settings, apply, why_not, note))
         on_top = tuple({**setting, "target": "exact"} for setting in settings)

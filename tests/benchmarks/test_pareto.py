@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import pareto, pareto_run, samplers, scores
+from benchmarks import forecasts, pareto, pareto_run, samplers, scores
 from benchmarks.caches import unpack
 from benchmarks.pareto_bars import all_bars, verdicts
 from benchmarks.pareto_report import RATIOS, aimed, at_time, enough_lines, frontier, ratio_rows
@@ -290,7 +290,7 @@ def attributes(pipe) -> list[set[str]]:
 
 OURS = {
     "elastic", "elastic, no bundle", *samplers.SOLVERS, "OptimalSteps", "whole-step reuse", "random skip",
-    "TeaCache-style",
+    "TeaCache-style", *forecasts.NAMES, "EasyCache",
 }  # fmt: skip
 """Ways that run on every model."""
 CACHES = ("FirstBlockCache", "MagCache", "TaylorSeer", "TaylorSeer lite", "SeaCache")
