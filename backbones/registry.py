@@ -33,6 +33,7 @@ from backbones.spec import (
     COMMANDS,
     DIFFUSERS,
     PACKAGE_FOLDER,
+    SMALL_MODEL,
     Backbone,
     Config,
     Configs,
@@ -176,18 +177,19 @@ def _of_folder(folder: Path, held: ModelFolder) -> Backbone:
         raise ModelError(
             f"{str(folder)!r}: its components' config.json are not those of a {family.name}: {error!r:.200}"
         ) from error
-    backbone = Backbone(
+    parameters = sum(held.counts.values())
+    return Backbone(
         name=folder.name,
         family=family,
         source=str(folder),
-        parameters=sum(held.counts.values()),
+        parameters=parameters,
         transformer_parameters=held.counts.get(TRANSFORMERS[0], 0),
         transformers=2 if TRANSFORMERS[1] in held.counts else 1,
         bundle=held.bundle,
         static=held.says.get(STATIC),
+        batch_size=8 if 0 < parameters < SMALL_MODEL and family in FAMILIES else 1,
         **{**vars(traits), "defaults": held.defaults(family.makes, traits.defaults)},
     )
-    return replace(backbone, batch_size=8 if backbone.small and family in FAMILIES else 1)
 
 
 def _family(layout: str, index: Config, where: str) -> Family:

@@ -16,7 +16,7 @@ import routers
 from routers.derive import derive
 from routers.elastic import Elastic
 from routers.policy import FixedPolicy, OpenPolicy
-from routers.spec import WIDTHS, TransformerSpec
+from routers.spec import WIDTHS
 from routers.trace import FULL, REUSE, SKIP
 from tests.zoo.catalogue import PARAMS
 from tests.zoo.model import Model
@@ -68,18 +68,20 @@ def near(a: Tensor, b: Tensor) -> bool:
 
 
 @cache
-def _built(model: Model) -> tuple[nn.Module, TransformerSpec]:
+def _built(model: Model) -> Case:
+    """Detached; what calls cost is counted once for all tests."""
     transformer = model.build()
-    return transformer, derive(transformer, model.call()).spec
+    elastic = Elastic(transformer, derive(transformer, model.call()).spec)
+    elastic.detach()
+    return Case(model, transformer, elastic)
 
 
 @pytest.fixture(params=PARAMS)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
-    model: Model = request.param
-    transformer, spec = _built(model)
-    elastic = Elastic(transformer, spec)
-    yield Case(model, transformer, elastic)
-    elastic.detach()
+    case = _built(request.param)
+    case.elastic.attach()
+    yield case
+    case.elastic.detach()
 
 
 def test_open_gates_equal_dense_bit_for_bit(case: Case) -> None:
@@ -160,7 +162,7 @@ def test_a_row_of_a_batch_equals_the_request_alone(case: Case) -> None:
 @pytest.mark.parametrize("model", PARAMS)
 def test_a_budget_is_kept_without_knowing_the_blocks(model: Model) -> None:
     """A bare transformer of any class: what is left out looks like what is computed."""
-    transformer, calls = _built(model)[0], 0
+    transformer, calls = _built(model).transformer, 0
 
     def count(*_: object) -> None:
         nonlocal calls
