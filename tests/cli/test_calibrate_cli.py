@@ -5,18 +5,28 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import routers
+from edit_cli.calibrate import plan
 from edit_cli.checks import budgets as parse_budgets
 from edit_cli.errors import EditError
 from tests.cli.test_calibrate_mesh import picture
 
 PICTURES, MESHES = "{pictures}", "{meshes}"  # stand for the random models' folders
 SHORT = ["--samples", "2"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_samples() -> Iterator[None]:
+    """Bundles are measured on two samples instead of eight."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "HELD_OUT", 2)
+        yield
 
 
 @pytest.fixture

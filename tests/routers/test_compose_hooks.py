@@ -20,6 +20,8 @@ from routers.policy import FixedPolicy, OpenPolicy
 from routers.trace import FULL, SKIP
 from tests.block_kinds import BY_CLASS, CASES, Case
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 TIMES = (0.9, 0.7, 0.5)
 CPU = torch.device("cpu")
 Apply = Callable[[nn.Module, Path], object]

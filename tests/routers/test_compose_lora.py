@@ -22,7 +22,10 @@ RATIOS = (0.25, 0.5, 0.75)
 TOLERANCE = 2e-5
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Already found a", "ignore:Already following")
+pytestmark = [
+    pytest.mark.usefixtures("counted_once"),
+    pytest.mark.filterwarnings("ignore:Already found a", "ignore:Already following"),
+]
 
 
 @pytest.fixture(params=BY_CLASS)

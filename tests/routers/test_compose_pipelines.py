@@ -19,6 +19,8 @@ from routers.trace import FULL, REUSE, SKIP
 from tests.block_kinds import BY_CLASS, CASES, Case
 from tests.routers.packaged import QWEN as TINY
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 TIMES = (0.9, 0.7, 0.5)
 CONTROL_KEYS = (
     "patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads",
