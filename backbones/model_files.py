@@ -78,6 +78,22 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return data
 
 
+def load_weights(module: Any, state: Mapping[str, Any], name: str) -> None:
+    """Give a module (on the meta device or not) exactly these tensors. Raises ModelError."""
+    check_keys(module, {key: tuple(tensor.shape) for key, tensor in state.items()}, name)
+    module.load_state_dict(state, assign=True)
+
+
+def check_keys(module: Any, stored: Mapping[str, tuple[int, ...]], name: str) -> None:
+    """Compare names and shapes with the module's own. Raises ModelError with the first offenders."""
+    from routers.paper.headers import misfits  # brings torch
+
+    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    problems = misfits(stored, expected)
+    if problems:
+        raise ModelError(f"{name} weights do not fit the config: {'; '.join(problems)}")
+
+
 def is_pointer(file: Path) -> bool:
     """Whether a file only says where git-lfs has it."""
     try:

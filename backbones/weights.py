@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, dtype, nn
+from torch import dtype
 
 from backbones.gguf_file import load_gguf
-from backbones.model_files import ModelError
+from backbones.model_files import ModelError, load_weights
 from backbones.registry import component_configs
 from backbones.single_file import is_gguf, read_denoiser
 from backbones.spec import HUNYUAN3D, Backbone
-from routers.paper.headers import misfits
 
 
 def build_transformer(backbone: Backbone) -> Any:
@@ -61,17 +59,3 @@ def load_transformer(backbone: Backbone, dtype: dtype) -> Any:
         return load_gguf(weights, repr(str(path)), type(transformer).__name__, config, dtype)
     load_weights(transformer, weights, repr(str(path)))
     return transformer.eval()
-
-
-def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Give a module (on the meta device or not) exactly these tensors. Raises ModelError."""
-    check_keys(module, {key: tuple(tensor.shape) for key, tensor in state.items()}, name)
-    module.load_state_dict(state, assign=True)
-
-
-def check_keys(module: nn.Module, stored: Mapping[str, tuple[int, ...]], name: str) -> None:
-    """Compare names and shapes with the module's own. Raises ModelError with the first offenders."""
-    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    problems = misfits(stored, expected)
-    if problems:
-        raise ModelError(f"{name} weights do not fit the config: {'; '.join(problems)}")

@@ -19,10 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from backbones.model_files import STATIC, ModelError
+from backbones.model_files import STATIC, ModelError, load_weights
 from backbones.model_folder import read_model_folder
 from backbones.spec import HUNYUAN3D
-from backbones.weights import load_weights
 from routers.files import write_whole
 
 from .config import COMPONENTS, SECTIONS, build, read_config

@@ -35,8 +35,7 @@ def test_full_size_keys_fit_exactly(name):
 
 
 def test_a_table_with_one_key_more_or_less_is_refused(tmp_path):
-    from backbones.model_files import ModelError
-    from backbones.weights import check_keys
+    from backbones.model_files import ModelError, check_keys
 
     table = read_table(DATA / "keys" / "model.v2_mini.json")
     module = build_on_meta("model.v2_mini")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from backbones.hunyuan3d import checkpoints, dit_v2, dit_v21, schedulers
 from backbones.hunyuan3d.pipeline import denoise
 from backbones.hunyuan3d.vecset import FourierEmbedder
+from backbones.model_files import load_weights
 from backbones.tiny.recipes.shapes.point_encoder import EncodingShapeVAE, Posterior
-from backbones.weights import load_weights
 
 from .runner import Case, Outcome
 

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from backbones.hunyuan3d.config import build
-from backbones.model_files import ModelError
+from backbones.model_files import ModelError, check_keys
 from backbones.tiny.recipes.shapes.point_encoder import EncodingShapeVAE
-from backbones.weights import check_keys
 
 from .runner import Comparison
 
