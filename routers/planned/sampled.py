@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
+from ..bundle import Bundle
 from ..patching import check_whole
 from ..trace import Trace
 from .apart import RowPlans, left_out
@@ -31,6 +33,8 @@ from .universal import Warp, check_wishes
 
 PlannerFor = Callable[[float, str, Warp | None], Planner]
 """From a budget, a target and a scheduler's warp of its times: `universal_planner`, or a bundle's."""
+BUNDLE = "routers"
+"""Folder of a model folder that holds its bundle."""
 Budget = float | Sequence[float]
 """Of a whole batch, or of each of its rows."""
 
@@ -79,9 +83,13 @@ class Sampled:
         self._apart = ExitStack()
         self._narrowing = None if narrow is None else Narrowing(pipe, narrow.spec, narrow.trained)
         self._undo = ExitStack()
+        self._own = pipe.scheduler
         self.scheduler = self._undo.enter_context(elastic_scheduler(pipe, self._plan, self._count))
         if seconds is not None:
             self._time_calls()
+        if hasattr(pipe, "save_pretrained"):
+            pipe.__dict__["save_pretrained"] = functools.partial(self._save, pipe.save_pretrained)
+            self._undo.callback(pipe.__dict__.pop, "save_pretrained", None)
 
     @contextmanager
     def scope(
@@ -316,6 +324,17 @@ class Sampled:
             return None
         number = course.plan_with(made, fits)
         return None if course.ahead(made, number) == left else number
+
+    def _save(self, save: Any, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """The pipeline with its own scheduler, and its bundle beside it in `routers/`."""
+        self.pipe.scheduler = self._own
+        try:
+            save(folder, *args, **kwargs)
+        finally:
+            self.pipe.scheduler = self.scheduler
+        bundle = getattr(self.planner_for, "__self__", None)
+        if isinstance(bundle, Bundle):
+            bundle.save(os.path.join(folder, BUNDLE))
 
     def _time_calls(self) -> None:
         """Know where each call of the pipeline begins and ends."""
