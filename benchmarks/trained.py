@@ -5,7 +5,8 @@ Held-out requests of `edit calibrate` (the model's calibration prompts backwards
 the dense model and everything else. Prints a table of the latent SNR to the original dense latents in dB,
 mean over samples with the range, and what was spent; then one JSON line. With --pictures also what pictures
 of common prompts are like as a whole: Fréchet distance of the classifier's features to the original dense
-model's pictures of other seeds, and top-1, with the dense model's own beside it.
+model's pictures of other seeds, and top-1, with the dense model's own beside it; and for each other way how
+much farther than the trained routers it is, with an interval of 90 % over the same prompts drawn again.
 
 All decisions of the trained network cost the same: each tells the trained policy other logits, and it opens
 blocks and widths by them until the budget is spent.
@@ -36,13 +37,21 @@ from routers.bundle import Bundle
 from routers.calibrate.evaluate import latent_snr
 from routers.elastic import Elastic
 from routers.policy import CallInfo, Decision, FixedPolicy, Policy
+from routers.spec import WIDTHS
 from routers.trained.policy import TrainedPolicy
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 SAME_NETWORK = ("trained", "batch mean", "time only", "static", "random")
 """Decisions for each sample; for the batch's mean; for the step, whatever the sample; the same in all steps;
 any."""
-METHODS = (*SAME_NETWORK, "random skip, untrained", "packaged bundle", "whole evaluations", "no bundle")
+MIXES = {
+    "random skip, untrained": "skip",
+    "even widths, untrained": "width",
+    "even reuse, untrained": "reuse",
+}
+"""Decisions without routers, spread over the run; what each saves by (`mixes.py`)."""
+METHODS = (*SAME_NETWORK, *MIXES, "packaged bundle", "whole evaluations", "no bundle")
+DRAWS, TAIL = 100, 5  # of the prompts, for an interval; percent left out at each end
 DENSE = "dense"
 
 Logits = NDArray[np.float32]
@@ -64,7 +73,9 @@ class Reader(TrainedPolicy):
 
 
 class Told(TrainedPolicy):
-    """The trained policy on other logits than the routers'. by_step: [N, 5] for all rows; None: random."""
+    """The trained policy on other logits than the routers'. by_step: [N, 5] for all rows; None: random. The
+    first call of a run has none, unless the profile says how it begins.
+    """
 
     def tell(self, by_step: dict[int, Logits] | None) -> Told:
         """What to say from now on."""
@@ -73,10 +84,12 @@ class Told(TrainedPolicy):
 
     def decide(self, call: CallInfo, logits: Logits | None) -> Decision:
         """As the trained policy, on what it was told."""
-        if logits is not None and self.by_step is None:
-            logits = self.random.normal(size=logits.shape).astype(np.float32)
-        elif logits is not None:
-            logits = np.broadcast_to(self.by_step[call.step], logits.shape)
+        shape = call.rows, len(call.costs), 1 + len(WIDTHS)
+        decides = logits is not None or self.profile.first is not None
+        if decides and self.by_step is None:
+            logits = self.random.normal(size=shape).astype(np.float32)
+        elif decides and call.step in self.by_step:
+            logits = np.broadcast_to(self.by_step[call.step], shape)
         return super().decide(call, logits)
 
 
@@ -88,7 +101,7 @@ def policies(workload: PipelineWorkload, bundle: Bundle, budget: float) -> dict[
     with attached(workload, bundle, budget, reader):
         workload.run(0)
     means = {step: np.concatenate(seen).mean(axis=0) for step, seen in reader.seen.items()}
-    always = dict.fromkeys(means, np.mean(list(means.values()), axis=0))
+    always = dict.fromkeys([0, *means], np.mean(list(means.values()), axis=0))
     return {
         "trained": None,
         "batch mean": bundle.policy(batch_mean=True),
@@ -149,6 +162,7 @@ class Judge:
         self.labels = [names[noun.removeprefix("ear of ")] for _, noun in prompts]
         self.workload = make_workload(model, rows, 20_000, [prompt for prompt, _ in prompts])
         self.real = self._features(make_workload(model, rows, 30_000, [p for p, _ in prompts]))
+        self.seen: dict[str, Any] = {}
 
     def _features(self, workload: PipelineWorkload) -> Any:
         from backbones.tiny.recipes.frechet import features
@@ -159,25 +173,38 @@ class Judge:
         self.made = np.stack(made)[: len(self.labels)]
         return features(self.classifier, self.made)
 
-    def scores(self) -> dict[str, float]:
+    def scores(self, name: str) -> dict[str, float]:
         """Of the pipeline as it is now."""
         from backbones.tiny.recipes.frechet import frechet_distance
 
-        distance = frechet_distance(self._features(self.workload), self.real)
+        self.seen[name] = self._features(self.workload)
+        distance = frechet_distance(self.seen[name], self.real)
         guesses = self.classifier.top_k(list(self.made), 1)
         hits = [guess[0] == label for guess, label in zip(guesses, self.labels, strict=True)]
         return {"frechet": round(distance, 2), "top1": round(float(np.mean(hits)), 3)}
 
+    def farther(self, name: str, than: str) -> dict[str, list[float]]:
+        """How much farther from the dense model's pictures one way's are than another's: an interval."""
+        from backbones.tiny.recipes.frechet import frechet_distance
+
+        random, differences = np.random.default_rng(0), []
+        for _ in range(DRAWS):
+            rows = random.integers(len(self.labels), size=len(self.labels))
+            one, other = (frechet_distance(self.seen[way][rows], self.real) for way in (name, than))
+            differences.append(one - other)
+        ends = np.percentile(differences, [TAIL, 100 - TAIL])
+        return {"farther": [round(float(end), 2) for end in ends]}
+
 
 class Ways:
-    """All that is compared at one budget. skips: random ones of the untrained network."""
+    """All that is compared at one budget. mixes: decisions without routers."""
 
     def __init__(self, trained: Bundle | None, fitted: Bundle | None, budget: float) -> None:
         self.budget = budget
         self.bundles = dict.fromkeys(SAME_NETWORK, trained)
         if fitted is not None:  # "whole evaluations": without its narrow ones
             self.bundles |= {"packaged bundle": fitted, "whole evaluations": replace(fitted, narrow={})}
-        self.skips: Policy | None = None
+        self.mixes: dict[str, Policy] = {}
         self.same: dict[str, Policy | None] = {}
 
     def read(self, told: PipelineWorkload) -> Ways:
@@ -186,7 +213,10 @@ class Ways:
         with forced(told, reader):
             told.run(0)
         assert reader.call is not None
-        self.skips = FixedPolicy(forced_mix("skip", reader.call, self.budget, told.num_steps))
+        self.mixes = {
+            name: FixedPolicy(forced_mix(family, reader.call, self.budget, told.num_steps))
+            for name, family in MIXES.items()
+        }
         trained = self.bundles[SAME_NETWORK[0]]
         if trained is not None:
             self.same = policies(told, trained, self.budget)
@@ -194,9 +224,8 @@ class Ways:
 
     def run(self, name: str, workload: PipelineWorkload) -> AbstractContextManager[Any]:
         """The pipeline under one of `METHODS`: yields the trace."""
-        if name == "random skip, untrained":
-            assert self.skips is not None
-            return forced(workload, self.skips)
+        if name in MIXES:
+            return forced(workload, self.mixes[name])
         return attached(workload, self.bundles.get(name), self.budget, self.same.get(name))
 
 
@@ -217,10 +246,13 @@ def compare(
     }
     if judge is not None:
         with ways.run(name, judge.workload):
-            row |= judge.scores()
+            row |= judge.scores(name)
+        if name != SAME_NETWORK[0] and SAME_NETWORK[0] in judge.seen:
+            row |= judge.farther(name, SAME_NETWORK[0])
     whole = f"  Fréchet {row['frechet']:.1f}, top-1 {row['top1']:.2f}" if judge else ""
+    whole += " ({:+.1f} to {:+.1f})".format(*row["farther"]) if "farther" in row else ""
     spread = f"{row['snr']:5.1f} dB ({row['low']:.1f} to {row['high']:.1f})"
-    print(f"{ways.budget:.2f}  {name:22s} spent {row['spent']:.3f}  {spread}{whole}", flush=True)
+    print(f"{ways.budget:.2f}  {name:23s} spent {row['spent']:.3f}  {spread}{whole}", flush=True)
     return row
 
 
@@ -247,12 +279,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dense = workload.run(0)
         judge = Judge(asked.model, asked.pictures, asked.rows) if asked.pictures else None
         if judge is not None:
-            table.append({"budget": 1.0, "method": DENSE, **judge.scores()})
+            table.append({"budget": 1.0, "method": DENSE, **judge.scores(DENSE)})
             print(table[0], flush=True)
         for budget in asked.budgets:
             ways = Ways(trained, fitted, budget).read(told)
             table += [compare(ways, name, workload, dense, judge) for name in methods]
-    training = None if trained is None else trained.metadata["training"]
+    training = None if trained is None else trained.metadata.get("training")
     print(json.dumps({"rows": asked.rows, "bundle": training, "table": table}))
 
 
