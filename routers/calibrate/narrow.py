@@ -20,7 +20,7 @@ from ..planned.narrow import NarrowPlan
 from ..planned.timeplan import Array, TimePlan, euler, resampled, shifted
 from ..planned.universal import missing_shift
 from ..spec import WIDTHS
-from .settings import NARROW
+from .settings import FEW, NARROW
 
 RATIOS = (0.3, 0.5, 0.7, 0.85)
 """What routers may spend of an evaluation, of the plans that are tried."""
@@ -45,15 +45,24 @@ def candidates(
 ) -> Iterator[tuple[TimePlan, float]]:
     """Few narrow evaluations, from the least on, with Euler's weights, and what routers may spend of each.
 
-    grid [N + 1]: the run's own times; numbers: of evaluations. routed: whether there are routers.
+    grid [N + 1]: the run's own times; numbers: of evaluations. routed: whether there are routers. A model of
+    few steps may know no times but its own.
     """
+    few = len(grid) - 1 <= FEW
     shift, _ = getattr(scheduler, "warps", {}).get("exact", (SHIFT, 1.0))
-    for evaluations in numbers:
-        steps = euler(shifted(resampled(grid, evaluations), missing_shift(grid, shift)))
+    for evaluations in (n for n in numbers if n < len(grid)):
+        moved = shifted(resampled(grid, evaluations), missing_shift(grid, shift))
+        steps = euler(own_times(grid, evaluations) if few else moved)
         for width in WIDTHS[:-1] if evaluations <= NARROW else ():
             yield replace(steps, widths=np.full(evaluations, width)), 1.0
         for ratio in RATIOS if routed else ():
             yield steps, ratio
+
+
+def own_times(grid: Array, evaluations: int) -> Array:
+    """[n + 1]: some of a run's own times, the first and the last among them, evenly apart."""
+    chosen = np.linspace(0, len(grid) - 2, evaluations).round().astype(int)
+    return np.append(grid[chosen], grid[-1])
 
 
 def overshooting_error(ended: Tensor, target: Tensor) -> float:

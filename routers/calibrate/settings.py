@@ -12,7 +12,9 @@ NARROW_BELOW = 0.15
 NARROW, NARROW_SHARE = 4, 0.2
 """Evaluations of a plan with narrow ones, and as a share of the steps, at most: beyond, fewer whole ones were
 always better."""
-FEW = 8
+FEW = 4
+"""Steps of a model that has nothing to leave out, at most: any number of evaluations is tried narrow."""
+ROUTED = 8
 """Evaluations of a plan that leaves them to routers, at most."""
 BUDGETS = 19
 """Plans at most: from 0.05 to 0.95."""
@@ -60,9 +62,10 @@ class FitSettings:
         """Numbers of evaluations that are tried narrow, at each width below the whole one. routed: whether
         routers may decide over them too.
         """
-        if routed:
-            return list(range(1, min(steps, FEW) + 1))
-        asked = self.budgets is None or (len(self.budgets) > 1 and self.budgets[0] < NARROW_BELOW)
+        few, several = steps <= FEW, self.budgets is None or len(self.budgets) > 1
+        if routed or (few and several):
+            return list(range(1, min(steps, ROUTED) + 1))
+        asked = self.budgets is None or (several and self.budgets[0] < NARROW_BELOW)
         return list(range(1, max(1, min(NARROW, int(NARROW_SHARE * steps))) + 1)) if asked else []
 
     def runs(self, steps: int) -> list[int]:

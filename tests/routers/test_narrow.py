@@ -15,7 +15,7 @@ from backbones.hunyuan3d.family import TRANSFORMER_2
 from backbones.workloads import MeshWorkload, PipelineWorkload
 from routers.bundle import Bundle
 from routers.calibrate.fit import fit
-from routers.calibrate.narrow import Measured, overshooting_error, worth_it
+from routers.calibrate.narrow import Measured, candidates, overshooting_error, own_times, worth_it
 from routers.calibrate.settings import FitSettings
 from routers.meta import count_flops
 from routers.planned.narrow import NarrowPlan
@@ -154,3 +154,14 @@ def test_what_makes_no_narrow_plan_is_refused(arrays: dict, message: str) -> Non
     good = NarrowPlan(plan(2, 0.5), 0.07, 0.1).to_arrays()
     with pytest.raises(ValueError, match=message):
         NarrowPlan.from_arrays({**good, **arrays})
+
+
+def test_a_model_of_few_steps_is_tried_narrow_at_its_own_times() -> None:
+    assert FitSettings().narrow(4) == [1, 2, 3, 4] and FitSettings().narrow(20) == [1, 2, 3, 4]
+    assert FitSettings(budgets=(0.5,)).narrow(4) == []
+    grid = np.linspace(1, 0, 5)
+    assert own_times(grid, 4).tolist() == grid.tolist() and own_times(grid, 2).tolist() == [1, 0.25, 0]
+    tried = list(candidates(grid, [4], None, routed=True))
+    own = [(plan.widths[0], ratio) for plan, ratio in tried if np.allclose(plan.times, grid)]
+    assert {width for width, _ in own} == {0.25, 0.5, 0.75, 1.0} and {r for _, r in own} > {1.0}
+    assert len(tried) == len(own), "which are all that it may know"
