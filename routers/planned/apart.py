@@ -150,7 +150,8 @@ class _Calls:
         index = [part * rows + row for part in range(found // rows) for row in computed]
         at = {row: place for place, row in enumerate(index)}
         self._places = [at.get(row, 0) for row in range(found)]
-        return (), {name: picked(value, index, found, name) for name, value in inputs.items()}
+        listed = isinstance(inputs[self.names[0]], list)
+        return (), {name: picked(value, index, found, name, listed) for name, value in inputs.items()}
 
     def after(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """An output of all rows; where one was left out, the first computed one stands in."""
@@ -166,21 +167,22 @@ class _Calls:
         return tree_map(spread, output, is_leaf=lambda value: isinstance(value, list))
 
 
-def picked(value: Any, index: Sequence[int], rows: int, name: str = "") -> Any:
+def picked(value: Any, index: Sequence[int], rows: int, name: str = "", listed: bool = False) -> Any:
     """An argument of a call of so many rows, for those in `index`: tensors and lists that are as long, also
-    inside of others. Positions and tables of angles have tokens for lines.
+    inside of others. Positions and tables of angles have tokens for lines. listed: whether the sample is a
+    list with one tensor a row, so that other such lists are too.
     """
     if isinstance(value, Tensor):
         angles = "rotary" in name or "freqs" in name
         table = value.dim() == 2 and (angles or ("ids" in name and value.shape[1] <= POSITIONS))
         return value[list(index)] if value.dim() and len(value) == rows and not table else value
     if isinstance(value, Mapping):
-        return {key: picked(inner, index, rows, name) for key, inner in value.items()}
+        return {key: picked(inner, index, rows, name, listed) for key, inner in value.items()}
     if isinstance(value, tuple):
-        return tuple(picked(inner, index, rows, name) for inner in value)
+        return tuple(picked(inner, index, rows, name, listed) for inner in value)
     if isinstance(value, list):
-        folded = any(isinstance(each, Tensor) and each.dim() and len(each) == rows for each in value)
-        if len(value) == rows and not folded:
+        whole = any(isinstance(each, Tensor) and each.dim() and len(each) == rows for each in value)
+        if len(value) == rows and (listed or not whole):
             return [value[i] for i in index]
-        return [picked(inner, index, rows, name) for inner in value]
+        return [picked(inner, index, rows, name, listed) for inner in value]
     return value

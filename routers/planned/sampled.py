@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..bundle import Bundle
 from ..patching import check_whole
@@ -234,7 +235,9 @@ class Sampled:
             row.planned = plans[budget].evaluations
         together = RowPlans([plans[row.requested] for row in trace.rows])
         named = vars(self.pipe).items()
-        transformers = [part for name, part in named if name.startswith("transformer") and part is not None]
+        transformers = [
+            part for name, part in named if name.startswith("transformer") and isinstance(part, nn.Module)
+        ]
         self._apart.enter_context(left_out(transformers, together, lambda: trace.made))
         return together
 

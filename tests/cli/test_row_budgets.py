@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from edit_cli.generation.record import read_picture
-from tests.cli.test_budget import pixels
+from tests.cli.test_any_pipeline import INPUTS
+from tests.cli.test_budget import pixels, zoo  # noqa: F401 - a fixture
+from tests.tiny_zoo import MAKE
 
 LINES = [
     {"prompt": "a cat", "budget": 0.3},
@@ -79,3 +81,25 @@ def test_python_draws_budgets_in_one_batch(qwen_folder):
     )
     assert [each.record["spent"] for each in made] == [0.3, 0.7]
     assert [peer["budget"] for peer in made[0].record["batch"]] == [0.3, 0.7]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MAKE if name not in INPUTS])
+def test_rows_of_any_pipeline_are_told_apart(name, zoo, edit_here, tmp_path):  # noqa: F811
+    """Models that nothing was written for: each result is what it is alone, and spends its own."""
+    lines = [{"prompt": "a cat", "budget": 0.34, "seed": 1}, {"prompt": "a dog", "budget": 0.67, "seed": 2}]
+    more = ["--frames", "5"] if name.startswith("wan") else []
+    spent, files = {}, {}
+    for rows in ("2", "1"):
+        out = tmp_path / rows
+        ran = edit_here(
+            "generate", "--prompts", "-", "-m", zoo(name), "--steps", "6", "--batch-size", rows, "--json",
+            "-q", "-o", f"{out}/", *more, cwd=tmp_path, stdin="\n".join(map(json.dumps, lines)),
+        )  # fmt: skip
+        assert ran.code == 0, ran.err
+        spent[rows], files[rows] = ran.json["spent"], [tmp_path / file for file in ran.json["outputs"]]
+        assert rows == "1" or ran.json["evaluations"]["dense"] in (6, 12)
+    assert spent["2"] == spent["1"]
+    for together, alone in zip(files["2"], files["1"], strict=True):
+        if together.suffix == ".png":
+            assert np.abs(pixels(together) - pixels(alone)).max() <= 1

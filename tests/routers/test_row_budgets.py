@@ -160,3 +160,5 @@ def test_what_belongs_to_rows_is_told_from_what_is_as_long_by_chance() -> None:
     assert found["img_ids"].shape == (4, 3) and found["input_ids"].shape == (2, 7)
     assert [each.shape for each in found["image_rotary_emb"]] == [(4, 8), (4, 8)]
     assert found["txt_seq_lens"] == [2, 4] and [len(each) for each in found["residuals"]] == [2] * 4
+    listed = [torch.full((4, 3), float(i)) for i in range(4)]
+    assert [each[0, 0] for each in picked(listed, [1, 3], 4, "x", listed=True)] == [1, 3]
