@@ -14,9 +14,10 @@ import json
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,8 @@ NARROWEST = "every MLP at 1/4"
 DEVIATION = 0.2
 """How far samples of a batch stray from a common plan in the forced mix that has a bar."""
 OPEN_BAR, TINY_BAR, READS_BAR = 1.01, 0.70, 1.0
+HOST_BARS = {1: 1.04, 4: 1.08}
+"""Of the CPU time of a call that computes everything, by its rows."""
 
 
 class ReadingOpenPolicy(OpenPolicy):
@@ -64,7 +67,10 @@ class ReadingOpenPolicy(OpenPolicy):
 
 @dataclass(frozen=True)
 class Row:
-    """One measured line. ratio: elastic/dense time, or host reads per call. bar: the most it should be."""
+    """One measured line. ratio: elastic/dense time (of section host: CPU time), or host reads per call.
+
+    bar: the most it should be.
+    """
 
     section: str
     what: str
@@ -207,6 +213,56 @@ def measure_reads(size: Size) -> list[Row]:
     return [Row("host reads per call", what, 0.6, mean(trace.spent), None, None, ratio, READS_BAR)]
 
 
+# -- (d) host time -----------------------------------------------------------------------------
+
+
+class KeepingPolicy(OpenPolicy):
+    """All gates open, and passes are cached for reuse: what a decision to compute everything costs."""
+
+    cache_depth = 2
+
+
+def measure_host(size: Size) -> list[Row]:
+    """CPU time of a computed call of 60 blocks with next to nothing in them, in turn with the dense call's.
+
+    What the process spends, not the clock: other work on the machine counts for little. On a GPU this is
+    what stands before the queue.
+    """
+    few = replace(size, heads=2, head_dim=16, text_dim=32, rope=(4, 6, 6), side=4, text=8)
+    few = replace(few, blocks=60 if size is FULL_SIZE else size.blocks)
+    rows, torch_threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # the time of one thread is measured
+    policies = {"decided": KeepingPolicy, "decided, routers read": ReadingOpenPolicy}
+    for batch, bar in HOST_BARS.items():
+        dense = qwen_transformer(few, torch.float32)
+        elastic = Elastic(twin(dense), qwen_image.TRANSFORMER, routers=routers_for(dense))
+        inputs = {
+            name: _repeated(value, batch) for name, value in next(block_inputs(few, torch.float32)).items()
+        }
+        for what, policy in policies.items():
+            taken: list[list[float]] = [[], []]
+            calls = 3 * size.pipeline_rounds
+            with torch.no_grad(), elastic.scope(policy=policy(), num_steps=calls + 2):
+                for number in range(calls + 2):
+                    for times, model in zip(taken, (dense, elastic.transformer), strict=True):
+                        start = time.thread_time()
+                        model(**inputs)
+                        if number > 1:  # the cache is full
+                            times.append(time.thread_time() - start)
+            ratio = statistics.median(b / a for a, b in zip(*taken, strict=True))
+            section = f"host, {few.blocks} blocks, {batch} rows"
+            usual, took = (statistics.median(times) for times in taken)
+            rows.append(Row(section, what, None, 1.0, took, usual, ratio, bar))
+    torch.set_num_threads(torch_threads)
+    return rows
+
+
+def _repeated(value: Any, rows: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value[:1].repeat(rows, *(1 for _ in value.shape[1:]))
+    return value[:1] * rows if isinstance(value, list) else value
+
+
 # -- shared ------------------------------------------------------------------------------------
 
 
@@ -280,7 +336,7 @@ def print_markdown(rows: list[Row]) -> None:
         print("| " + " | ".join(cells(row)) + " |")
 
 
-SECTIONS = ("blocks", "batch1", "batch8", "reads")
+SECTIONS = ("blocks", "batch1", "batch8", "reads", "host")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -306,6 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
         "batch1": lambda: measure_pipeline(size, 1, None),
         "batch8": lambda: measure_pipeline(size, 8, TINY_BAR),
         "reads": lambda: measure_reads(size),
+        "host": lambda: measure_host(size),
     }
     rows = [row for name in options.only or SECTIONS for row in parts[name]()]
     if options.markdown:

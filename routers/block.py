@@ -73,6 +73,17 @@ class Block:
         placed = dict(zip(self.spec.returns, values, strict=True))
         return tuple(placed.get(i) for i in range(max(self.spec.arity, len(placed))))
 
+    def pooled(self, inputs: Mapping[str, Any], before: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """What its router reads: the image stream's mean over tokens `[R, D]`, and the modulation."""
+        modulation = inputs.get(self.spec.modulation) if self.spec.modulation else None
+        image = before[0]
+        return (image if image.dim() == 3 else image.flatten(1, -2)).mean(dim=1), modulation
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether its streams have their rows in the first axis."""
+        return not any(self._place(name) for name in self.spec.streams)
+
     def _packed(self, mlp: MlpSpec) -> bool:
         """Whether an MLP's width is fixed by the form of its weights."""
         paths = [path for path in (mlp.in_linear, mlp.gate, mlp.out_linear) if path]
@@ -110,9 +121,8 @@ class Block:
         Compiled blocks would recompile for every mix.
         """
         compiled = self.compiled or self.module._compiled_call_impl
-        elsewhere = any(self._place(name) for name in self.spec.streams)
         plain = all(mlp == MlpSpec(mlp.in_linear, mlp.out_linear, mlp.activation) for mlp in self.mlps)
-        return compiled is None and plain and not elsewhere
+        return compiled is None and plain and self.plain
 
     def run(
         self,
@@ -133,10 +143,12 @@ class Block:
                     stack.enter_context(slicer.narrowed_rows(parts))
                 else:
                     stack.enter_context(slicer.lent(width) if compiled else slicer.narrowed(width))
-            return self._run_compiled(original, inputs) if compiled else original(**inputs)
+            return self.run_compiled(original, inputs) if compiled else original(**inputs)
 
-    def _run_compiled(self, original: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
-        """A compiled block sees neither our patch, which would cost every block a graph of its own, nor hooks
+    def run_compiled(self, original: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+        """The block as it was compiled, in full.
+
+        A compiled block sees neither our patch, which would cost every block a graph of its own, nor hooks
         on the block, which have run around it already.
         """
         state = vars(self.module)

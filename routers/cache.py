@@ -87,6 +87,8 @@ class ResidualCache:
         self.depth = depth
         self._passes: list[list[Pass]] = [[] for _ in range(num_units)]  # of all rows, most recent first
         self._tables: list[RowTable | None] = [None] * num_units
+        self._shares = [False] * num_units  # whether a unit's newest `before` is the last one's `after`
+        self._bytes: int | None = None  # of all passes, None where what is held has changed in kind
 
     def store(
         self,
@@ -107,11 +109,16 @@ class ResidualCache:
             before, after = tuple(x.clone() for x in before), tuple(x.clone() for x in after)
         table = self._table(unit, before) if rows is not None else self._tables[unit]
         if rows is None:
-            self._passes[unit] = [Pass(time, before, after), *self._passes[unit]][: self.depth]
+            passes = self._passes[unit]
+            ahead = self._passes[unit - 1] if unit else []
+            shares = bool(ahead) and ahead[0].after[0] is before[0]
+            if len(passes) < self.depth or table is not None or shares is not self._shares[unit]:
+                self._bytes, self._shares[unit] = None, shares
+            self._passes[unit] = [Pass(time, before, after), *passes[: self.depth - 1]]
             if len(self._passes[unit]) == self.depth:
                 self._tables[unit] = table = None
         else:
-            self._passes[unit] = []
+            self._passes[unit], self._bytes = [], None
         if table is not None:
             rows = range(self.num_rows) if rows is None else rows
             index = torch.arange(self.num_rows, device=time.device) if index is None else index
@@ -121,7 +128,7 @@ class ResidualCache:
         """The unit's row table, made from the passes so far. like: streams of any rows, for their shapes."""
         table = self._tables[unit]
         if table is None:
-            passes, rows = self._passes[unit], self.num_rows
+            passes, rows, self._bytes = self._passes[unit], self.num_rows, None
             deltas = [tuple(d.detach() for d in p.delta()) for p in passes]
             times = [p.time.clone() for p in passes]
             if not passes:
@@ -137,6 +144,11 @@ class ResidualCache:
         """How many passes of `unit` are remembered for `row`, at most `depth`."""
         table = self._tables[unit]
         return len(self._passes[unit]) if table is None else int(table.count[row])
+
+    def passes(self, unit: int) -> NDArray[np.int64] | int:
+        """As `available`, of every row: `[R, 1]`, or one number for all."""
+        table = self._tables[unit]
+        return len(self._passes[unit]) if table is None else table.count[:, None]
 
     def chained(self, first: int, last: int) -> bool:
         """Whether units first..last fed each other directly in the remembered passes.
@@ -188,9 +200,14 @@ class ResidualCache:
 
     def nbytes(self) -> int:
         """Bytes held alive by the remembered passes, shared tensors counted once."""
+        if self._bytes is None:
+            self._bytes = self._count_bytes()
+        return self._bytes
+
+    def _count_bytes(self) -> int:
         held = [t for passes in self._passes for p in passes for t in (*p.before, *p.after)]
         held += [t for table in self._tables if table for streams in table.deltas for t in streams]
-        return sum({id(t): t.numel() * t.element_size() for t in held}.values())
+        return sum({id(t): t.nbytes for t in held}.values())
 
 
 def _extrapolate(deltas: list[Streams], times: list[Tensor], time: Tensor) -> Streams:

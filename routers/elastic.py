@@ -21,7 +21,7 @@ from torch import nn
 from .block import Block, argument_names, by_name, call_shapes, find_blocks, segments
 from .cost import Costs
 from .forward import Computed as Computed
-from .forward import Watch, carry_out
+from .forward import Watch, carry_out, straight
 from .patching import COMPILED_WHOLE, Patches, check_call, check_run, learns_order, more_graphs
 from .policy import OpenPolicy, Policy, RunInfo
 from .router import RouterStack
@@ -269,6 +269,9 @@ class Elastic(Watch):
             scope.trace.kinds[:] = [block.spec.kind for block in self.blocks]
 
     def _block_forward(self, block: Block, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self._call
+        if call is not None and call.whole and block.plain and self.observer is None and self.timer is None:
+            return straight(block, call, original, args, kwargs)
         if self._call is not None:
             with self.timed("block", block.index):
                 inputs = block.bind(args, kwargs)

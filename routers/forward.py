@@ -22,7 +22,7 @@ from .block import Block
 from .cache import ResidualCache, Streams, Weights
 from .policy import Units
 from .spec import WIDTHS
-from .trace import REUSE, SKIP, Actions
+from .trace import FULL, REUSE, SKIP, Actions
 
 if TYPE_CHECKING:
     from .run import Call
@@ -68,6 +68,8 @@ def plan_groups(
     whole delta. weights [R, U, P]: see `Decision`.
     """
     groups: list[list[Group]] = []
+    if all_full(actions):
+        return [[Group(FULL, None, i, cache, i)] for i, (a, b) in enumerate(units) for _ in range(a, b + 1)]
     for unit, (first, last) in enumerate(units):
         for block in range(first, last + 1):
             found = [
@@ -81,6 +83,11 @@ def plan_groups(
     if not skips:
         _fuse(groups, cache, units)
     return groups
+
+
+def all_full(actions: Actions) -> bool:
+    """Whether every row computes every block in full."""
+    return bool((actions == FULL).all())
 
 
 def shared_weights(weights: NDArray[np.float32], rows: list[int] | None) -> Weights:
@@ -193,8 +200,7 @@ def carry_out(
             groups = call.decide(block, inputs, before)
     elif call.reads:
         with watch.timed("router", block.index):
-            modulation = inputs.get(block.spec.modulation) if block.spec.modulation else None
-            call.pooled.append((before[0].flatten(1, -2).mean(dim=1), modulation))
+            call.pooled.append(block.pooled(inputs, before))
     if groups[0].index is None:
         call.left = _do(block, call, groups[0], original, inputs, before, watch)
         return block.pack(call.left)
@@ -214,6 +220,30 @@ def carry_out(
         for stream, rows_after in zip(total, after, strict=True):
             stream.index_copy_(0, index, rows_after)
     return block.pack(total)
+
+
+def straight(
+    block: Block, call: Call, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`carry_out` where every row computes every block in full and nobody looks on: nothing to sort out."""
+    compiled = block.compiled is not None
+    if call.passes:
+        call.entered += 1
+        return (
+            block.run_compiled(original, block.bind(args, kwargs)) if compiled else original(*args, **kwargs)
+        )
+    spec, inputs = block.spec, block.bind(args, kwargs) if args else kwargs
+    before = tuple([inputs[name] for name in spec.streams])
+    call.enter(block.index, before)
+    if call.reads:
+        call.pooled.append(block.pooled(inputs, before))
+    output = block.run_compiled(original, inputs) if compiled else original(**inputs)
+    found = [output[i] for i in spec.returns] if spec.returns else [output]
+    call.left = after = tuple([y if y is not None else x for x, y in zip(before, found, strict=True)])
+    groups = call.groups[block.index]
+    assert groups is not None, "a call is straight where it is decided before it begins"
+    call.remember(block.index, groups[0], call.time, before, after, compiled)
+    return output
 
 
 def _do(

@@ -21,7 +21,7 @@ from torch import Tensor
 from .block import Block, Shapes
 from .cache import ResidualCache, Streams
 from .cost import CallCost
-from .forward import Group, place, plan_groups
+from .forward import Group, all_full, place, plan_groups
 from .policy import CallInfo, Policy, RunInfo, Units
 from .rows import same
 from .spec import WIDTHS
@@ -64,8 +64,7 @@ class Branch:
         available = np.zeros((self.rows, blocks), np.int64)
         if self.cache.depth:
             for unit, (first, last) in enumerate(self.units):
-                passes = [self.cache.available(unit, row) for row in range(self.rows)]
-                available[:, first : last + 1] = np.array(passes)[:, None]
+                available[:, first : last + 1] = self.cache.passes(unit)
         return available
 
 
@@ -94,6 +93,13 @@ class Call:
     """Streams of all rows as the last block left them."""
     entered: int = 0
     """Blocks that came by their patch so far."""
+    whole: bool = False
+    """Whether every row computes every block in full, as was decided before the first one runs."""
+
+    @property
+    def passes(self) -> bool:
+        """Of such a call: whether nothing of it is kept or read."""
+        return not self.reads and not self.branch.cache.depth
 
     @property
     def routed(self) -> bool:
@@ -195,8 +201,8 @@ class Run:
             actions, branch.cache, self.ragged, branch.units, decision.weights, self.info.skips
         )
         place([group for block in groups for group in block], time_.device)
-        reads = self.policy.reads_routers
-        return Call(info, branch, time_, actions, [*groups], decision.order, reads=reads)
+        reads, whole = self.policy.reads_routers, all_full(actions)
+        return Call(info, branch, time_, actions, [*groups], decision.order, reads=reads, whole=whole)
 
     def _call_info(self, branch: Branch, cost: CallCost) -> CallInfo:
         rows, samples = branch.rows, self.samples
@@ -218,12 +224,15 @@ class Run:
         """Book the call: FLOPs per row, decisions, cache size, and the step count of its branch."""
         call.require_all_entered()
         branch, info, trace = call.branch, call.info, self.trace
-        table = np.array([[cost.at(w) for w in WIDTHS] for cost in info.costs])
-        paid = table[np.arange(len(info.costs)), np.maximum(call.actions, 0)]
-        flops = info.outside + np.where(call.actions >= 0, paid, 0.0).sum(1)
+        dense = info.outside + sum(cost.dense for cost in info.costs)
+        if call.whole:
+            flops = np.full(info.rows, dense)
+        else:
+            table = np.array([[cost.at(w) for w in WIDTHS] for cost in info.costs])
+            paid = table[np.arange(len(info.costs)), np.maximum(call.actions, 0)]
+            flops = info.outside + np.where(call.actions >= 0, paid, 0.0).sum(1)
         if call.routed:
             flops += info.overhead * len(info.costs)
-        dense = info.outside + sum(cost.dense for cost in info.costs)
         branch.spent += flops
         branch.step += 1
         trace.samples = self.samples or max(trace.samples, info.rows)

@@ -162,11 +162,10 @@ def test_flux(edit_here, tmp_path, flux_folder):
 
 
 def test_a_replay_on_another_card_says_so(edit_here, qwen_folder, tmp_path, monkeypatch):
-    typed = ["--steps", "2", "--routers", "none", "-m", qwen_folder]
-    for name, card, more in (("one.png", "Card A, driver 1", ["a cat"]), ("two.png", "Card B", [])):
+    first = ["a cat", "--steps", "2", "--routers", "none", "-m", qwen_folder, "-q"]
+    for name, card, typed in (("one.png", "Card A", first), ("two.png", "Card B", ["--from", "one.png"])):
         monkeypatch.setattr("backbones.loading.card", lambda kind, card=card: card)
-        more = more or ["--from", "one.png"]
-        ran = edit_here("generate", *more, *typed, "-o", name, cwd=tmp_path)
+        ran = edit_here("generate", *typed, "-o", name, cwd=tmp_path)
         assert ran.code == 0, ran.err
         assert read_picture(tmp_path / name)["card"] == card
     assert "not what the original was made with: card; the picture may differ" in ran.err

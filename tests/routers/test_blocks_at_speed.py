@@ -84,6 +84,26 @@ def test_compiled_blocks_stay_compiled_in_mixed_batches() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_calls_that_compute_everything_take_a_short_way_to_the_same(rows: int) -> None:
+    """Somebody who looks on makes every block go the long way."""
+    model, steps, found = CASE.transformer(), 5, []
+    plan = np.full((steps, rows, BLOCKS), FULL, np.int8)
+    plan[3] = REUSE
+    plan[4, 0] = [REUSE, SKIP, FULL, FULL, REUSE]
+    for watched in (False, True):
+        elastic, seen = Elastic(model, CASE.spec), []
+        elastic.observer = seen.append if watched else None
+        with torch.no_grad(), elastic.scope(policy=FixedPolicy(plan, order=1), num_steps=steps) as trace:
+            made = [CASE.run(model, rows, 1 - step / 6, step) for step in range(steps)]
+        elastic.detach()
+        assert bool(seen) == watched
+        found.append((made, [call.flops.tolist() for call in trace.calls], trace.cache_bytes))
+    (short, flops, held), (long, flops_long, held_long) = found
+    assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
+    assert flops == flops_long and held == held_long > 0
+
+
 def test_seconds_are_told_where_a_call_ends_with_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
     model = CASE.transformer()
     elastic = Elastic(model, CASE.spec)
