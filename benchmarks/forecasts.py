@@ -9,6 +9,8 @@ nothing but its evaluations, as little as any implementation can.
 - Spectrum (arXiv 2603.01623): Chebyshev polynomials of degree 4, ridge 0.1, fitted to all outputs so far.
 - HiCache (arXiv 2508.16984; hicache-pp's Hermite): finite differences with contracted Hermite polynomials.
 - DMD (hicache-pp): exponentials through the last four outputs, which have to be evenly spread.
+- VDE (arXiv 2605.23381): the output's part along the input and the rest of it; the sizes of both go on along
+  lines, the direction of the rest stays.
 - L2P (arXiv 2604.26365): weights of all outputs so far by least squares on recorded runs.
 - MeanCache (arXiv 2601.19961), LeMiCa (arXiv 2511.00090): the steps of the shortest path in a graph whose
   edges cost what leaving out the steps between costs on recorded runs.
@@ -162,6 +164,39 @@ class Exponentials:
         return np.real(there @ np.linalg.pinv(basis))[::-1]
 
 
+class Decomposed:
+    """A plan of VDE's: v = a x + b e, where e has length 1 and is orthogonal to x at the evaluation.
+
+    Both sizes are those of the batch's mean, since a plan has one weight for all rows.
+    """
+
+    passes = 1
+
+    def __init__(self, grid: Array, steps: Sequence[int]) -> None:
+        self.grid, self.steps, self.times = grid, list(steps), grid[[*steps, -1]]
+        self._sizes: list[tuple[float, float]] = []
+
+    def row(self, step: int, x: Tensor, outputs: Sequence[Tensor]) -> tuple[Array, float]:
+        """Weights of the output and of x, for the step from times[step]."""
+        start, end = [*self.steps, len(self.grid) - 1][step : step + 2]
+        x_MD, v_MD = x.flatten(1).double(), outputs[0].flatten(1).double()
+        along_M = (x_MD * v_MD).sum(dim=1) / x_MD.square().sum(dim=1)
+        rest_M = (v_MD - along_M[:, None] * x_MD).norm(dim=1)
+        now = float(along_M.mean()), float(rest_M.mean())
+        self._sizes = [*self._sizes[:step], now]
+        slope = np.zeros(2)
+        if step:
+            before = self._sizes[step - 1]
+            slope = np.subtract(now, before) / (self.grid[start] - self.grid[self.steps[step - 1]])
+        of_x, of_rest = 1.0, 0.0  # the state, as so much of x and so much of e
+        for at in range(start, end):
+            along, rest = np.array(now) + slope * (self.grid[at] - self.grid[start])
+            size = self.grid[at + 1] - self.grid[at]
+            of_x, of_rest = of_x + size * along * of_x, of_rest + size * (along * of_rest + rest)
+        whole, weight = self.grid[end] - self.grid[start], of_rest / now[1]
+        return np.array([weight]) / whole, float((of_x - 1 - weight * now[0]) / whole)
+
+
 def learned(path: Trajectory, grid: Array, steps: Sequence[int]) -> Predict:
     """L2P: for each step, weights of all outputs so far that come nearest to the recorded one."""
     outputs = torch.stack([v.flatten(1).double() for v in path.velocities])
@@ -240,6 +275,8 @@ def plan_for(name: str, bench: Bench, grid: Array, count: int) -> Any:
         return forecast_plan(grid, spread, hicache)
     if name == "DMD":
         return Exponentials(grid, spread)
+    if name == "VDE":
+        return Decomposed(grid, spread)
     if name == "searched steps":
         return forecast_plan(grid, searched(bench, grid, count), linear)
     path = recorded.trajectory(bench, "dense")[1]
@@ -254,6 +291,7 @@ NAMES: dict[str, str] = {
     "Spectrum": "own code after arXiv 2603.01623, evenly spread steps",
     "HiCache": "own code after arXiv 2508.16984 (Hermite, order 2), evenly spread steps",
     "DMD": "own code after hicache-pp, evenly spread steps",
+    "VDE": "own code after arXiv 2605.23381, evenly spread steps, one pair of sizes for a batch",
     "L2P": "own code after arXiv 2604.26365, fitted on other prompts",
     "shortest path": "own code after MeanCache, arXiv 2601.19961, and LeMiCa: steps by recorded runs",
     "searched steps": f"own code after BudCache, arXiv 2606.13496: {SEARCHED} runs of {SEARCHED_ON} prompts",

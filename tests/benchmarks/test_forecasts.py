@@ -58,6 +58,25 @@ def test_exponentials_are_continued_exactly() -> None:
     assert np.allclose(few, forecast_plan(GRID, [0, 2, 4, 6], forecasts.linear).weights[1, :2])
 
 
+def test_a_velocity_whose_parts_go_along_lines_is_followed() -> None:
+    """v = a x + b e with a and b linear in time and e fixed: what VDE assumes."""
+    x = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    e = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64)
+
+    def velocity(time: float, at: torch.Tensor) -> torch.Tensor:
+        return (0.3 + 0.2 * time) * at + (1 - 0.5 * time) * e
+
+    plan = forecasts.Decomposed(GRID, [0, 1])
+    plan._sizes = [(0.5, 0.5)]
+    start, reached = x, x
+    for step in range(1, 12):  # Euler's steps, the parts as the assumption has them at the second evaluation
+        along, rest = 0.3 + 0.2 * GRID[step], 1 - 0.5 * GRID[step]
+        reached = reached + (GRID[step + 1] - GRID[step]) * (along * reached + rest * e)
+    row, state = plan.row(1, start, [velocity(GRID[1], start)])
+    ours = start + (GRID[-1] - GRID[1]) * (row[0] * velocity(GRID[1], start) + state * start)
+    assert torch.allclose(ours, reached, atol=1e-9)
+
+
 def recorded_path(samples: int = 2) -> Trajectory:
     """A run whose output bends at its end: late steps matter."""
     way = torch.randn(2, samples, 30, generator=torch.Generator().manual_seed(1))
