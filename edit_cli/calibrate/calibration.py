@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from edit_cli.errors import INTERRUPTED, EditError, RunError, bad_input
 from edit_cli.files import ANY, claimed_folder, reason, whole_folder
 from edit_cli.generation.result import StageClock
 from edit_cli.generation.routers import RouterSource
+from edit_cli.generation.scale.crew import Crew
 from edit_cli.generation.session import Session
 from routers.attachment import architecture, attach, check_fits, fingerprint
 from routers.bundle import DESCRIPTION, FILES
@@ -41,7 +42,8 @@ class Stopped(EditError):  # noqa: N818 - not an error
 class Calibration:
     """A loaded model with its calibration and held-out samples.
 
-    processes: of a training (accelerate). data [samples, L, C]: latents of the pictures it learns from.
+    processes: of a training (accelerate), or a `Crew`, of a fit. data [samples, L, C]: latents of the
+    pictures it learns from.
     beside: trained routers, where plans are made for them too. seconds: by phase.
     """
 
@@ -56,11 +58,13 @@ class Calibration:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, plan: CalibrationPlan) -> Calibration:
+    def open(cls, plan: CalibrationPlan, crew: Crew | None = None) -> Calibration:
         """Load the model. Raises EditError or ValueError for bad input."""
         generation, medium = plan.generation, plan.generation.medium
+        if crew is not None:
+            generation = replace(generation, placement=crew.own_device(generation.placement))
         # before the model is loaded: it goes to the device of this process
-        processes = None if plan.training is None else training.open_processes(plan)
+        processes = crew if plan.training is None else training.open_processes(plan)
         session = Session.open(generation, RouterSource(), StageClock(medium.stages))
         rows = generation.batch_size
         train, judge = (medium.workload(session, jobs, rows) for jobs in (generation.jobs, plan.held_out))
@@ -116,7 +120,7 @@ class Calibration:
         bundle = fit(
             self.transformer, backbone.family.transformer, self.train, backbone.name,
             self.plan.generation.jobs[0].guidance, self.plan.fitted, phases(bars), self.state,
-            None if self.beside is None else self.beside.trained,
+            None if self.beside is None else self.beside.trained, self.processes,
         )  # fmt: skip
         if self.beside is not None:
             bundle.metadata["routers"] = self.beside.digest
@@ -207,16 +211,21 @@ def read_beside(path: str, transformer: Any) -> routers.Bundle:
     return bundle
 
 
-def run_calibration(plan: CalibrationPlan, quiet: bool) -> tuple[routers.Bundle, list[Quality]] | None:
-    """Make or load the bundle, measure it, save a new one; None in helping processes of a training.
+def run_calibration(
+    plan: CalibrationPlan, quiet: bool, crew: Crew | None = None
+) -> tuple[routers.Bundle, list[Quality]] | None:
+    """Make or load the bundle, measure it, save a new one; None in helping processes.
 
+    crew: of processes that share a fit: they make its plans together, the first one measures.
     Raises EditError for bad input, RunError for a failed run, Stopped on Ctrl-C.
     """
     with ExitStack() as names:
-        if plan.training is None:
+        if crew is not None and not crew.leads and plan.output is None:
+            return None
+        if plan.training is None and (crew is None or crew.leads):
             _claim(plan, names)
         with bad_input():
-            calibration = Calibration.open(plan)
+            calibration = Calibration.open(plan, crew)
         if plan.training is not None and calibration.is_main:
             _claim(plan, names)
         return _run(calibration, quiet)
@@ -238,7 +247,7 @@ def _run(calibration: Calibration, quiet: bool) -> tuple[routers.Bundle, list[Qu
                 bundle = calibration.load(plan.evaluate or "")
             else:
                 calibration.begin(output)
-        if plan.training is None and not quiet:
+        if plan.training is None and not quiet and calibration.is_main:
             print_note(forecast.note(plan, calibration.train, calibration.session.device))
         with progress(not quiet and calibration.is_main) as bars, bad_input():
             if output is not None:

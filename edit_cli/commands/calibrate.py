@@ -32,9 +32,11 @@ def calibrate(request: Request) -> None:
     with working(f"starting {plan.generation.backbone.name}", "quiet" not in request):
         from edit_cli.calibrate import report
         from edit_cli.calibrate.calibration import run_calibration
+        from edit_cli.generation.scale.crew import crew_of
 
-    measured = run_calibration(plan, "quiet" in request)
-    if measured is None:  # another process of a training reports
+        crew = None if plan.training else crew_of(request)
+    measured = run_calibration(plan, "quiet" in request, crew)
+    if measured is None:  # another process reports
         return
     bundle, rows = measured
     folder = plan.output or Path(bundle.path)

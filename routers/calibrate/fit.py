@@ -10,9 +10,10 @@ One batch of samples is enough: a handful of weights are fitted to thousands of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -41,13 +42,36 @@ Report = Callable[[str, int, int], None]
 """(phase, done, of)."""
 
 
+class Crew(Protocol):
+    """Processes that share a fit, each with the whole model and the same state."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first of them."""
+        ...
+
+    def taken(self, batches: Sequence[int], name: str) -> Iterator[int]:
+        """Those of a named list that nobody else takes."""
+        ...
+
+    def wait_for_everyone(self) -> None:
+        """Go on when every process has come here."""
+        ...
+
+
+T = TypeVar("T")
+
+
 class Fit:
-    """A fit under way. state: keeps what is finished, and gives back what an earlier attempt kept."""
+    """A fit under way. state: keeps what is finished, and gives back what an earlier attempt kept, or what
+    another process of a crew has made.
+    """
 
     def __init__(
         self, workload: Workload, spec: TransformerSpec, settings: FitSettings, state: State | None,
-        report: Report, trained: Trained | None = None,
+        report: Report, trained: Trained | None = None, crew: Crew | None = None,
     ) -> None:  # fmt: skip
+        self.crew = crew
         self.narrowing = Narrowing(workload.pipe, spec, trained)
         self.workload, self.settings, self.state, self.report = workload, settings, state, report
         self.grid: Array = np.zeros(0)
@@ -98,6 +122,17 @@ class Fit:
             "velocities": torch.stack(path.velocities).cpu(),
         }
 
+    def _led(self, make: Callable[[], T]) -> T:
+        """What the first process makes, and the others read from the state."""
+        if self.crew is None:
+            return make()
+        if self.crew.leads:
+            made = make()
+            self.crew.wait_for_everyone()
+            return made
+        self.crew.wait_for_everyone()
+        return make()
+
     def plans(self) -> dict[str, dict[int, TimePlan]]:
         """For each target and number of evaluations. The plan in the middle tries all warps of the times, and
         tells with which of them the others begin.
@@ -105,21 +140,34 @@ class Fit:
         chosen: dict[str, dict[int, TimePlan]] = {}
         for target in self.settings.targets:
             self.report(f"record {target}", 0, 1)
-            recorded, warps = self.record(target), CANDIDATES[target]
+            recorded, warps = self._led(partial(self.record, target)), CANDIDATES[target]
             numbers = self.settings.evaluations(len(self.grid) - 1)
             if target == "exact":
-                chosen[target] = self._exact_plans(recorded, numbers)
+                chosen[target] = self._led(partial(self._exact_plans, recorded, numbers))
                 continue
             middle = numbers[len(numbers) // 2]
-            for done, evaluations in enumerate([middle, *(n for n in numbers if n != middle)]):
-                self.report(f"plans, {target}", done, len(numbers))
-                tries = self.settings.tries_for(evaluations, len(self.grid) - 1, first=not done)
-                plan, ranked = self._plan(recorded, evaluations, target, warps[:tries])
-                chosen.setdefault(target, {})[evaluations] = plan
-                if not done:
-                    self.warps[target] = ranked[0]
-                    warps = (*ranked, *(w for w in warps if w not in ranked))
+            others = [n for n in numbers if n != middle]
+            self.report(f"plans, {target}", 0, len(numbers))
+            first, ranked = self._led(partial(self._tried, recorded, middle, target, warps, True))
+            self.warps[target] = ranked[0]
+            warps = (*ranked, *(w for w in warps if w not in ranked))
+            if self.crew is not None:  # then they are in the state
+                for evaluations in self.crew.taken(others, f"plans {target}"):
+                    self.report(f"plans, {target}", 1 + others.index(evaluations), len(numbers))
+                    self._tried(recorded, evaluations, target, warps)
+                self.crew.wait_for_everyone()
+            chosen[target] = {middle: first}
+            for done, evaluations in enumerate(others):
+                self.report(f"plans, {target}", 1 + done, len(numbers))
+                chosen[target][evaluations], _ = self._tried(recorded, evaluations, target, warps)
         return chosen
+
+    def _tried(
+        self, recorded: Trajectory, evaluations: int, target: str, warps: Sequence[Warp], first: bool = False
+    ) -> tuple[TimePlan, list[Warp]]:
+        """As `_plan`, with as many candidates as it is worth."""
+        tries = self.settings.tries_for(evaluations, len(self.grid) - 1, first)
+        return self._plan(recorded, evaluations, target, warps[:tries])
 
     def _exact_plans(self, recorded: Trajectory, numbers: Sequence[int]) -> dict[int, TimePlan]:
         """For each number of evaluations: Adams-Bashforth's plan at the warp that serves best, bent."""
@@ -225,18 +273,20 @@ def fit(
     report: Report = lambda phase, done, total: None,
     state: State | None = None,
     trained: Trained | None = None,
+    crew: Crew | None = None,
 ) -> Bundle:
     """Fit a bundle to a model on the first batch of a workload.
 
     state: keeps the progress; a fit that continues gives the same bundle as one in one go. trained: routers
-    of the model's own weights, which narrow evaluations may be left to.
+    of the model's own weights, which narrow evaluations may be left to. crew: processes that make its plans
+    together, with one state; the first one has the whole bundle, the same as of one process alone.
     Raises NotFiniteError, OSError if the state cannot be written, ValueError for a scheduler that a plan
     cannot stand in for.
     """
     settings = settings or FitSettings()
-    work = Fit(workload, spec, settings, state, report, trained)
+    work = Fit(workload, spec, settings, state, report, trained, crew)
     plans = work.plans()
-    narrow = work.narrow(plans)
+    narrow = work.narrow(plans) if crew is None or crew.leads else {}
     metadata: dict[str, Any] = {"method": "fit", "rows": workload.rows, "seed": settings.seed}
     metadata["generations"] = round(settings.cost(workload.num_steps), 2)
     return Bundle(

@@ -95,7 +95,7 @@ def test_quick_run_prints_a_table_and_one_json_line(capsys):
     result = json.loads(last)
     assert result["benchmark"] == "overhead"
     sections = {row["section"].split(",")[0] for row in result["rows"]}
-    assert sections == {"blocks", "random weights", "host reads per call"}
+    assert sections == {"blocks", "random weights", "host reads per call", "host"}
     assert all(row["ratio"] > 0 for row in result["rows"])
     assert any("reuse 0.6" in line for line in table)
 

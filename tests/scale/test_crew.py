@@ -14,7 +14,9 @@ PROMPTS = ["a cat", "a dog", "a red car", "a house", "two apples", "a tree"]
 COMMAND = ("generate", "--prompts", "prompts.txt", "--budget", "0.3", "--batch-size", "2")
 
 
-def start(folder: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def start(
+    folder: Path, processes: int, *arguments: str, command: tuple[str, ...] = COMMAND
+) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "edit_cli"]
     if processes > 1:
         launcher = [
@@ -23,7 +25,7 @@ def start(folder: Path, processes: int, *arguments: str) -> subprocess.Completed
         ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*launcher, *COMMAND, *arguments], cwd=folder, env=environment, text=True, capture_output=True
+        [*launcher, *command, *arguments], cwd=folder, env=environment, text=True, capture_output=True
     )
 
 
@@ -54,3 +56,17 @@ def test_two_processes_make_what_one_makes_and_a_restart_makes_the_rest(tmp_path
     assert set(files(tmp_path / "two")) == set(files(tmp_path / "one"))
     nothing = start(tmp_path, 2, "-o", "two/", "--json", "--resume", "--batch-size", "1")
     assert nothing.returncode == 0, nothing.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_fit_the_bundle_that_one_fits(tmp_path: Path) -> None:
+    command = ("calibrate", "-m", "flux-tiny", "--steps", "6", "--samples", "1", "--json")
+    made = {}
+    for name, processes in (("one", 1), ("two", 2)):
+        ran = start(tmp_path, processes, "-o", name, command=command)
+        assert ran.returncode == 0, ran.stderr
+        (line,) = ran.stdout.splitlines()  # one report for both
+        told = json.loads((tmp_path / name / "bundle.json").read_text())
+        made[name] = json.loads(line)["recommended_budget"], told["sha256"], told["times"]
+    assert made["one"] == made["two"]
+    assert not list(tmp_path.glob(".*calibrate-state"))

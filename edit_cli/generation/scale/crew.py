@@ -61,10 +61,23 @@ class Crew:
         card = int(os.environ.get("LOCAL_RANK", self.rank)) % torch.cuda.device_count()
         return replace(placement, device=f"cuda:{card}")
 
-    def taken(self, batches: Sequence[T]) -> Iterator[T]:
-        """Batches that this process makes: each time the next one that nobody has."""
-        while (number := int(self.store.add("batches", 1)) - 1) < len(batches):
+    def taken(self, batches: Sequence[T], name: str = "batches") -> Iterator[T]:
+        """Batches that this process makes: each time the next one that nobody has. name: of this list."""
+        while (number := int(self.store.add(name, 1)) - 1) < len(batches):
             yield batches[number]
+
+    @property
+    def is_main_process(self) -> bool:
+        """As accelerate says it."""
+        return self.leads
+
+    def wait_for_everyone(self) -> None:
+        """Go on when every process has come here."""
+        number = int(self.store.add("arrived", 1))
+        turn = (number - 1) // self.size
+        if number % self.size == 0:
+            self.store.set(f"all here {turn}", "")
+        self.store.get(f"all here {turn}")
 
     def step(self) -> int:
         """Count a step; returns the steps of all processes so far."""
