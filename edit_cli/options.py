@@ -150,6 +150,7 @@ MESH_MACHINE: Options = {
     "offload": replace(MACHINE["offload"], help=f"Keep weights off the GPU: {', '.join(MESH_OFFLOADS)}. "
                        "[dim]default none[/]",
                        check=choice(*MESH_OFFLOADS)),
+    "fit": replace(MEMORY["fit"], help="With --offload, if it takes that to fit the free memory."),
 }
 
 OUTPUT: Options = under("Output", {

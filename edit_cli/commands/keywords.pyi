@@ -86,3 +86,4 @@ class Generate3dOptions(TypedDict, total=False):
     compile: bool
     engine: Literal["local", "ray"]
     workers: int
+    fit: bool

@@ -138,6 +138,22 @@ def test_fit_takes_the_fastest_way_and_says_which(edit_here, tmp_path: Path, mon
     assert nothing.code == 2 and "--fit: nothing fits; the least is" in nothing.err
 
 
+def test_fit_of_a_mesh_offloads_where_it_must(edit_here, tmp_path: Path, monkeypatch) -> None:
+    picture = next((registry.resolve("hunyuan3d-tiny").folder / "calibration").glob("*.png"))
+    typed = ("generate-3d", picture, "--dry-run", "--fit", "--json")
+    monkeypatch.setattr("backbones.loading.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("edit_cli.generation.forecast.free_bytes", lambda device: 2.0**40)
+    whole = edit_here(*typed, cwd=tmp_path)
+    assert whole.code == 0, whole.err
+    assert "--fit: nothing to change" in whole.err
+    needed = whole.json["memory_gib"]["device"] * 2**30
+    monkeypatch.setattr("edit_cli.generation.forecast.free_bytes", lambda device: needed)
+    moved = edit_here(*typed, cwd=tmp_path)
+    assert "--fit: --offload model; needs" in moved.err
+    assert moved.json["memory_gib"]["device"] < whole.json["memory_gib"]["device"]
+
+
 @pytest.mark.slow
 def test_packed_and_offloaded_models_are_forecast_smaller() -> None:
     plan = make_plan(Request(prompt=["a cat"], model="flux-dev", budget=0.5), PICTURE)
