@@ -191,17 +191,24 @@ def test_turbo_then_its_routers_then_a_folder(runs, tmp_path, micro, monkeypatch
     assert (tmp_path / "cat.png").is_file()
 
 
-@pytest.mark.slow
-def test_routers_of_qwen_image_tiny_train_and_resume(tmp_path, micro, monkeypatch, capsys):
+def qwen_files(folder):
+    """What step `routers` reads: pictures' index, latents, tokenizer, and a model, which is returned."""
     rows = [[c, s, None, 0] for c in range(3) for s in range(2)]
     index = {"concepts": CONCEPTS, "styles": ["a", "b", "c"], "rows": rows}
-    (tmp_path / "pictures.json").write_text(json.dumps(index))
-    tokenizer = qwen_text.train_tokenizer(index, tmp_path / "tokenizer")
+    (folder / "pictures.json").write_text(json.dumps(index))
+    tokenizer = qwen_text.train_tokenizer(index, folder / "tokenizer")
     z = np.random.default_rng(0).standard_normal((len(rows), 8, 16, 16)).astype(np.float32)
-    write_latents(tmp_path / "z.npz", rows, z)
+    write_latents(folder / "z.npz", rows, z)
+    torch.manual_seed(0)
     model = qwen_dit.TinyModel(tokenizer)
     wake(model)
-    save(model, tmp_path / "model.pt")
+    save(model, folder / "model.pt")
+    return model, tokenizer
+
+
+@pytest.mark.slow
+def test_routers_of_qwen_image_tiny_train_and_resume(tmp_path, micro, monkeypatch, capsys):
+    _, tokenizer = qwen_files(tmp_path)
     common = ("--data", tmp_path, "--latents", tmp_path / "z.npz", "--tokenizer", tmp_path / "tokenizer",
               "--model", tmp_path / "model.pt", "--out", tmp_path / "routers", "--check-samples", 1,
               *LOAD)  # fmt: skip
@@ -215,3 +222,22 @@ def test_routers_of_qwen_image_tiny_train_and_resume(tmp_path, micro, monkeypatc
     before = torch.load(tmp_path / "model.pt", weights_only=True)["model"]
     moved = [n for n, value in whole.state_dict().items() if not torch.equal(value, before[n].half().float())]
     assert moved and all(name.startswith("dit.") for name in moved), "text encoders stay"
+
+
+@pytest.mark.slow
+def test_routers_learn_which_blocks_matter(tmp_path, micro, monkeypatch):
+    model, _ = qwen_files(tmp_path)
+    with torch.no_grad():  # the block in the middle hardly adds anything
+        for mod in (model.dit.transformer_blocks[1].img_mod[1], model.dit.transformer_blocks[1].txt_mod[1]):
+            for part in (2, 5):
+                for tensor in (mod.weight, mod.bias):
+                    tensor.chunk(6)[part].mul_(0.02)
+    save(model, tmp_path / "model.pt")
+    run_step(
+        monkeypatch, step, "--data", tmp_path, "--latents", tmp_path / "z.npz", "--tokenizer",
+        tmp_path / "tokenizer", "--model", tmp_path / "model.pt", "--out", tmp_path / "routers", "--train",
+        "routers", "--check-samples", 1, "--minutes", 9, "--batch", 16, "--max-steps", 80,
+    )  # fmt: skip
+    routed = routers_bundle.read_routers(tmp_path / "routers" / "routers.safetensors")
+    gates = [float(router.gate.bias) for router in routed.routers.blocks]
+    assert gates[1] < min(gates[0], gates[2]), gates
