@@ -197,7 +197,8 @@ class _Grid:
     def cells_to_refine(self) -> Tensor:
         """Mask `[C, C, C]` of evaluated cells that the surface crosses, or may cross between nodes."""
         low, high = _over_corners(self.values, torch.minimum), _over_corners(self.values, torch.maximum)
-        low, high = low.sub_(self.level), high.sub_(self.level)
+        if self.level:
+            low, high = low.sub_(self.level), high.sub_(self.level)
         variation = (high - low).mul_(self.cells)
         for dim in range(3):
             variation = _around(variation, dim)
@@ -210,10 +211,10 @@ class _Grid:
         """The next level: nodes carried over, the others filled with a coarse neighbour's value. And the flat
         numbers of the nodes of wanted cells that are not known yet, which are to be evaluated first.
         """
-        values, touched, cells = _doubled(self.values), wanted, wanted
+        values, touched = _doubled(self.values, 2 * self.side - 1), wanted
+        cells = _doubled(wanted, 2 * len(wanted))
         for dim in (2, 1, 0):
             touched = _nodes_of(touched, dim)
-            cells = cells.repeat_interleave(2, dim)
         carried = touched[::2, ::2, ::2]
         carried.logical_and_(~self.exact)
         if side < len(values):  # the last cell is smaller: it has no middle
@@ -307,29 +308,30 @@ def _around(values: Tensor, dim: int) -> Tensor:
     return out
 
 
-def _every_other(dim: int, first: int, last: int | None = None) -> tuple[slice, ...]:
-    return (*[slice(None)] * dim, slice(first, last, 2))
-
-
-def _doubled(values: Tensor) -> Tensor:
-    """Nodes of half the spacing: between two on an axis, the value of the first."""
-    side = 2 * len(values) - 1
+def _doubled(values: Tensor, side: int) -> Tensor:
+    """A grid of half the spacing, `[side] * 3`: everything twice on each axis, as far as there is room."""
     rows = values.repeat_interleave(2, dim=2)[..., :side]
     out = values.new_empty(side, side, side)
     for i in (0, 1):
         for j in (0, 1):
-            out[i::2, j::2] = rows[: len(values) - i, : len(values) - j]
+            part = out[i::2, j::2]
+            part.copy_(rows[: part.shape[0], : part.shape[1]])
     return out
 
 
 def _nodes_of(cells: Tensor, dim: int) -> Tensor:
     """From cells to the nodes of half the spacing on an axis that belong to them."""
-    size = list(cells.shape)
-    size[dim] = 2 * size[dim] + 1
-    out = cells.new_zeros(size)
-    out[_every_other(dim, 1)] = cells
-    out[_every_other(dim, 0, -1)] = cells
-    out[_every_other(dim, 2)] |= cells
+    size, many = list(cells.shape), cells.shape[dim]
+    size[dim] = 2 * many + 1
+    out = cells.new_empty(size)
+
+    def nodes(first: int, last: int | None = None) -> Tensor:
+        return out[(*[slice(None)] * dim, slice(first, last, 2))]
+
+    nodes(1).copy_(cells)
+    nodes(0, 1).copy_(cells.narrow(dim, 0, 1))
+    nodes(2 * many).copy_(cells.narrow(dim, many - 1, 1))
+    torch.logical_or(cells.narrow(dim, 0, many - 1), cells.narrow(dim, 1, many - 1), out=nodes(2, -1))
     return out
 
 
