@@ -38,6 +38,8 @@ def run_plan(plan: Plan, show_progress: bool, crew: Crew | None = None) -> Resul
     try:
         with clock.stage("load"), working(f"loading {plan.backbone.name}", show_progress):
             session = open_session(result, clock)
+            if crew is None:
+                result.note(*learn.offer(session.plan, session.source))
         if session.plan.preview is not None and session.plan.jobs:
             from edit_cli.generation.preview import Preview
 
@@ -73,7 +75,7 @@ def open_session(result: Result, clock: StageClock) -> Session:
     plan, source = settle(result.plan)
     result.plan = plan
     session = Session.open(plan, source, clock)
-    result.note(*session.notes, *source.notes(plan.jobs), *learn.offer(plan, source))
+    result.note(*session.notes, *source.notes(plan.jobs))
     if plan.replayed is not None and plan.replayed.get("threads"):
         torch.set_num_threads(int(plan.replayed["threads"]))  # sums depend on the number of threads
     session.attach()  # routers that do not fit are refused before a dense run is waited for
