@@ -143,6 +143,17 @@ def test_budgets_that_make_no_sense_are_refused(options: Any, message: str) -> N
         routers.attach(load(QWEN), **options)
 
 
+def test_a_transformer_compiled_in_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with attached(QWEN, [0.4, 0.8]) as (pipe, sampled):
+        monkeypatch.setitem(vars(pipe.transformer), "_compiled_call_impl", pipe.transformer._call_impl)
+        with pytest.raises(ValueError, match="rows of its batch cannot be left out; give one budget"):
+            batch(pipe, [0, 1])
+        monkeypatch.undo()
+        with sampled.scope(budget=0.4, samples=2):
+            batch(pipe, [0, 1], 5)
+        assert sampled.trace is not None and sampled.trace.spent == [0.4, 0.4]
+
+
 def test_a_transformer_alone_has_one_budget() -> None:
     with pytest.raises(ValueError, match="budgets of rows need a plan in the sampler's place"):
         routers.attach(load(QWEN).transformer, budget=[0.4, 0.8])
