@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from routers.planned.apart import follower
-from routers.planned.follow import Steps
+from routers.planned.follow import Steps, follower
 from routers.planned.serving import OnStep, Serving
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from ..block import argument_names, by_name
 from ..rows import count_rows
-from .follow import Follower, Steps
+from .follow import Follower
 from .timeplan import STILL, Array, TimePlan
 
 POSITIONS = 4
@@ -50,6 +50,10 @@ class RowPlans:
     def begun_at(self, first: int) -> RowPlans:
         """Rows have times of their own, and a run begins at all of them together."""
         raise ValueError("rows with budgets of their own begin at their first time; give one budget")
+
+    def follower(self) -> RowFollower:
+        """One run of them."""
+        return RowFollower(self)
 
     def row(self, step: int, x: object = None, outputs: object = ()) -> tuple[Array, float]:
         """There is no such row of weights: every row of the batch has its own."""
@@ -99,11 +103,6 @@ class RowFollower:
             if own is not None:
                 after[rows] = run.step(own, x[rows], v[rows], float(sizes[own]))
         return after
-
-
-def follower(plan: Steps) -> Follower | RowFollower:
-    """One run of a plan."""
-    return RowFollower(plan) if isinstance(plan, RowPlans) else Follower(plan)
 
 
 @contextmanager

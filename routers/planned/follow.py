@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,12 @@ class Follower:
         self._outputs = [v.to(exact, copy=True), *self._outputs][: self.plan.passes]
         row, state = self.plan.row(index, x, self._outputs)
         return advance(x, self._outputs, row, state, size)
+
+
+def follower(plan: Steps) -> Any:
+    """One run of a plan; plans for each row bring a kind of their own (`apart.py`)."""
+    own = getattr(plan, "follower", None)
+    return Follower(plan) if own is None else own()
 
 
 def follow(velocity: Velocity, x: Tensor, plan: Steps) -> Tensor:

@@ -16,9 +16,8 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from .apart import follower
 from .flow import KINDS, Point
-from .follow import Planner, Steps
+from .follow import Planner, Steps, follower
 from .serving import OnStep, Serving
 from .timeplan import Array
 

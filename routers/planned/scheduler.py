@@ -23,8 +23,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
-from .apart import RowFollower, RowPlans, follower
-from .follow import Follower, Planner, Steps
+from .apart import RowFollower, RowPlans
+from .follow import Follower, Planner, Steps, follower
 from .ode import ElasticOdeScheduler, check_ode
 from .serving import OnStep, Serving, check_free, uncounted
 from .timeplan import Array, TimePlan
