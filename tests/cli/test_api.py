@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
@@ -100,3 +101,11 @@ def test_the_import_alone_imports_nothing():
     code = f"import edit_cli, sys; print([m for m in sys.modules if m.startswith({names})])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=edit_environment())
     assert ran.stdout.strip() == "['edit_cli']", ran.stderr
+
+
+def test_generate_is_a_function_whatever_has_been_imported():
+    import edit_cli.generation.plan  # the package behind it has a name of its own
+
+    assert (
+        inspect.isfunction(edit_cli.generate) and "prompt" in inspect.signature(edit_cli.generate).parameters
+    )
