@@ -23,6 +23,7 @@ from backbones.tiny.recipes import (
     picture_vae,
     text,
     training,
+    vocabulary,
 )
 from tests.recipes.test_flux_recipe import CONCEPTS, wake, write_latents
 
@@ -207,3 +208,13 @@ def test_a_folder_or_transformer_that_is_too_large_is_refused(tmp_path, monkeypa
     monkeypatch.setattr(export, "MAX_BYTES", 150)
     with pytest.raises(ValueError, match="is 150 bytes"):
         export.check_size(tmp_path)
+
+
+def test_the_vocabulary_is_the_captions_words():
+    index = {"concepts": [{"name": "cat", "synonyms": ["kitty"], "keywords": ["meow"]},
+                          {"name": "dog", "synonyms": [], "keywords": []}]}  # fmt: skip
+    captions = {"128x128": [["a red cat", "two kitties above cats"]] * 3, "192x128": [["a dog", "rare"]]}
+    found = vocabulary.vocabulary(index, captions)
+    assert found["things"] == {"cat": ["kitty", "meow"], "dog": []}
+    assert found["others"] == ["red", "kitties", "above"]
+    assert found["sizes"] == [[128, 128], [192, 128]]
