@@ -96,7 +96,7 @@ def test_the_table_has_headings_and_fits(edit_bare, tmp_path, columns):
     assert head.split() == ["name", "makes", "params", "GiB", "size", "steps", "licence", "where"]
     assert max(map(len, ran.out.splitlines())) <= max(int(columns), 84) and ran.imported is False
     starts = {line.split()[0]: line for line in lines}
-    row = r"qwen-image-tiny \* +pictures +14.7 M +0.05 +128x128 +20 .*packaged"
+    row = r"qwen-image-tiny \* +pictures +17.8 M +0.07 +128x128 +20 .*packaged"
     assert re.search(row, starts["qwen-image-tiny"])
     assert starts["hunyuan3d-2.1"].endswith("download") and "meshes" in starts["hunyuan3d-2.1"]
     assert [name for name in starts if f"{name} *" in starts[name]] == ["qwen-image-tiny", "hunyuan3d-tiny"]
