@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -38,3 +39,9 @@ def unflatten(tensors: Mapping[str, Tensor], constants: Mapping[str, Any]) -> di
         else:
             arguments[name] = tensor
     return arguments
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the host on a device, without waiting for what is queued on a card."""
+    card = device.type == "cuda"
+    return (values.pin_memory() if card else values).to(device, non_blocking=card)

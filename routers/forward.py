@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .block import Block
 from .cache import ResidualCache, Streams, Weights
+from .calls import sent
 from .policy import Units
 from .spec import WIDTHS
 from .trace import FULL, REUSE, SKIP, Actions
@@ -135,18 +136,14 @@ def _merge_widths(groups: list[Group]) -> list[Group]:
 
 def place(groups: Sequence[Group], device: torch.device) -> None:
     """Give every group its rows on the device, in one copy for all, so that no block waits for its own."""
-
-    def sent(values: Tensor) -> Tensor:
-        return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
-
     split = [group for group in groups if group.rows is not None]
     rows = torch.tensor([row for group in split for row in group.rows or ()], dtype=torch.long)
-    pieces = sent(rows).split([len(group.rows or ()) for group in split]) if split else ()
+    pieces = sent(rows, device).split([len(group.rows or ()) for group in split]) if split else ()
     for group, piece in zip(split, pieces, strict=True):
         group.index = piece
     for group in groups:
         if isinstance(group.weights, Tensor):
-            group.weights = sent(group.weights)
+            group.weights = sent(group.weights, device)
 
 
 def _all_reuse(groups: list[Group]) -> bool:

@@ -23,6 +23,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
+from ..calls import sent
 from .apart import RowFollower, RowPlans
 from .follow import Follower, Planner, Steps, follower
 from .ode import ElasticOdeScheduler, check_ode
@@ -51,9 +52,10 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
         timesteps: Any = None,
     ) -> None:
         """As the pipeline's own scheduler (pipelines look at the arguments' names), then the plan's times."""
-        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        super().set_timesteps(num_inference_steps, "cpu", sigmas, mu, timesteps)
         self.serve()
-        self.grid = np.array(self.sigmas.tolist())
+        self._device = torch.device("cpu" if device is None else device)
+        self.grid = np.array(self.sigmas.tolist())  # on the CPU: no device is waited for
         self._steps = len(self.grid) - 1
         self._offer(0)
 
@@ -69,10 +71,10 @@ class ElasticFlowScheduler(Serving, FlowMatchEulerDiscreteScheduler):  # type: i
         self._take(grid if self.plan is None else self.plan.times)
 
     def _take(self, times: Array) -> None:
-        self.sigmas = torch.tensor(times.tolist(), dtype=torch.float32, device=self.sigmas.device)
-        self._sizes = np.diff(times.astype(np.float32).astype(np.float64)).tolist()
-        scale = self.config.num_train_timesteps
-        self.timesteps = self.offered((self.sigmas[:-1] * scale).to(self.timesteps.device))
+        single = times.astype(np.float32)
+        self.sigmas = sent(torch.from_numpy(single), self._device)
+        self._sizes = np.diff(single.astype(np.float64)).tolist()
+        self.timesteps = self.offered(self.sigmas[:-1] * self.config.num_train_timesteps)
         self.num_inference_steps = len(self.timesteps)
 
     def _follow(self, steps: Steps) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import routers
 from routers.cost import block_cost
@@ -143,6 +144,35 @@ def test_a_step_of_a_plan_asks_the_device_for_nothing(folder: Path) -> None:
     finally:
         elastic.detach()
     assert x.isfinite().all()
+
+
+class Waits(TorchDispatchMode):
+    """Counts copies between the host and the meta device, which stands in for a card: each waits there."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = [value.device.type for value in args if isinstance(value, Tensor)]
+        self.count += isinstance(made, Tensor) and any(kind != made.device.type for kind in given)
+        return made
+
+
+@by_name
+def test_times_are_laid_out_with_no_more_waits_than_without_a_plan(folder: Path) -> None:
+    pipe = load(folder)
+    with Waits() as without:
+        pipe.scheduler.set_timesteps(8, device="meta", mu=1.0)
+    elastic = routers.attach(pipe, budget=0.5)
+    assert isinstance(elastic, Sampled)
+    try:
+        with Waits() as planned:  # the meta device has no values: to ask for one fails
+            elastic.scheduler.set_timesteps(8, device="meta", mu=1.0)
+        assert elastic.scheduler.timesteps.device.type == elastic.scheduler.sigmas.device.type == "meta"
+        assert len(elastic.scheduler.timesteps) == 4
+    finally:
+        elastic.detach()
+    assert 1 <= planned.count <= without.count
 
 
 def test_outputs_in_bfloat16_are_combined_in_float32() -> None:
