@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from backbones.lycoris import as_lora, is_lycoris
 from backbones.model_files import ModelError, first_line, read_json
 from backbones.model_folder import read_header
 from backbones.spec import Lora
 
-OTHER_KINDS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "boft_": "BOFT", "ia3_": "IA3"}
+OTHER_KINDS = {"oft_": "OFT", "boft_": "BOFT", "ia3_": "IA3"}
 """Parts of weights' names, and which kind of adapter has them."""
-READ = "weights named lora_A and lora_B, or lora_down and lora_up"
+READ = "weights named lora_A and lora_B, or lora_down and lora_up, of a LoKr or of a LoHa"
 PEFT_PREFIX = "base_model.model."
 PEFT_SETTINGS = "adapter_config.json"
 LAYER = re.compile(r"\.lora(_A|\.down|_down)\.(?:\w+\.)?weight$")
@@ -73,28 +74,38 @@ def _add(pipe: Any, lora: Lora, name: str) -> tuple[list[str], float]:
 def _source(pipe: Any, lora: Lora) -> tuple[Any, dict[str, Any], float]:
     """What diffusers is given: a folder and the file in it, or weights with names that it knows."""
     where: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-    if lora.path.is_dir():
-        return str(lora.path), where, 1.0
-    names = read_header(lora.path)
+    file = lora.path
+    if file.is_dir():
+        inside = sorted(file.glob("*.safetensors"))
+        if len(inside) != 1:
+            return str(file), where, 1.0
+        (file,) = inside
+    names = read_header(file)
     for part, kind in OTHER_KINDS.items():
         if any(f".{part}" in name for name in names):
-            raise ModelError(f"--lora {str(lora.path)!r} is a {kind} file, which is not read; give {READ}")
+            raise ModelError(
+                f"--lora {str(lora.path)!r} is of the kind {kind}, which is not read; give {READ}"
+            )
+    other = is_lycoris(names)
     prefix = PEFT_PREFIX if all(name.startswith(PEFT_PREFIX) for name in names) else ""
     parts = {name.removeprefix(prefix).split(".")[0] for name in names}
-    if not parts or not all(hasattr(pipe.transformer, part) for part in parts):
-        return str(lora.path.parent), {**where, "weight_name": lora.path.name}, 1.0
+    if not other and (not parts or not all(hasattr(pipe.transformer, part) for part in parts)):
+        return str(file.parent), {**where, "weight_name": file.name}, 1.0
     from safetensors.torch import load_file
 
-    weights = {
-        f"transformer.{name.removeprefix(prefix)}": value for name, value in load_file(lora.path).items()
-    }
-    return weights, {}, _peft_scale(lora.path.with_name(PEFT_SETTINGS))
+    held, scale = load_file(file), _peft_scale(file.with_name(PEFT_SETTINGS))
+    if not other:
+        return {f"transformer.{name.removeprefix(prefix)}": held[name] for name in held}, {}, scale
+    try:
+        return as_lora(held, pipe.transformer), {}, scale
+    except ValueError as error:
+        raise ModelError(f"--lora {str(lora.path)!r}: {error}; give {READ}, of linear layers") from error
 
 
 def _peft_scale(file: Path) -> float:
     """Alpha over rank, which PEFT writes beside the weights."""
     settings = read_json(file) if file.is_file() else {}
-    alpha, rank = settings.get("lora_alpha"), settings.get("r")
+    alpha, rank = settings.get("lora_alpha") or settings.get("alpha"), settings.get("r")
     return float(alpha) / float(rank) if alpha and rank else 1.0
 
 

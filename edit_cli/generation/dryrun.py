@@ -44,7 +44,8 @@ def dry_run(plan: Plan) -> DryRun:
         dense = [job_flops(plan, job) for job in plan.jobs]
         needed = memory(plan, lambda blocks, size: _kept(plan, source, blocks, size))
     calls = sum(
-        source.buys(jobs[0])[0] * len(plan.medium.calls(jobs[0], plan.backbone)) for jobs, _ in plan.batches()
+        source.calls(jobs) * len(plan.medium.calls(jobs[0], plan.backbone))
+        for jobs, _ in plan.batches(source.shares)
     )
     spent = [count * source.buys(job)[1] for count, job in zip(dense, plan.jobs, strict=True)]
     report = {

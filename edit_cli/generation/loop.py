@@ -15,6 +15,7 @@ from edit_cli.errors import Interrupted, RunError, bad_input
 from edit_cli.files import write_files
 from edit_cli.generation import learn, sweep
 from edit_cli.generation.medium import Job, OnStep
+from edit_cli.generation.otherwise import save_otherwise
 from edit_cli.generation.plan import Plan
 from edit_cli.generation.record import differences, make_record
 from edit_cli.generation.result import Result, StageClock
@@ -151,17 +152,22 @@ def _save(batch: Batch, rows: Sequence[int], session: Session, result: Result) -
     """Write the results of a batch; one that failed by itself is raised when the others are kept."""
     medium = result.plan.medium
     good = [row for row in rows if not isinstance(batch.results[row], RunError)]
-    several = len({job.budget for job in result.plan.jobs}) > 1
+    several, jobs = len({job.budget for job in result.plan.jobs}) > 1, list(batch.jobs)
     for row in good:
         job, made = batch.jobs[row], batch.results[row]
         record = make_record(batch, row, session)
         result.note(*differences(record, result.plan))
-        for path, data in medium.encode(job, made, record).items():
+        try:
+            encoded = medium.encode(job, made, record)
+        except Exception as error:  # encoders raise anything
+            jobs[row] = save_otherwise(job, made, record, result, error)
+            encoded = {}
+        for path, data in encoded.items():
             write_files({path: data})
             result.written.append(path)
         if several and sweep.is_sweep(result.plan.jobs):
             result.shown[job.index] = medium.thumbnail(made)
-    result.add(batch, good)
+    result.add(replace(batch, jobs=tuple(jobs)), good)
     for row in rows:
         if row not in good:
             raise batch.results[row]

@@ -218,6 +218,10 @@ class Mesh:
             files[job.preview] = encode_picture(turntable(made.mesh), ".png", {})
         return files
 
+    def safest(self, _path: Path) -> str:
+        """The suffix of a file that can be written whatever is made."""
+        return ".glb"
+
     def read_record(self, path: str) -> dict[str, Any]:
         """From a GLB."""
         return read_mesh(path)

@@ -209,6 +209,10 @@ class Picture:
         """PNG, JPEG or WebP."""
         return {job.path: encode_picture(made, job.path.suffix, record)}
 
+    def safest(self, _path: Path) -> str:
+        """The suffix of a file that can be written whatever is made: without loss or limits."""
+        return ".png"
+
     def read_record(self, path: str) -> dict[str, Any]:
         """From the metadata of a file of any kind that `edit generate` writes."""
         return read_record(path)

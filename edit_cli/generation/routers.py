@@ -79,11 +79,45 @@ class RouterSource:
         steps, budget = job.denoising_steps, 1.0 if job.budget is None else job.budget
         if not self.plans:
             return steps, budget
-        narrow = None if self.bundle is None else self.bundle.narrow_plans()
-        found = None if narrow is None else narrow.at(budget, job.target or TARGETS[0], steps)
+        found = self._narrow(job, budget)
         if found is not None:
             return found.plan.evaluations, found.share
         return evaluations_for(budget, steps), evaluations_for(budget, steps) / steps
+
+    def shares(self, job: Job) -> bool:
+        """Whether a row with a job's budget may share a batch with rows of other budgets: not at budget 1,
+        where the pipeline's own run is made bit for bit, nor where its evaluations are narrow.
+        """
+        if (
+            not self.plans
+            or job.budget is None
+            or job.solver is not None
+            or job.time is not None
+            or job.turns
+        ):
+            return False
+        return self._narrow(job, job.budget) is None and self.buys(job)[0] < job.denoising_steps
+
+    def calls(self, jobs: Sequence[Job]) -> int:
+        """Steps of a batch's run that call the transformer, for one of its rows or more."""
+        if len({job.budget for job in jobs}) == 1:
+            return self.buys(jobs[0])[0]
+        import numpy as np
+
+        from routers.planned.apart import RowPlans
+        from routers.planned.timeplan import euler, moving
+        from routers.planned.universal import universal_planner
+
+        steps, fitted = jobs[0].denoising_steps, () if self.bundle is None else self.bundle.times
+        # where plans meet is a matter of steps, whatever their times are
+        grid = np.asarray(fitted) if len(fitted) == steps + 1 else np.linspace(1.0, 0.0, steps + 1)
+        planner_for = universal_planner if self.bundle is None else self.bundle.planner
+        planners = [planner_for(job.budget, job.target or TARGETS[0]) for job in jobs]
+        return RowPlans([planner(grid) or euler(moving(grid)) for planner in planners]).evaluations
+
+    def _narrow(self, job: Job, budget: float) -> Any:
+        narrow = None if self.bundle is None else self.bundle.narrow_plans()
+        return None if narrow is None else narrow.at(budget, job.target or TARGETS[0], job.denoising_steps)
 
     @classmethod
     def read(cls, path: Path | None) -> RouterSource:

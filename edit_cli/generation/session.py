@@ -175,10 +175,7 @@ class Session:
         return self.plan.batches(self._shares)
 
     def _shares(self, job: Job) -> bool:
-        chosen = job.solver is None and job.time is None and not job.turns
-        if job.budget is None or not chosen or not isinstance(self.elastic, Sampled):
-            return False
-        return self.elastic.shares(job.denoising_steps, job.budget, job.target)
+        return isinstance(self.elastic, Sampled) and self.source.shares(job)
 
     @contextmanager
     def observing(self) -> Iterator[Any]:

@@ -76,6 +76,10 @@ class Sound(Picture):
         """A WAV file."""
         return {job.path: encode_wav(made, record)}
 
+    def safest(self, _path: Path) -> str:
+        """There is but one."""
+        return ".wav"
+
     def facts(self, made: Waves) -> dict[str, Any]:
         """What came out."""
         channels, length = made.values.shape

@@ -124,6 +124,10 @@ class Video(Picture):
             files[_named(path, ".wav")] = encode_wav(made.sound, record)
         return files
 
+    def safest(self, path: Path) -> str:
+        """A GIF, or a PNG of every frame."""
+        return ".png" if FRAME in path.name else ".gif"
+
     def facts(self, made: Clip) -> dict[str, Any]:
         """What came out."""
         return {"frames": len(made.frames), "size": list(made.frames[0].size)}

@@ -154,13 +154,6 @@ class Sampled:
         found = None if self.narrow is None else self.narrow.at(budget, target or self.target, steps)
         return evaluations_for(budget, steps) if found is None else found.plan.evaluations
 
-    def shares(self, steps: int, budget: float, target: str | None = None) -> bool:
-        """Whether a row with this budget may share a batch with rows of other budgets: not at budget 1, where
-        the pipeline's own run is made bit for bit, nor where its evaluations are narrow.
-        """
-        narrow = None if self.narrow is None else self.narrow.at(budget, target or self.target, steps)
-        return narrow is None and evaluations_for(budget, steps) < steps
-
     @property
     def trace(self) -> PlanTrace | None:
         """Of the last run."""

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from edit_cli.files import request_hash
+from edit_cli.generation.record import read_picture
 from routers import files
 
 SHORT = ("--steps", "2", "-q")
@@ -148,3 +149,17 @@ def test_an_unfinished_calibration_is_not_thrown_away(edit_here, qwen_folder, tm
     assert refused.code == 2 and "an unfinished calibration lies beside" in refused.err
     resumed = edit_here(*words, "--resume", cwd=tmp_path)
     assert resumed.code == 2 and "has another" in resumed.err and os.listdir(tmp_path) == [state.name]
+
+
+def test_a_picture_that_its_format_cannot_hold_is_kept_as_another(draw, tmp_path):
+    """A JPEG's segment holds 64 KiB, and so much of a record: the picture is there all the same."""
+    (tmp_path / "long.txt").write_text("a cat " + "very fluffy " * 6000)
+    (tmp_path / "x.png").write_text("somebody's")
+    for _ in range(2):  # the same request replaces its own
+        ran = draw("--prompts", "long.txt", "-o", "x.jpg", "--json")
+        assert ran.code == 0, ran.err
+        assert ran.json["outputs"] == ["x-2.png"]
+        assert any("'x.jpg' cannot be encoded" in note for note in ran.json["notes"])
+        assert names(tmp_path) == ["long.txt", "x-2.png", "x.png"]
+    assert (tmp_path / "x.png").read_text() == "somebody's"
+    assert read_picture(tmp_path / "x-2.png")["prompt"].endswith("very fluffy")

@@ -71,9 +71,9 @@ def test_what_a_lora_holds_for_nothing_is_said(edit_here, qwen_folder, tmp_path)
             f"{name}.png", "--json", cwd=tmp_path,
         )  # fmt: skip
         assert ran.code == 0 and "match nothing" not in ran.err, ran.err
-    save_file({f"diffusion_model.{LAYER.format(0)}.lokr_w1": torch.ones(2, 2)}, tmp_path / "k.safetensors")
+    save_file({f"diffusion_model.{LAYER.format(0)}.oft_blocks": torch.ones(2, 2)}, tmp_path / "k.safetensors")
     ran = edit_here("generate", "a cat", "-m", qwen_folder, "--lora", "k.safetensors", cwd=tmp_path)
-    assert ran.code == 2 and "is a LoKr file, which is not read" in ran.err
+    assert ran.code == 2 and "is of the kind OFT, which is not read" in ran.err
 
 
 def test_a_lora_too_strong_for_numbers_is_a_failed_run(edit_here, qwen_folder, tmp_path):

@@ -73,6 +73,16 @@ def test_a_row_is_what_it_is_alone_and_its_record_makes_it_again(drawn, edit_her
     assert changed.json["spent"] == [0.3]
 
 
+def test_a_dry_run_counts_the_calls_that_rows_share(drawn, edit_here, tmp_path):
+    _, asked, report = drawn
+    ran = edit_here(
+        *asked, "--batch-size", "4", "--dry-run", cwd=tmp_path, stdin="\n".join(map(json.dumps, LINES))
+    )
+    assert ran.code == 0, ran.err
+    branches = 2  # of guidance
+    assert ran.json["transformer_calls"] == branches * report["evaluations"]["made"]
+
+
 def test_python_draws_budgets_in_one_batch(qwen_folder):
     import edit_cli
 
