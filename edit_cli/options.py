@@ -121,7 +121,7 @@ ROUTERS: Options = under("Model and routers", {
                     "(a fine-tune)."),
 })
 LORA: Options = under("Model and routers", {
-    "lora": Option("--lora", "PATH[:SCALE]", "LoRA, LoKr or LoHa weights; repeatable.", checks.lora, many=True),
+    "lora": Option("--lora", "PATH[:SCALE]", "LoRA, LoKr, LoHa weights; repeatable.", checks.lora, many=True),
 })
 
 MACHINE: Options = under("Machine", {

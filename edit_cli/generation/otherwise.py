@@ -26,8 +26,8 @@ def save_otherwise(job: Job, made: Any, record: Mapping[str, Any], result: Resul
     medium = result.plan.medium
     with Claims() as claims:
         kept = replace(job, path=_free(job, result, claims))
-        ways = ((record, ""), ({}, ", without the record that --from reads"))
-        for held, without in ways:
+        ways: dict[str, Mapping[str, Any]] = {"": record, ", without the record that --from reads": {}}
+        for without, held in ways.items():
             try:
                 files = medium.encode(kept, made, held)
             except Exception:  # encoders raise anything

@@ -112,7 +112,7 @@ class RouterSource:
         # where plans meet is a matter of steps, whatever their times are
         grid = np.asarray(fitted) if len(fitted) == steps + 1 else np.linspace(1.0, 0.0, steps + 1)
         planner_for = universal_planner if self.bundle is None else self.bundle.planner
-        planners = [planner_for(job.budget, job.target or TARGETS[0]) for job in jobs]
+        planners = [planner_for(job.budget or 1.0, job.target or TARGETS[0]) for job in jobs]
         return RowPlans([planner(grid) or euler(moving(grid)) for planner in planners]).evaluations
 
     def _narrow(self, job: Job, budget: float) -> Any:
