@@ -233,11 +233,13 @@ def _load_diffusers(
     components = _special(backbone)
     components |= {"transformer": transformer} if from_file or transformer is not None else {}
     quantize = placement.quantize and transformer is None
-    pipe = _from_pretrained(backbone, dtype, components, placement if quantize else None)
+    pipe = _from_pretrained(backbone, dtype, components, placement if quantize and not from_file else None)
     if from_file:
         pipe.register_modules(transformer=load_transformer(backbone, dtype))
     if placement.loras:
         notes += add_loras(pipe, placement.loras)
+    if quantize and from_file:
+        pipe.transformer.enable_layerwise_casting(compute_dtype=dtype)
     if placement.vae_tiling:
         if not hasattr(getattr(pipe, "vae", None), "enable_tiling"):
             raise ModelError(f"--vae-tiling: {backbone.name} has no VAE that decodes in tiles; leave it out")

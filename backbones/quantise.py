@@ -1,16 +1,19 @@
 """Weights in fewer bits, by diffusers' own quantisation: of the transformer and of text encoders.
 
 fp8 and int8 are torchao's (of weights only: sums stay in `--dtype`), nf4 is bitsandbytes'. Steps and
-budgets work on all of them; widths are fixed (routers/packed.py).
+budgets work on all of them; widths are fixed (routers/packed.py). Of a single file fp8 is the transformer's
+alone, by diffusers' layerwise casting: each layer is cast to `--dtype` while it computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from backbones.model_files import ModelError
+from backbones.single_file import is_gguf, is_scaled
 from backbones.spec import DIFFUSERS, Backbone, Placement
 
 PACKAGES = {"fp8": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
@@ -23,15 +26,30 @@ ENCODER, TRANSFORMER = "text_encoder", "transformer"
 def check_quantise(how: str, backbone: Backbone, device: str = "cuda") -> None:
     """Raises ModelError, one line, where a model or a machine cannot do it. device: its type. Torch-free."""
     option = f"--quantize {how}"
-    if backbone.family.layout != DIFFUSERS or backbone.file is not None or backbone.static is not None:
+    if backbone.family.layout != DIFFUSERS or backbone.static is not None:
         raise ModelError(f"{option} is for folders and hub ids of diffusers' pipelines; leave it out")
+    if backbone.file is not None:
+        _check_file(backbone.file.path, how)
     package = PACKAGES[how]
-    if find_spec(package) is None:
+    if backbone.file is None and find_spec(package) is None:
         raise ModelError(
             f'{option} needs {package}, which is not installed: pip install "elastic-dit[quantised]"'
         )
     if device not in ("cuda", "cpu"):
         raise ModelError(f"{option} runs on cuda and cpu, not on {device}; leave it out")
+
+
+def _check_file(path: Path, how: str) -> None:
+    """Raises ModelError for a single file whose weights cannot be kept in fp8 as they are."""
+    reason = ""
+    if is_gguf(path):
+        reason = "it is a GGUF file, which stays packed as it is"
+    elif how != "fp8":
+        reason = "of single files the only way is fp8"
+    elif is_scaled(path):
+        reason = "its fp8 weights have scales, which casting does not know; a plain fp8 file stays as it is"
+    if reason:
+        raise ModelError(f"--quantize {how} is not for {path.name!r}: {reason}; leave it out")
 
 
 def quantised(name: str) -> bool:

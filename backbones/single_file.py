@@ -78,6 +78,11 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == gguf_file.SUFFIX
 
 
+def is_scaled(path: Path) -> bool:
+    """Whether a safetensors file has scales beside its weights."""
+    return any(name.endswith(SCALES) for name in read_header(path))
+
+
 def _is_beside(name: str, shapes: Shapes) -> bool:
     stem, _, kind = name.rpartition(".")
     return (f".{kind}" in BESIDE and f"{stem}.weight" in shapes) or kind == MARK

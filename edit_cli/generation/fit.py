@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 from backbones.model_files import ModelError
-from backbones.quantise import PACKAGES, check_quantise
+from backbones.quantise import check_quantise
 from backbones.spec import GIB, Backbone, Placement
 from edit_cli.errors import EditError, bad_input
 from edit_cli.generation import forecast
@@ -70,8 +69,7 @@ def _packings(backbone: Backbone, device: Any) -> list[str]:
             check_quantise(how, backbone, device.type)
         except ModelError:
             continue
-        if find_spec(PACKAGES[how]) is not None:
-            found.append(how)
+        found.append(how)
     return found
 
 

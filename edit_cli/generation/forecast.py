@@ -22,11 +22,29 @@ def weight_bytes(plan: Plan, dtype: str) -> dict[str, float]:
     """Bytes per component as it is loaded."""
     counts, how = registry.component_parameters(plan.backbone), plan.placement.quantize
     packed = BYTES_PER_WEIGHT.get(how, BYTES[dtype])
-    found = {name: n * (packed if quantised(name) else BYTES[dtype]) for name, n in counts.items()}
     file = plan.backbone.file
+    if file is not None:
+        packed = BYTES[dtype]
+    found = {name: n * (packed if quantised(name) else BYTES[dtype]) for name, n in counts.items()}
     if file is not None and is_gguf(file.path):  # stays packed
         found["transformer"] = float(file.path.stat().st_size)
+    elif file is not None and how:
+        found["transformer"] = _cast_bytes(plan.backbone, dtype)
     return found
+
+
+@functools.lru_cache(maxsize=8)
+def _cast_bytes(backbone: Backbone, dtype: str) -> float:
+    """Of a transformer whose layers are kept in fp8, but for those that diffusers leaves as they are."""
+    import torch
+
+    from backbones.loading import DTYPES
+    from backbones.weights import build_transformer
+
+    with torch.device("meta"):
+        transformer = build_transformer(backbone).to(DTYPES[dtype])
+    transformer.enable_layerwise_casting(compute_dtype=DTYPES[dtype])
+    return float(sum(parameter.nbytes for parameter in transformer.parameters()))
 
 
 def stages(plan: Plan, dtype: str, kept: float, block: float) -> dict[str, float]:

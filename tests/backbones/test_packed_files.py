@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from backbones import registry
+from backbones.loading import load
 from backbones.model_files import ModelError
+from backbones.spec import Placement
 from backbones.weights import load_transformer
 from routers.packed import is_packed
 from tests.backbones.test_single_file import stored, to_original
@@ -60,6 +62,40 @@ def test_other_packings_are_refused(flux_folder, tmp_path):
         read({**file, "img_in.comfy_quant": told}, tmp_path / "a.safetensors", flux_folder)
     with pytest.raises(ModelError, match=r"'img_in\.weight_scale' is neither one scale nor one for each of"):
         read({**file, "img_in.weight_scale": torch.ones(3)}, tmp_path / "b.safetensors", flux_folder)
+
+
+@pytest.mark.slow
+def test_a_plain_fp8_file_stays_in_fp8_and_draws_the_same(flux_folder, edit_here, tmp_path):
+    plain = {key: tensor.to(FP8) for key, tensor in to_original(stored(flux_folder)).items()}
+    file = tmp_path / "plain.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in plain.items()}, file)
+    typed = ["generate", "a cat", "-m", file, "--base", flux_folder, "--steps", "4", "--budget", "0.5"]
+    typed += ["--routers", "none", "--dtype", "fp32", "-q", "--json"]
+    for name, more in (("wide", ()), ("narrow", ("--quantize", "fp8"))):
+        ran = edit_here(*typed, *more, "-o", f"{name}.png", cwd=tmp_path)
+        assert ran.code == 0, ran.err
+    assert (pixels(tmp_path / "wide.png") == pixels(tmp_path / "narrow.png")).all()
+
+    backbone = registry.resolve(str(file), str(flux_folder))
+    transformer = load(backbone, Placement("cpu", "fp32", quantize="fp8")).transformer
+    held = sum(parameter.nbytes for parameter in transformer.parameters())
+    assert held < 0.6 * 4 * backbone.transformer_parameters
+    forecasts = {}
+    for more in ((), ("--quantize", "fp8")):
+        forecasts[more] = edit_here(*typed, *more, "--dry-run", cwd=tmp_path).json["memory_gib"]
+    saved = forecasts[()]["device"] - forecasts["--quantize", "fp8"]["device"]
+    assert saved * 2**30 == pytest.approx(4 * backbone.transformer_parameters - held, rel=0.05)
+
+
+def test_single_files_that_casting_would_harm_are_refused_fp8(flux_folder, edit_here, tmp_path):
+    save_file(in_fp8(to_original(stored(flux_folder)), ".weight_scale"), tmp_path / "a.safetensors")
+    typed = ["generate", "a cat", "-m", tmp_path / "a.safetensors", "--base", flux_folder]
+    for how, told in (
+        ("fp8", "its fp8 weights have scales"),
+        ("int8", "of single files the only way is fp8"),
+    ):
+        ran = edit_here(*typed, "--quantize", how, cwd=tmp_path)
+        assert ran.code == 2 and told in ran.err and len(ran.err.splitlines()) == 1
 
 
 def write_gguf(weights: dict[str, torch.Tensor], path: Path, architecture: str) -> None:
