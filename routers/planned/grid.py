@@ -19,7 +19,7 @@ from ..block import argument_names, by_name
 from ..patching import Patches, check_call, check_whole
 from ..runs import Runs
 from .spent import PlanTrace, evaluations_for
-from .universal import WARPS, grid_steps
+from .universal import grid_steps, usual_warp
 
 TIMES = ("timestep", "timesteps", "t", "vision_timesteps", "audio_timestep")
 """What transformers call the time of a call."""
@@ -60,7 +60,8 @@ class GridRun:
     def __init__(self, trace: PlanTrace, steps: int) -> None:
         self.trace, self.pasts = trace, dict[str, Past]()
         trace.steps, trace.planned = steps, evaluations_for(trace.requested, steps)
-        self.computed = frozenset(grid_steps(steps, trace.planned, *WARPS["dense"]))
+        warp = usual_warp("dense", trace.planned, steps)
+        self.computed = frozenset(grid_steps(steps, trace.planned, *warp))
 
 
 class OnGrid:

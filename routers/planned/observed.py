@@ -24,9 +24,6 @@ from .universal import Warp, universal_plan
 
 BUDGETS = 19
 """Plans at most: from 0.05 to 0.95."""
-LONG: Warp = (1.7, 1.3)
-"""Of the times of plans of more than half of the steps, where a scheduler knows no warp. Where such a fit
-ends does not tell which times are good: it has not seen the plan's own outputs."""
 
 
 class Observation:
@@ -71,8 +68,7 @@ class Observation:
         numbers = sorted({max(1, i * steps // (BUDGETS + 1)) for i in range(1, BUDGETS + 1)} - {steps})
         plans = {}
         for number in numbers:
-            warp = self.warps.get("dense") or (LONG if 2 * number > steps else None)
-            near = universal_plan(grid, number, "dense", warp)
+            near = universal_plan(grid, number, "dense", self.warps.get("dense"))
             stages = StageFit(near.times, path, prior=near)
             follow(lambda _, time: at[time], path.states[0], stages)
             plans[number] = stages.plan

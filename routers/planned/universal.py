@@ -24,14 +24,22 @@ Warp = tuple[float, float]
 """Shift of times towards the noise, and bend: of them towards both ends of the run, more than 1."""
 WARPS: dict[str, Warp] = {"dense": (1.3, 1.2), "exact": (1.8, 1.0)}
 """By target (docs/notes/solver-plan.md); a bend is for steps of a dense run's own grid."""
+LONG: Warp = (1.7, 1.3)
+"""Towards the dense run, by more than half of its steps: denser where it starts and where it ends."""
+
+
+def usual_warp(target: str, evaluations: int, steps: int) -> Warp:
+    """The warp of a plan of so many of a run's steps, where nothing says another."""
+    return LONG if target == "dense" and 2 * evaluations > steps else WARPS[target]
 
 
 def universal_plan(grid: Array, evaluations: int, target: str, warp: Warp | None = None) -> TimePlan:
-    """The plan for a run's own times [N + 1]. warp: default that of `WARPS`."""
+    """The plan for a run's own times [N + 1]. warp: default the usual one."""
     if target == "exact":
         plan = solver_plan(grid, evaluations, warp)
         return bent(plan, COMMON, COMMON_AT) if (warp or WARPS[target])[0] > 1 else plan
-    grid, (shift, bend) = moving(grid), warp or WARPS[target]
+    grid = moving(grid)
+    shift, bend = warp or usual_warp(target, evaluations, len(grid) - 1)
     steps = grid_steps(len(grid) - 1, evaluations, shift, bend)
     return adams_bashforth(grid[[*steps, -1]], 2, grid)
 

@@ -25,7 +25,7 @@ from tests.routers.packaged import FLUX, load, make
 
 QWEN = CASES[0]
 GRID = np.linspace(1, 0, 9)
-WARPS = {"dense": (1.7, 1.3), "exact": (3.0, 1.0)}
+WARPS = {"dense": (3.0, 1.0), "exact": (3.0, 1.0)}
 
 
 def plans(grid: np.ndarray, *evaluations: int) -> dict[str, dict[int, TimePlan]]:

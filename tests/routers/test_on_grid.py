@@ -18,7 +18,7 @@ from routers.planned.follow import follow
 from routers.planned.grid import OnGrid
 from routers.planned.sampled import Sampled
 from routers.planned.timeplan import TimePlan, adams_bashforth, euler, moving
-from routers.planned.universal import WARPS, grid_steps, universal_planner
+from routers.planned.universal import grid_steps, universal_planner, usual_warp
 from tests.block_kinds import CASES, Case
 from tests.routers.packaged import MESH, QWEN, contexts, image_to_image, load, make, seeded, sketch
 
@@ -121,7 +121,7 @@ def test_branches_may_be_named_and_come_in_any_order() -> None:
         with torch.no_grad(), model.cache_context(name):
             return model(**{**inputs[name], "timestep": torch.tensor([s])})[0]
 
-    computed = set(grid_steps(4, 2, *WARPS["dense"]))
+    computed = set(grid_steps(4, 2, *usual_warp("dense", 2, 4)))
     with attached(model, num_steps=4):
         for step, s in enumerate((1.0, 0.8, 0.6, 0.4)):
             names = ("cond", "uncond") if step % 2 else ("uncond", "cond")
@@ -136,7 +136,7 @@ def test_branches_may_be_named_and_come_in_any_order() -> None:
 
 def test_steps_left_out_continue_the_last_two_outputs(case: Case) -> None:
     model, budget = case.transformer(), 0.75
-    computed = grid_steps(4, 3, *WARPS["dense"])
+    computed = grid_steps(4, 3, *usual_warp("dense", 3, 4))
     left_out = next(step for step in range(4) if step not in computed)
     times, x = (0.9, 0.7, 0.4, 0.1), start(case)
     dense = [velocity(case, model)(x, s) for s in times]
@@ -254,7 +254,7 @@ def test_another_solver_keeps_its_steps(other: Callable[[Any], Any]) -> None:
 
 def test_the_mesh_models_transformer_alone() -> None:
     """Both branches share its calls, and the last step of its sampler has size zero."""
-    pipe, computed = load(MESH), grid_steps(STEPS, 4, *WARPS["dense"])
+    pipe, computed = load(MESH), grid_steps(STEPS, 4, *usual_warp("dense", 4, STEPS))
 
     def planner(grid: np.ndarray) -> TimePlan:
         return adams_bashforth(moving(grid)[[*computed, -1]], 2, moving(grid))
