@@ -44,7 +44,7 @@ def test_python_m_edit_cli_is_edit(tmp_path):
 
 
 COMPLETED = [
-    ("edit generate -m flux-t", ["flux-tiny", "flux-tiny-turbo"]),
+    ("edit generate -m flux-t", ["flux-tiny"]),
     ("edit generate --solver ", ["euler", "ab2", "dpm++2m"]),
     ("edit generate-3d --decode h", ["hierarchical"]),
     ("edit generate --preset f", ["fast"]),

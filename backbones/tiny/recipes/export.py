@@ -34,6 +34,14 @@ def check_half(name: str, module: torch.nn.Module) -> None:
             raise ValueError(f"{name}.{key} does not fit fp16: largest value {p.abs().max().item():.3g}")
 
 
+def forget_origin(folder: Path) -> None:
+    """Take the paths from which parts were loaded out of a pipeline folder's configurations."""
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text("utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
 def check_size(folder: Path) -> int:
     """The folder's size in bytes. Raises ValueError when it or its transformer is too large."""
     for part, limit in ((folder / "transformer", MAX_TRANSFORMER_BYTES), (folder, MAX_BYTES)):
@@ -86,6 +94,7 @@ def main() -> None:
     part = args.out.with_name(args.out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipe.to(dtype=torch.float16).save_pretrained(part)
+    forget_origin(part)
     (part / "edit.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n", "utf-8")
     shutil.copyfile(PROMPTS / "calibration.txt", part / "calibration.txt")
     size = check_size(part)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-from backbones.tiny.recipes.export import PROMPTS, check_half, check_size
+from backbones.tiny.recipes.export import PROMPTS, check_half, check_size, forget_origin
 from backbones.tiny.recipes.fast_dit import pack
 from backbones.tiny.recipes.flux.dit import TinyFlux, load_model
 from backbones.tiny.recipes.flux.fast_dit import largest_difference
@@ -66,6 +66,7 @@ def write(pipe: FluxPipeline, out: Path) -> int:
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipe.to(dtype=torch.float16).save_pretrained(part, safe_serialization=True)
+    forget_origin(part)
     defaults = {"width": SIDE, "height": SIDE, "steps": STEPS, "guidance": GUIDANCE,
                 "max_sequence_length": T5_TOKENS}  # fmt: skip
     (part / "edit.json").write_text(json.dumps(defaults, indent=2) + "\n")

@@ -17,7 +17,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from backbones.tiny.recipes.export import PROMPTS, check_half, check_size
+from backbones.tiny.recipes.export import PROMPTS, check_half, check_size, forget_origin
 from backbones.tiny.recipes.fast_dit import GRID
 from backbones.tiny.recipes.flux.fast_dit import class_forward, dit_forward, rope
 from backbones.tiny.recipes.flux.turbo import STEPS
@@ -79,6 +79,7 @@ def main() -> None:
     part = args.out.with_name(args.out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipe.to(dtype=torch.float16).save_pretrained(part, safe_serialization=True)
+    forget_origin(part)
     defaults = {**usual, "steps": STEPS, "guidance": 0.0}
     (part / "edit.json").write_text(json.dumps(defaults, indent=2) + "\n", "utf-8")
     shutil.copyfile(PROMPTS / "calibration.txt", part / "calibration.txt")
